@@ -1,0 +1,78 @@
+"""config.json "process": what runs in the container, and as whom."""
+
+from __future__ import annotations
+
+from msgspec import field
+
+from runtime.spec.base import Part
+
+
+class User(Part):
+    uid: int
+    gid: int
+    umask: int | None = None
+    additional_gids: tuple[int, ...] = ()
+    username: str = ""
+
+
+class Capabilities(Part):
+    """The five sets, each of names like "CAP_CHOWN"."""
+
+    bounding: tuple[str, ...] = ()
+    effective: tuple[str, ...] = ()
+    inheritable: tuple[str, ...] = ()
+    permitted: tuple[str, ...] = ()
+    ambient: tuple[str, ...] = ()
+
+
+class Rlimit(Part):
+    """`type` is "RLIMIT_NOFILE" and so on; 2**64-1 is unlimited."""
+
+    type: str
+    soft: int
+    hard: int
+
+
+class ConsoleSize(Part):
+    height: int
+    width: int
+
+
+class Scheduler(Part):
+    policy: str
+    nice: int = 0
+    priority: int = 0
+    flags: tuple[str, ...] = ()
+    runtime: int = 0
+    deadline: int = 0
+    period: int = 0
+
+
+class IOPriority(Part):
+    class_: str = field(name="class")
+    priority: int
+
+
+class CPUAffinity(Part):
+    initial: str = ""
+    final: str = ""
+
+
+class Process(Part):
+    """`env` holds "K=V" strings in which no key comes twice."""
+
+    cwd: str
+    user: User
+    args: tuple[str, ...] = ()
+    env: tuple[str, ...] = ()
+    terminal: bool = False
+    console_size: ConsoleSize | None = None
+    capabilities: Capabilities | None = None
+    rlimits: tuple[Rlimit, ...] = ()
+    no_new_privileges: bool = False
+    apparmor_profile: str = ""
+    oom_score_adj: int | None = None
+    selinux_label: str = ""
+    scheduler: Scheduler | None = None
+    io_priority: IOPriority | None = None
+    exec_cpu_affinity: CPUAffinity | None = field(name="execCPUAffinity", default=None)
