@@ -14,7 +14,7 @@ from runtime.spec.seccomp import Seccomp
 OCI_VERSION = "1.2.0"
 
 
-class Namespace(Part):
+class Namespace(Part, frozen=True):
     """`type` is pid, network, ipc, uts, mount, cgroup or user; an empty `path` makes a new one, else it is joined.
 
     A type that the list does not have is the host's.
@@ -24,7 +24,7 @@ class Namespace(Part):
     path: str = ""
 
 
-class IntelRdt(Part):
+class IntelRdt(Part, frozen=True):
     clos_id: str = field(name="closID", default="")
     l3_cache_schema: str = field(name="l3CacheSchema", default="")
     mem_bw_schema: str = field(name="memBwSchema", default="")
@@ -32,7 +32,7 @@ class IntelRdt(Part):
     enable_mbm: bool = field(name="enableMBM", default=False)
 
 
-class Linux(Part):
+class Linux(Part, frozen=True):
     """`cgroups_path` is absolute below the hierarchy's root and final."""
 
     namespaces: tuple[Namespace, ...] = ()
@@ -43,14 +43,14 @@ class Linux(Part):
     resources: Resources | None = None
     rootfs_propagation: str = ""
     seccomp: Seccomp | None = None
-    sysctl: dict[str, str] = {}
+    sysctl: dict[str, str] = field(default_factory=dict)
     masked_paths: tuple[str, ...] = ()
     readonly_paths: tuple[str, ...] = ()
     mount_label: str = ""
     intel_rdt: IntelRdt | None = None
 
 
-class Spec(Part):
+class Spec(Part, frozen=True):
     """A container as an OCI runtime is told of it: `msgspec.json.encode(spec)` is its config.json."""
 
     process: Process
@@ -60,5 +60,5 @@ class Spec(Part):
     domainname: str = ""
     mounts: tuple[Mount, ...] = ()
     hooks: Hooks | None = None
-    annotations: dict[str, str] = {}
+    annotations: dict[str, str] = field(default_factory=dict)
     linux: Linux | None = None

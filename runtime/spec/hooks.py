@@ -5,7 +5,7 @@ from __future__ import annotations
 from runtime.spec.base import Part
 
 
-class Hook(Part):
+class Hook(Part, frozen=True):
     """`path` is absolute; `args` include argv[0]; `timeout` in seconds."""
 
     path: str
@@ -14,7 +14,7 @@ class Hook(Part):
     timeout: int | None = None
 
 
-class Hooks(Part):
+class Hooks(Part, frozen=True):
     """`prestart` is deprecated in OCI, and older CDI specs use it: it runs where create_runtime does, before it."""
 
     prestart: tuple[Hook, ...] = ()

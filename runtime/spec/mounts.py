@@ -7,18 +7,18 @@ from msgspec import field
 from runtime.spec.base import Part
 
 
-class Root(Part):
+class Root(Part, frozen=True):
     path: str
     readonly: bool = False
 
 
-class IDMapping(Part):
+class IDMapping(Part, frozen=True):
     container_id: int = field(name="containerID")
     host_id: int = field(name="hostID")
     size: int
 
 
-class Mount(Part):
+class Mount(Part, frozen=True):
     """One mount, in the order of mounting. `options` are OCI's strings, flags and filesystem data mixed."""
 
     destination: str
@@ -29,7 +29,7 @@ class Mount(Part):
     gid_mappings: tuple[IDMapping, ...] = ()
 
 
-class Device(Part):
+class Device(Part, frozen=True):
     """A node to make: `type` is "c", "b", "u" or "p"; `file_mode` holds permission bits only."""
 
     path: str

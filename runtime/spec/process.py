@@ -7,7 +7,7 @@ from msgspec import field
 from runtime.spec.base import Part
 
 
-class User(Part):
+class User(Part, frozen=True):
     uid: int
     gid: int
     umask: int | None = None
@@ -15,7 +15,7 @@ class User(Part):
     username: str = ""
 
 
-class Capabilities(Part):
+class Capabilities(Part, frozen=True):
     """The five sets, each of names like "CAP_CHOWN"."""
 
     bounding: tuple[str, ...] = ()
@@ -25,7 +25,7 @@ class Capabilities(Part):
     ambient: tuple[str, ...] = ()
 
 
-class Rlimit(Part):
+class Rlimit(Part, frozen=True):
     """`type` is "RLIMIT_NOFILE" and so on; 2**64-1 is unlimited."""
 
     type: str
@@ -33,12 +33,12 @@ class Rlimit(Part):
     hard: int
 
 
-class ConsoleSize(Part):
+class ConsoleSize(Part, frozen=True):
     height: int
     width: int
 
 
-class Scheduler(Part):
+class Scheduler(Part, frozen=True):
     policy: str
     nice: int = 0
     priority: int = 0
@@ -48,17 +48,17 @@ class Scheduler(Part):
     period: int = 0
 
 
-class IOPriority(Part):
+class IOPriority(Part, frozen=True):
     class_: str = field(name="class")
     priority: int
 
 
-class CPUAffinity(Part):
+class CPUAffinity(Part, frozen=True):
     initial: str = ""
     final: str = ""
 
 
-class Process(Part):
+class Process(Part, frozen=True):
     """`env` holds "K=V" strings in which no key comes twice."""
 
     cwd: str

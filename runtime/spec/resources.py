@@ -10,7 +10,7 @@ from msgspec import field
 from runtime.spec.base import Part
 
 
-class DeviceCgroup(Part):
+class DeviceCgroup(Part, frozen=True):
     """A device rule, later rules win. `type` "a", "c" or "b"; None for major or minor means all of them."""
 
     allow: bool
@@ -20,7 +20,7 @@ class DeviceCgroup(Part):
     access: str = ""
 
 
-class Memory(Part):
+class Memory(Part, frozen=True):
     """`swap` is memory plus swap, as on cgroup v1; -1 is unlimited."""
 
     limit: int | None = None
@@ -34,7 +34,7 @@ class Memory(Part):
     check_before_update: bool | None = None
 
 
-class CPU(Part):
+class CPU(Part, frozen=True):
     """`shares` on cgroup v1's scale (2 to 262144); `quota` and `period` in microseconds, quota -1 is unlimited."""
 
     shares: int | None = None
@@ -48,24 +48,24 @@ class CPU(Part):
     idle: int | None = None
 
 
-class Pids(Part):
+class Pids(Part, frozen=True):
     limit: int
 
 
-class WeightDevice(Part):
+class WeightDevice(Part, frozen=True):
     major: int
     minor: int
     weight: int | None = None
     leaf_weight: int | None = None
 
 
-class ThrottleDevice(Part):
+class ThrottleDevice(Part, frozen=True):
     major: int
     minor: int
     rate: int
 
 
-class BlockIO(Part):
+class BlockIO(Part, frozen=True):
     weight: int | None = None
     leaf_weight: int | None = None
     weight_device: tuple[WeightDevice, ...] = ()
@@ -75,29 +75,29 @@ class BlockIO(Part):
     throttle_write_iops_device: tuple[ThrottleDevice, ...] = field(name="throttleWriteIOPSDevice", default=())
 
 
-class HugepageLimit(Part):
+class HugepageLimit(Part, frozen=True):
     """`page_size` as the kernel writes it in file names: "64KB", "2MB", "1GB"."""
 
     page_size: str
     limit: int
 
 
-class InterfacePriority(Part):
+class InterfacePriority(Part, frozen=True):
     name: str
     priority: int
 
 
-class NetworkClass(Part):
+class NetworkClass(Part, frozen=True):
     class_id: int | None = field(name="classID", default=None)
     priorities: tuple[InterfacePriority, ...] = ()
 
 
-class Rdma(Part):
+class Rdma(Part, frozen=True):
     hca_handles: int | None = None
     hca_objects: int | None = None
 
 
-class Resources(Part):
+class Resources(Part, frozen=True):
     """`unified` maps cgroup v2 file names to what is written there, verbatim."""
 
     devices: tuple[DeviceCgroup, ...] = ()
@@ -107,5 +107,5 @@ class Resources(Part):
     block_io: BlockIO | None = field(name="blockIO", default=None)
     hugepage_limits: tuple[HugepageLimit, ...] = ()
     network: NetworkClass | None = None
-    rdma: dict[str, Rdma] = {}
-    unified: dict[str, str] = {}
+    rdma: dict[str, Rdma] = field(default_factory=dict)
+    unified: dict[str, str] = field(default_factory=dict)

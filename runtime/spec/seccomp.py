@@ -5,7 +5,7 @@ from __future__ import annotations
 from runtime.spec.base import Part
 
 
-class SeccompArg(Part):
+class SeccompArg(Part, frozen=True):
     """Compares argument `index`; with SCMP_CMP_MASKED_EQ `value` is the mask and `value_two` the datum."""
 
     index: int
@@ -14,7 +14,7 @@ class SeccompArg(Part):
     value_two: int = 0
 
 
-class SeccompRule(Part):
+class SeccompRule(Part, frozen=True):
     """OCI's LinuxSyscall: all `args` must match for `action` to be taken."""
 
     names: tuple[str, ...]
@@ -23,7 +23,7 @@ class SeccompRule(Part):
     args: tuple[SeccompArg, ...] = ()
 
 
-class Seccomp(Part):
+class Seccomp(Part, frozen=True):
     """`architectures` besides the native one ("SCMP_ARCH_X86", …); errno 1 (EPERM) where `errno_ret` is None."""
 
     default_action: str
