@@ -1,0 +1,1 @@
+"""crib's tests: the folders mirror the packages."""
