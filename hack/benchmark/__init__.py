@@ -1,0 +1,1 @@
+"""The benchmark behind `hack/bench`: any CRI sockets, one client, one run, with the kernel's floor beside them."""

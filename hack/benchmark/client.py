@@ -1,0 +1,168 @@
+"""One CRI socket under measurement: the same client and the same requests for every runtime."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
+
+from cri.api import cri_pb2 as api
+
+LABEL = "crib-bench"
+SLEEP = ("sleep", "2147483")
+_SERVICES = ("RuntimeService", "ImageService")
+_MASKED = (
+    "/proc/asound", "/proc/acpi", "/proc/interrupts", "/proc/kcore", "/proc/keys", "/proc/latency_stats",
+    "/proc/timer_list", "/proc/timer_stats", "/proc/sched_debug", "/proc/scsi", "/sys/firmware",
+    "/sys/devices/virtual/powercap",
+)  # fmt: skip
+_READONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
+
+
+def _methods(channel: grpc.Channel) -> dict[str, tuple[Any, type[Message]]]:
+    found: dict[str, tuple[Any, type[Message]]] = {}
+    for name in _SERVICES:
+        service = api.DESCRIPTOR.services_by_name[name]
+        for method in service.methods:
+            request, response = GetMessageClass(method.input_type), GetMessageClass(method.output_type)
+            call = channel.unary_unary(
+                f"/{service.full_name}/{method.name}",
+                request_serializer=request.SerializeToString,
+                response_deserializer=response.FromString,
+            )
+            found[method.name] = call, request
+    return found
+
+
+@dataclass(slots=True)
+class Pod:
+    sandbox_id: str
+    container_id: str
+    started_ms: float
+
+
+@dataclass(slots=True)
+class Endpoint:
+    """A runtime behind `unix:///path`; `times` holds the milliseconds of each successful call by its name."""
+
+    name: str
+    target: str
+    image: str
+    run: str
+    log_directory: str
+    host_network: bool
+    timeout_s: float = 60
+    times: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    cgroup_parent: str = ""
+    _serial: int = 0
+    _channel: grpc.Channel = field(init=False)
+    _calls: dict[str, tuple[Any, type[Message]]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._channel = grpc.insecure_channel(self.target, options=[("grpc.max_receive_message_length", 16 << 20)])
+        self._calls = _methods(self._channel)
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def call(self, method: str, **fields: Any) -> Any:
+        """The response of one call; its time is recorded. Raises grpc.RpcError."""
+        call, request = self._calls[method]
+        message = request(**fields)
+        begin = time.perf_counter()
+        response = call(message, timeout=self.timeout_s)
+        self.times[method].append((time.perf_counter() - begin) * 1e3)
+        return response
+
+    def daemon_pid(self) -> int:
+        """The process that listens on the socket."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.connect(self.target.removeprefix("unix://"))
+            peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        pid: int = struct.unpack("3i", peer)[0]
+        return pid
+
+    def prepare(self, cgroup_parent: str) -> None:
+        self.cgroup_parent = cgroup_parent
+        if not self.call("ImageStatus", image=api.ImageSpec(image=self.image)).image.id:
+            self.call("PullImage", image=api.ImageSpec(image=self.image))
+
+    def _sandbox(self) -> api.PodSandboxConfig:
+        self._serial += 1
+        name = f"bench-{self.run}-{self._serial}"
+        network = api.NODE if self.host_network else api.POD
+        return api.PodSandboxConfig(
+            metadata=api.PodSandboxMetadata(name=name, uid=name, namespace=LABEL),
+            hostname="" if self.host_network else name[:63],
+            log_directory=f"{self.log_directory}/{self.name}",
+            dns_config=api.DNSConfig(servers=["192.0.2.53"], searches=["bench.invalid"]),
+            labels={LABEL: self.run},
+            linux=api.LinuxPodSandboxConfig(
+                cgroup_parent=self.cgroup_parent,
+                security_context=api.LinuxSandboxSecurityContext(
+                    namespace_options=api.NamespaceOption(network=network, pid=api.CONTAINER, ipc=api.POD),
+                    seccomp=api.SecurityProfile(profile_type=api.SecurityProfile.RuntimeDefault),
+                ),
+            ),
+        )
+
+    def _container(self) -> api.ContainerConfig:
+        network = api.NODE if self.host_network else api.POD
+        return api.ContainerConfig(
+            metadata=api.ContainerMetadata(name="c"),
+            image=api.ImageSpec(image=self.image),
+            command=SLEEP,
+            log_path=f"{self._serial}.log",
+            labels={LABEL: self.run},
+            linux=api.LinuxContainerConfig(
+                resources=api.LinuxContainerResources(
+                    cpu_shares=102, cpu_period=100_000, cpu_quota=100_000, memory_limit_in_bytes=256 << 20
+                ),
+                security_context=api.LinuxContainerSecurityContext(
+                    namespace_options=api.NamespaceOption(network=network, pid=api.CONTAINER, ipc=api.POD),
+                    seccomp=api.SecurityProfile(profile_type=api.SecurityProfile.RuntimeDefault),
+                    no_new_privs=True,
+                    masked_paths=_MASKED,
+                    readonly_paths=_READONLY,
+                ),
+            ),
+        )
+
+    def start(self) -> Pod:
+        """RunPodSandbox, CreateContainer and StartContainer of a new pod."""
+        sandbox, container = self._sandbox(), self._container()
+        begin = time.perf_counter()
+        sandbox_id = self.call("RunPodSandbox", config=sandbox).pod_sandbox_id
+        container_id = self.call(
+            "CreateContainer", pod_sandbox_id=sandbox_id, config=container, sandbox_config=sandbox
+        ).container_id
+        self.call("StartContainer", container_id=container_id)
+        return Pod(sandbox_id, container_id, (time.perf_counter() - begin) * 1e3)
+
+    def exec_true(self, pod: Pod) -> None:
+        answer = self.call("ExecSync", container_id=pod.container_id, cmd=["true"], timeout=30)
+        if answer.exit_code:
+            raise RuntimeError(f"{self.name}: ExecSync of true ended with exit code {answer.exit_code}")
+
+    def stop(self, pod: Pod) -> float:
+        """StopContainer without grace, StopPodSandbox, RemoveContainer, RemovePodSandbox; milliseconds of all four."""
+        begin = time.perf_counter()
+        self.call("StopContainer", container_id=pod.container_id, timeout=0)
+        self.call("StopPodSandbox", pod_sandbox_id=pod.sandbox_id)
+        self.call("RemoveContainer", container_id=pod.container_id)
+        self.call("RemovePodSandbox", pod_sandbox_id=pod.sandbox_id)
+        return (time.perf_counter() - begin) * 1e3
+
+    def sweep(self) -> None:
+        """Remove whatever this run left."""
+        mine = api.PodSandboxFilter(label_selector={LABEL: self.run})
+        for sandbox in self.call("ListPodSandbox", filter=mine).items:
+            self.call("StopPodSandbox", pod_sandbox_id=sandbox.id)
+            self.call("RemovePodSandbox", pod_sandbox_id=sandbox.id)

@@ -1,0 +1,81 @@
+"""The tables on a terminal, and the same as JSON."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmark.floor import Cycle
+from benchmark.measure import Result, Summary
+
+FLOOR = "floor (C)"
+
+
+def floor_result(cycles: list[Cycle]) -> dict[str, Any]:
+    """What the floor has of a result."""
+    return {
+        "start": Summary.of([cycle.start_ms for cycle in cycles]),
+        "exec_true": Summary.of([cycle.exec_ms for cycle in cycles]),
+        "stop": Summary.of([cycle.stop_ms for cycle in cycles]),
+        "cpu_ms": statistics.mean(cycle.cpu_ms for cycle in cycles) if cycles else None,
+    }
+
+
+def _ms(summary: Summary | None) -> str:
+    if summary is None:
+        return "-"
+    return f"{summary.median:.1f} / {summary.p99:.1f} / {summary.best:.1f}"
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**20:.2f}"
+
+
+def _ratio(mine: Summary | None, floor: Summary | None) -> str:
+    return f"{mine.median / floor.median:.2f}" if mine and floor else "-"
+
+
+def versions(console: Console, facts: dict[str, str]) -> None:
+    table = Table("what", "version", title="versions", title_justify="left")
+    for name, version in facts.items():
+        table.add_row(name, version)
+    console.print(table)
+
+
+def tables(console: Console, results: dict[str, Result], cycles: list[Cycle]) -> None:
+    floor = floor_result(cycles)
+    names = list(results)
+    table = Table("", *names, *([FLOOR] if cycles else []), title_justify="left")
+    table.title = "milliseconds: median / p99 / best"
+
+    def row(label: str, cell: Callable[[Result], str], floor_cell: str = "") -> None:
+        table.add_row(label, *(cell(results[name]) for name in names), *([floor_cell] if cycles else []))
+
+    row("run to started", lambda r: _ms(r.start), _ms(floor["start"]))
+    row("  median over the floor's", lambda r: _ratio(r.start, floor["start"]), "1")
+    row("ExecSync of true", lambda r: _ms(r.exec_true), _ms(floor["exec_true"]))
+    row("stop and remove", lambda r: _ms(r.stop), _ms(floor["stop"]))
+    for call in dict.fromkeys(call for name in names for call in results[name].calls):
+        row(f"  {call}", lambda r, call=call: _ms(r.calls.get(call)))  # type: ignore[misc]
+    if any(r.concurrent for r in results.values()):
+        count = max(r.concurrent.pods for r in results.values() if r.concurrent)
+        row(f"{count} starts at once, each", lambda r: _ms(r.concurrent.start) if r.concurrent else "-")
+        row("  wall time per pod", lambda r: f"{r.concurrent.wall_per_pod_ms:.1f}" if r.concurrent else "-")
+    if any(r.cpu for r in results.values()):
+        own = f"{floor['cpu_ms']:.1f}" if cycles else ""
+        row("CPU per cycle, own cgroups", lambda r: f"{r.cpu.own_ms:.1f}" if r.cpu else "-", own)
+        row("CPU per cycle, whole machine", lambda r: f"{r.cpu.system_ms:.0f}" if r.cpu else "-")
+    if any(r.idle for r in results.values()):
+        count = max(r.idle.pods for r in results.values() if r.idle)
+        row(f"run to started among {count}", lambda r: _ms(r.idle.start) if r.idle else "-")
+        row("  the floor there", lambda r: _ms(r.idle.floor) if r.idle else "-")
+        row("  median over the floor's", lambda r: _ratio(r.idle.start, r.idle.floor) if r.idle else "-")
+        row(f"helpers' MiB per pod, {count} idle", lambda r: _mib(r.idle.helpers_per_pod_bytes) if r.idle else "-")
+        row("pod inits' MiB per pod", lambda r: _mib(r.idle.pod_init_per_pod_bytes) if r.idle else "-")
+        row("daemon MiB", lambda r: _mib(r.idle.daemon_bytes) if r.idle else "-")
+        row("idle, % of one core", lambda r: f"{r.idle.core_percent:.2f}" if r.idle else "-")
+    console.print(table)
