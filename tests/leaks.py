@@ -46,9 +46,9 @@ class Machine:
         )
 
 
-def left_since(before: Machine) -> list[str]:
+def left_since(before: Machine, settle_s: float = SETTLE_S) -> list[str]:
     """What is there and wasn't `before`, once the kernel has had its time to let go."""
-    deadline = time.monotonic() + SETTLE_S
+    deadline = time.monotonic() + settle_s
     while (left := _difference(before, Machine.now())) and time.monotonic() < deadline:
         time.sleep(0.02)  # noqa: TID251 - these states have no event to wait for
     return left
