@@ -32,7 +32,7 @@ def enter() -> None:
     if libc.unshare(CLONE_NEWNS | CLONE_NEWNET) != 0:
         _refusal = f"unshare: {os.strerror(ctypes.get_errno())}"
         return
-    # Nothing goes out to the host's mounts; shared within, where they were, for that is what crib meets on a node.
+    # Nothing goes out to the host's mounts; within all is shared, as systemd has it on a node.
     commands = ["mount --make-rslave /", "mount --make-rshared /", "mkdir -p /run/netns"]
     commands += ["mount -t tmpfs -o mode=755 tmpfs /run/netns", "mount --make-rshared /run/netns", "ip link set lo up"]
     for command in commands:
@@ -82,14 +82,22 @@ def _reap(child: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda received, _frame: os.kill(child, received))
-    status = 0
+    status: int | None = None
     try:
         while True:
             pid, ended = os.wait()
             if pid == child:
                 status = ended
-                for left in _descendants(os.getpid(), set()):
-                    os.kill(left, signal.SIGKILL)
+            if status is not None:
+                _kill_descendants()
     except ChildProcessError:
-        code = os.waitstatus_to_exitcode(status)
+        code = os.waitstatus_to_exitcode(status or 0)
         os._exit(code if code >= 0 else 128 - code)
+
+
+def _kill_descendants() -> None:
+    for pid in _descendants(os.getpid(), set()):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
