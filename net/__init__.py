@@ -1,1 +1,25 @@
 """The network room: from a namespace path and a pod's identity to addresses."""
+
+from pathlib import Path
+
+from net.bridge import BridgeConfig, BridgeNetwork
+from net.network import Attachment, NetNs, Network, NetworkStatus, PodIdentity
+
+__all__ = [
+    "Attachment",
+    "BridgeConfig",
+    "NetNs",
+    "Network",
+    "NetworkStatus",
+    "PodIdentity",
+    "open_network",
+]
+
+
+def open_network(instance: str, root: Path, config: BridgeConfig) -> Network:
+    """The network of this cribd, with its records under `root`. Changes nothing on the host before `setup`.
+
+    `instance` tells cribds with different directories apart. Raises InvalidSpec for a configuration that can't work,
+    Unavailable when the records can't be read.
+    """
+    return BridgeNetwork(instance, root, config)

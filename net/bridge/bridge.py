@@ -1,0 +1,402 @@
+"""The bridge network: what `net.network.Network` promises, with one bridge per cribd.
+
+Order of effects: a lease is on disk before its veth pair exists, and is forgotten only after the pair is gone. Pairs
+are never deleted on the way of a pod's end (16 to 20 ms each, one at a time, in the kernel): the end of the
+namespace removes them, in batches.
+"""
+
+import contextlib
+import errno
+import hashlib
+import logging
+import re
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address, ip_interface, ip_network
+from pathlib import Path
+from typing import Final
+
+from net import rtnetlink
+from net.bridge import nat, subnet, sysctl
+from net.bridge.ipam import Lease, Leases
+from net.errors import AlreadyExists, CribError, DeadlineExceeded, Exhausted, InvalidSpec, Unavailable, WrongState
+from net.netlink import Channel, NetlinkError
+from net.network import Attachment, NetNs, NetworkStatus, PodIdentity
+from net.rtnetlink import IpNetwork, Link
+
+logger = logging.getLogger(__name__)
+
+_POD_INTERFACE: Final = "eth0"
+_DEFAULT_MTU: Final = 1500
+_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}")
+_SWEEP_LIMIT: Final = 32  # released leases looked at per detach: bounds what one pod pays for others
+# Locally administered addresses: who made an interface can be read from it.
+_MAC_BRIDGE: Final = "02:58"
+_MAC_HOST: Final = "06:58"
+_MAC_POD: Final = "0a:58"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BridgeConfig:
+    """Empty and 0 mean: derived. `bridge` from the instance, `subnet` a free one, `mtu` the uplink's.
+
+    `subnet6` has no default: without it pods have no IPv6 at all.
+    """
+
+    bridge: str = ""
+    subnet: str = ""
+    subnet6: str = ""
+    mtu: int = 0
+    masquerade: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """What a finished setup found out."""
+
+    index: int
+    mtu: int
+    subnets: tuple[IpNetwork, ...]
+    warning: str
+
+
+class BridgeNetwork:
+    """See `net.network.Network`. Threat model: pods may send any frame; nothing they send reaches this code."""
+
+    def __init__(self, instance: str, root: Path, config: BridgeConfig) -> None:
+        self.bridge = config.bridge or (f"{instance}0" if instance == "crib" else instance[:15])
+        if not _NAME.fullmatch(self.bridge):
+            raise InvalidSpec(f"network.bridge {self.bridge!r}: not an interface name of at most 15 characters")
+        if config.mtu and not 68 <= config.mtu <= 65535:
+            raise InvalidSpec(f"network.mtu {config.mtu}: not between 68 and 65535")
+        self._instance = instance
+        self._config = config
+        self._subnet = subnet.configured("network.subnet", config.subnet, 4) if config.subnet else None
+        self._subnet6 = subnet.configured("network.subnet6", config.subnet6, 6) if config.subnet6 else None
+        self._mac = f"{_MAC_BRIDGE}:{hashlib.sha256(instance.encode()).digest()[:4].hex(':')}"
+        self._setup_lock = threading.Lock()
+        self._ready: _Ready | None = None
+        self._leases = Leases(root / "leases.db")
+
+    def close(self) -> None:
+        self._leases.close()
+
+    # What all pods share
+
+    def setup(self) -> None:
+        self._set_up()
+
+    def _set_up(self) -> _Ready:
+        with self._setup_lock, _explained(f"bridge {self.bridge}"):
+            self._ready = None
+            with Channel() as channel:
+                index, mtu, subnets = self._make_bridge(channel)
+            sysctl.write("net.ipv4.ip_forward", "1")
+            if self._subnet6:
+                sysctl.forward_ipv6()
+            if self._config.masquerade:
+                nat.install(self._instance, subnets)
+            self._ready = _Ready(index, mtu, subnets, self._warning())
+            return self._ready
+
+    def _warning(self) -> str:
+        """What another firewall table does to pods' traffic that no table of crib's can undo; empty for nothing."""
+        drops = nat.forward_drops() if self._config.masquerade else []
+        if not drops:
+            return ""
+        return (
+            f"the firewall drops forwarded packets by default (chain {', '.join(drops)}): pods may reach nothing "
+            f"beyond this node until it accepts what comes from and goes to {self.bridge}"
+        )
+
+    def _make_bridge(self, channel: Channel) -> tuple[int, int, tuple[IpNetwork, ...]]:
+        """The bridge, up and with the gateway's addresses: index, MTU and subnets."""
+        links = {link.index: link for link in rtnetlink.links(channel.dump(rtnetlink.all_links()))}
+        bridge = next((link for link in links.values() if link.name == self.bridge), None)
+        if bridge and not self._ours(bridge):
+            kind = bridge.kind or "hardware"
+            raise Unavailable(
+                f"interface {self.bridge} ({kind}, address {bridge.mac}) is not crib's: remove it or set network.bridge"
+            )
+        subnets = self._choose_subnets(channel, links, bridge.index if bridge else 0)
+        mtu = self._config.mtu or _uplink_mtu(channel, links)
+        if not bridge:
+            channel.do(rtnetlink.make_bridge(self.bridge, self._mac, mtu))
+        elif bridge.mtu != mtu:
+            channel.do(rtnetlink.set_mtu(self.bridge, mtu))
+        if self._subnet6:
+            sysctl.write(f"net.ipv6.conf.{self.bridge}.accept_ra", "0")  # pods are not this host's routers
+        elif sysctl.exists("net.ipv6"):
+            sysctl.write(f"net.ipv6.conf.{self.bridge}.disable_ipv6", "1")
+        channel.do(rtnetlink.up(self.bridge))
+        index = socket.if_nametoindex(self.bridge)
+        self._set_gateways(channel, index, subnets)
+        return index, mtu, subnets
+
+    def _ours(self, link: Link) -> bool:
+        return link.kind == "bridge" and link.mac == self._mac
+
+    def _choose_subnets(self, channel: Channel, links: dict[int, Link], own: int) -> tuple[IpNetwork, ...]:
+        """The configured, recorded or a free subnet, recorded before anything uses it.
+
+        A recorded one stays while it has leases, and otherwise as long as nothing else on the host overlaps it.
+        """
+        taken = {
+            route.destination: links[route.link].name if route.link in links else "a route"
+            for route in rtnetlink.routes(channel.dump(rtnetlink.all_routes(4)))
+            if route.destination.prefixlen and route.link != own
+        }
+        for link, address in rtnetlink.addresses(channel.dump(rtnetlink.all_addresses(4))):
+            if link != own:
+                taken[address.network] = links[link].name if link in links else "another interface"
+        recorded = self._leases.subnets()
+        first = self._subnet or (ip_network(recorded[0]) if recorded else None)
+        clash = next((other for other in taken if first and first.overlaps(other)), None)
+        if clash and self._subnet:
+            raise Unavailable(f"network.subnet {first}: overlaps {clash} of {taken[clash]}")
+        second = (self._subnet6,) if self._subnet6 else ()
+        if (clash or not first) and self._leases.record_subnets(
+            free := (subnet.choose(self._instance, taken), *second)
+        ):
+            return free
+        if first and self._leases.record_subnets(wanted := (first, *second)):
+            return wanted
+        raise Unavailable(f"network.subnet: pods still have addresses of {', '.join(recorded)}; remove them first")
+
+    def _set_gateways(self, channel: Channel, index: int, subnets: Sequence[IpNetwork]) -> None:
+        """Exactly the gateways' addresses on the bridge."""
+        wanted = {ip_interface((_gateway(net).packed, net.prefixlen)) for net in subnets}
+        found = {
+            address
+            for version in (4, 6)
+            for link, address in rtnetlink.addresses(channel.dump(rtnetlink.all_addresses(version)))
+            if link == index and not address.ip.is_link_local
+        }
+        channel.do(
+            *(rtnetlink.remove_address(index, address) for address in found - wanted),
+            *(rtnetlink.add_address(index, address) for address in wanted - found),
+        )
+
+    def status(self) -> NetworkStatus:
+        try:
+            ready = self._ready
+            if not ready or not self._intact(ready):
+                ready = self._set_up()
+            self._sweep()
+            with _explained("nftables"):
+                warning = ready.warning and self._warning()
+        except CribError as error:
+            return NetworkStatus(ready=False, reason="BridgeNotReady", message=str(error))
+        return NetworkStatus(ready=True, reason="FirewallDropsForwarded" if warning else "", message=warning)
+
+    def _intact(self, ready: _Ready) -> bool:
+        """Whether what setup made is still there."""
+        with _explained("nftables"):
+            return _index(self.bridge) == ready.index and (not self._config.masquerade or nat.installed(self._instance))
+
+    def teardown(self) -> None:
+        with self._setup_lock, _explained(f"bridge {self.bridge}"), Channel() as channel:
+            leases = self._leases.all()
+            if attached := [lease for lease in leases if not lease.released]:
+                raise WrongState(f"bridge {self.bridge}: {len(attached)} pods are attached")
+            for lease in leases:
+                self._remove_link(channel, _host_interface(lease.sandbox_id))
+                self._leases.free(lease.sandbox_id)
+            self._ready = None
+            nat.remove(self._instance)
+            bridge = _link(channel, self.bridge)
+            if bridge and self._ours(bridge):
+                channel.do(rtnetlink.remove_link(self.bridge))
+
+    # One pod
+
+    def attach(self, pod: PodIdentity, netns: NetNs) -> Attachment:
+        if netns.rtnl is None:
+            raise InvalidSpec(f"pod {pod.namespace}/{pod.name}: no netlink socket of its namespace was given")
+        ready = self._ready or self._set_up()
+        with _explained(f"pod {pod.namespace}/{pod.name}: {_host_interface(pod.sandbox_id)} on {self.bridge}"):
+            lease = self._lease(pod, ready)
+            try:
+                with Channel() as host, Channel(opened=netns.rtnl) as inside:
+                    if _index(self.bridge) != ready.index:  # removed behind our back
+                        ready = self._set_up()
+                    self._connect(lease, netns, ready, host, inside)
+            except BaseException:
+                self._undo(pod.sandbox_id)
+                raise
+        return self._attachment(lease, ready.subnets)
+
+    def _lease(self, pod: PodIdentity, ready: _Ready) -> Lease:
+        last = min(net.num_addresses - (2 if net.version == 4 else 1) for net in ready.subnets)
+        for retry in (True, False):
+            try:
+                return self._leases.take(pod, last)
+            except Exhausted as error:
+                if retry:
+                    self._sweep()
+                    continue
+                waiting = len(self._leases.released())
+                more = f" ({waiting} of them by pods whose namespaces still exist)" if waiting else ""
+                raise Exhausted(f"subnet {ready.subnets[0]}: {error}{more}") from error
+        raise AssertionError
+
+    def _connect(self, lease: Lease, netns: NetNs, ready: _Ready, host: Channel, inside: Channel) -> None:
+        """The veth pair and what the pod's end needs; what an interrupted attempt has done is done again."""
+        name = _host_interface(lease.sandbox_id)
+        packed = _address(ready.subnets[0], lease.offset).packed
+        pod_mac = _mac(_MAC_POD, packed)
+        pair = rtnetlink.make_veth(
+            name=name,
+            mac=_mac(_MAC_HOST, packed),
+            master=ready.index,
+            mtu=ready.mtu,
+            peer_netns=netns.fd,
+            peer_name=_POD_INTERFACE,
+            peer_mac=pod_mac,
+        )
+        try:
+            host.do(pair)
+        except NetlinkError as error:
+            if error.errno == errno.EXFULL:
+                raise Exhausted(f"bridge {self.bridge}: no free port ({error})") from error
+            if error.errno != errno.EEXIST:
+                raise
+            end = _link(inside, _POD_INTERFACE)
+            if end and (end.mac != pod_mac or not _link(host, name)):
+                raise AlreadyExists(f"namespace {netns.path} already has an interface {_POD_INTERFACE}") from error
+            if not end:  # the pair leads into an earlier namespace of this sandbox
+                self._remove_link(host, name)
+                host.do(pair)
+        host.do(rtnetlink.bridge_port(name), rtnetlink.up(name))
+        quiet = () if self._subnet6 else (rtnetlink.no_link_local(_POD_INTERFACE),)
+        inside.do(rtnetlink.up("lo"), *quiet, rtnetlink.up(_POD_INTERFACE))
+        end = _link(inside, _POD_INTERFACE)
+        if not end:
+            raise Unavailable(f"namespace {netns.path}: interface {_POD_INTERFACE} vanished")
+        configuration = []
+        for net in ready.subnets:
+            address = ip_interface((_address(net, lease.offset).packed, net.prefixlen))
+            configuration.append(rtnetlink.add_address(end.index, address))
+            configuration.append(rtnetlink.default_route(end.index, _gateway(net)))
+        inside.do(*configuration)
+
+    def _undo(self, sandbox_id: str) -> None:
+        """Take a failed attach back; what can't be is left to the records."""
+        try:
+            with Channel() as channel:
+                self._remove_link(channel, _host_interface(sandbox_id))
+            self.detach(sandbox_id, None)
+        except (CribError, OSError) as error:
+            logger.warning("sandbox=%s attach was not undone: %s", sandbox_id, error)
+
+    def detach(self, sandbox_id: str, netns_path: str | None) -> None:
+        self._leases.release(sandbox_id)
+        lease = self._leases.find(sandbox_id)
+        if lease and not _index(_host_interface(sandbox_id)):
+            self._leases.free(lease.sandbox_id)
+        self._sweep(_SWEEP_LIMIT)
+
+    def attachment(self, sandbox_id: str) -> Attachment | None:
+        lease = self._leases.find(sandbox_id)
+        if not lease or lease.released:
+            return None
+        return self._attachment(lease, [ip_network(recorded) for recorded in self._leases.subnets()])
+
+    def _attachment(self, lease: Lease, subnets: Sequence[IpNetwork]) -> Attachment:
+        return Attachment(
+            interface=_POD_INTERFACE,
+            addresses=tuple(f"{_address(net, lease.offset)}/{net.prefixlen}" for net in subnets),
+            gateway=str(_gateway(subnets[0])),
+            mac=_mac(_MAC_POD, _address(subnets[0], lease.offset).packed),
+            host_interface=_host_interface(lease.sandbox_id),
+        )
+
+    # Records and the world
+
+    def reconcile(self, known: set[str]) -> None:
+        with _explained(f"bridge {self.bridge}"), Channel() as channel:
+            for lease in self._leases.all():
+                if lease.sandbox_id not in known:
+                    self._leases.release(lease.sandbox_id)
+                    self._remove_link(channel, _host_interface(lease.sandbox_id))
+            self._sweep()
+            bridge = _link(channel, self.bridge)
+            if not bridge or not self._ours(bridge):
+                return
+            leased = {_host_interface(lease.sandbox_id) for lease in self._leases.all()}
+            for link in rtnetlink.links(channel.dump(rtnetlink.all_links())):
+                if link.master == bridge.index and link.mac.startswith(_MAC_HOST) and link.name not in leased:
+                    logger.warning("interface=%s no record speaks of it: removing", link.name)
+                    self._remove_link(channel, link.name)
+
+    def _sweep(self, limit: int = -1) -> None:
+        """Free the leases that were given up and whose links have gone."""
+        for lease in self._leases.released(limit):
+            if not _index(_host_interface(lease.sandbox_id)):
+                self._leases.free(lease.sandbox_id)
+
+    def _remove_link(self, channel: Channel, name: str) -> None:
+        """Delete a pod's pair from this end; never an interface of that name that isn't crib's."""
+        link = _link(channel, name)
+        if link and link.kind == "veth" and link.mac.startswith(_MAC_HOST):
+            try:
+                channel.do(rtnetlink.remove_link(name))
+            except NetlinkError as error:
+                if error.errno != errno.ENODEV:  # it may have gone by itself
+                    raise
+
+
+@contextlib.contextmanager
+def _explained(subject: str) -> Iterator[None]:
+    """Kernel errors as domain errors that name the subject."""
+    try:
+        yield
+    except TimeoutError as error:
+        raise DeadlineExceeded(f"{subject}: no answer from the kernel over netlink") from error
+    except NetlinkError as error:
+        kind = Exhausted if error.errno in (errno.ENOMEM, errno.ENOBUFS) else Unavailable
+        raise kind(f"{subject}: {error}") from error
+    except OSError as error:
+        raise Unavailable(f"{subject}: {error}") from error
+
+
+def _uplink_mtu(channel: Channel, links: dict[int, Link]) -> int:
+    """The MTU of the interface that the best default route leaves by."""
+    defaults = [
+        route
+        for version in (4, 6)
+        for route in rtnetlink.routes(channel.dump(rtnetlink.all_routes(version)))
+        if route.destination.prefixlen == 0 and route.link in links
+    ]
+    best = min(defaults, key=lambda route: (route.destination.version, route.metric), default=None)
+    return min(links[best.link].mtu, 65535) if best else _DEFAULT_MTU
+
+
+def _link(channel: Channel, name: str) -> Link | None:
+    return next(rtnetlink.links(channel.get(rtnetlink.one_link(name))), None)
+
+
+def _index(name: str) -> int:
+    """The interface's index, 0 when there is none."""
+    try:
+        return socket.if_nametoindex(name)
+    except OSError:
+        return 0
+
+
+def _host_interface(sandbox_id: str) -> str:
+    return f"veth{sandbox_id[:11]}"
+
+
+def _gateway(net: IpNetwork) -> IPv4Address | IPv6Address:
+    return _address(net, 1)
+
+
+def _address(net: IpNetwork, offset: int) -> IPv4Address | IPv6Address:
+    return net[offset]
+
+
+def _mac(prefix: str, address: bytes) -> str:
+    return f"{prefix}:{address[:4].hex(':')}"

@@ -1,0 +1,195 @@
+"""Address leases: which sandbox holds which address, on disk before any interface has it.
+
+A lease is an offset into the subnet, so a second address family needs no second record. Addresses are handed out
+round robin: one that was given up comes back last, when nobody's neighbour cache remembers it. A lease that was given
+up is *released* and keeps its offset until its link is gone.
+"""
+
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from net.errors import Exhausted, Unavailable
+from net.network import PodIdentity
+from net.rtnetlink import IpNetwork
+
+FIRST_OFFSET: Final = 2  # 0 is the network's own, 1 the gateway's
+_SCHEMA_VERSION: Final = 1
+_SCHEMA: Final = """
+CREATE TABLE network (
+    subnets TEXT NOT NULL,
+    last_offset INTEGER NOT NULL
+) STRICT;
+CREATE TABLE lease (
+    offset INTEGER PRIMARY KEY,
+    sandbox_id TEXT NOT NULL UNIQUE,
+    released INTEGER NOT NULL DEFAULT 0,
+    name TEXT NOT NULL,
+    namespace TEXT NOT NULL,
+    uid TEXT NOT NULL,
+    created_ns INTEGER NOT NULL
+) STRICT;
+"""
+_COLUMNS: Final = "offset, sandbox_id, released, name, namespace, uid, created_ns"
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A sandbox's hold on the subnet's address number `offset`."""
+
+    offset: int
+    sandbox_id: str
+    released: bool
+    name: str
+    namespace: str
+    uid: str
+    created_ns: int
+
+
+class Leases:
+    """The leases of one network, in a SQLite file. Safe to use from several threads, and from several processes.
+
+    Survives a crash of the daemon at any point. A power failure may take the latest changes with it, and with those
+    the links that they spoke of: nothing to protect is left, so a pod's start doesn't wait for the disk.
+    Raises Unavailable when the file can't be used, Exhausted when the disk is full.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        try:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._database = sqlite3.connect(path, timeout=5.0, isolation_level=None, check_same_thread=False)
+        except (OSError, sqlite3.Error) as error:
+            raise Unavailable(f"leases {path}: {error}") from error
+        try:
+            self._open()
+        except sqlite3.Error as error:
+            self._database.close()
+            raise Unavailable(f"leases {path}: {error}") from error
+        except BaseException:
+            self._database.close()
+            raise
+
+    def _open(self) -> None:
+        self._database.execute("PRAGMA journal_mode = WAL")
+        self._database.execute("PRAGMA synchronous = NORMAL")
+        with self._transaction() as database:
+            (version,) = database.execute("PRAGMA user_version").fetchone()
+            if version == 0:
+                for statement in _SCHEMA.split(";"):
+                    database.execute(statement)
+                database.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
+            elif version != _SCHEMA_VERSION:
+                raise Unavailable(f"leases {self._path}: format {version} is of another version of crib")
+
+    def close(self) -> None:
+        with self._lock:
+            self._database.close()
+
+    def subnets(self) -> tuple[str, ...]:
+        """What the offsets count in, IPv4 first; empty before anything was recorded."""
+        with self._transaction() as database:
+            return _subnets(database)
+
+    def record_subnets(self, subnets: Sequence[IpNetwork]) -> bool:
+        """Let offsets count in `subnets` from now on; False, and no change, while leases of others exist."""
+        with self._transaction() as database:
+            wanted = tuple(str(subnet) for subnet in subnets)
+            if _subnets(database) == wanted:
+                return True
+            if database.execute("SELECT 1 FROM lease LIMIT 1").fetchone():
+                return False
+            database.execute("DELETE FROM network")
+            database.execute("INSERT INTO network VALUES (?, ?)", (" ".join(wanted), FIRST_OFFSET - 1))
+            return True
+
+    def take(self, pod: PodIdentity, last_offset: int) -> Lease:
+        """A lease for the sandbox, with an offset of at most `last_offset`; its old one if it has one.
+
+        Raises Exhausted.
+        """
+        with self._transaction() as database:
+            database.execute("UPDATE lease SET released = 0 WHERE sandbox_id = ?", (pod.sandbox_id,))
+            if found := _one(database, pod.sandbox_id):
+                return found
+            (latest,) = database.execute("SELECT last_offset FROM network").fetchone()
+            offset = _free(database, latest + 1, last_offset) or _free(database, FIRST_OFFSET, latest)
+            if offset is None:
+                raise Exhausted(f"all {last_offset - FIRST_OFFSET + 1} addresses are taken")
+            row = (offset, pod.sandbox_id, 0, pod.name, pod.namespace, pod.uid, time.time_ns())
+            database.execute(f"INSERT INTO lease ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+            database.execute("UPDATE network SET last_offset = ?", (offset,))
+            return _lease(row)
+
+    def find(self, sandbox_id: str) -> Lease | None:
+        with self._transaction() as database:
+            return _one(database, sandbox_id)
+
+    def all(self) -> list[Lease]:
+        with self._transaction() as database:
+            rows = database.execute(f"SELECT {_COLUMNS} FROM lease ORDER BY offset").fetchall()
+        return [_lease(row) for row in rows]
+
+    def released(self, limit: int = -1) -> list[Lease]:
+        """Leases that wait for their link to go, oldest first."""
+        with self._transaction() as database:
+            query = f"SELECT {_COLUMNS} FROM lease WHERE released ORDER BY created_ns LIMIT ?"
+            return [_lease(row) for row in database.execute(query, (limit,)).fetchall()]
+
+    def release(self, sandbox_id: str) -> None:
+        """Give the lease up; its offset stays taken until `free`."""
+        with self._transaction() as database:
+            database.execute("UPDATE lease SET released = 1 WHERE sandbox_id = ?", (sandbox_id,))
+
+    def free(self, sandbox_id: str) -> None:
+        """Forget the lease if it is still given up; the caller has seen that its link is gone."""
+        with self._transaction() as database:
+            database.execute("DELETE FROM lease WHERE sandbox_id = ? AND released", (sandbox_id,))
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        try:
+            with self._lock:
+                self._database.execute("BEGIN IMMEDIATE")
+                try:
+                    yield self._database
+                except BaseException:
+                    if self._database.in_transaction:  # a full disk has already ended it
+                        self._database.execute("ROLLBACK")
+                    raise
+                self._database.execute("COMMIT")
+        except sqlite3.Error as error:
+            full = getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_FULL
+            raise (Exhausted if full else Unavailable)(f"leases {self._path}: {error}") from error
+
+
+def _subnets(database: sqlite3.Connection) -> tuple[str, ...]:
+    row = database.execute("SELECT subnets FROM network").fetchone()
+    return tuple(row[0].split()) if row else ()
+
+
+def _one(database: sqlite3.Connection, sandbox_id: str) -> Lease | None:
+    row = database.execute(f"SELECT {_COLUMNS} FROM lease WHERE sandbox_id = ?", (sandbox_id,)).fetchone()
+    return _lease(row) if row else None
+
+
+def _lease(row: tuple[int, str, int, str, str, str, int]) -> Lease:
+    offset, sandbox_id, released, name, namespace, uid, created_ns = row
+    return Lease(offset, sandbox_id, bool(released), name, namespace, uid, created_ns)
+
+
+def _free(database: sqlite3.Connection, first: int, last: int) -> int | None:
+    """The first offset from `first` to `last` that no lease has."""
+    wanted = first
+    rows = database.execute("SELECT offset FROM lease WHERE offset BETWEEN ? AND ? ORDER BY offset", (first, last))
+    for (taken,) in rows:
+        if taken != wanted:
+            break
+        wanted += 1
+    return wanted if wanted <= last else None

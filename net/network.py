@@ -1,0 +1,87 @@
+"""What a pod's network is to the rest of crib: the types that cross the room's door."""
+
+import socket
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PodIdentity:
+    """Who gets the address. `sandbox_id` is the key; the rest is for people, plugins and their arguments."""
+
+    sandbox_id: str
+    name: str
+    namespace: str
+    uid: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetNs:
+    """A pod's network namespace; descriptors stay the caller's.
+
+    `path` is its pin under /run/netns, `fd` the namespace, `rtnl` a NETLINK_ROUTE socket that was opened inside it
+    (its owner uses it for nothing else while a call of this room has it).
+    """
+
+    path: str
+    fd: int
+    rtnl: socket.socket | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attachment:
+    """What a pod got. `addresses` have prefix lengths ("10.88.0.5/16"), primary first; `gateway` is its router."""
+
+    interface: str
+    addresses: tuple[str, ...]
+    gateway: str
+    mac: str
+    host_interface: str
+
+    @property
+    def ips(self) -> tuple[str, ...]:
+        """The addresses without prefix length, primary first."""
+        return tuple(address.partition("/")[0] for address in self.addresses)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NetworkStatus:
+    """The CRI's NetworkReady condition. `reason` is a CamelCase word, empty while nothing is to be told.
+
+    A ready network may still have a `message`: something on this host that it can't do anything about.
+    """
+
+    ready: bool
+    reason: str = ""
+    message: str = ""
+
+
+class Network(Protocol):
+    """Gives pods addresses. Safe to use from several threads; calls for one sandbox must not overlap.
+
+    Every call blocks (milliseconds), so none belongs in an event loop. Raises the classes of `net.errors`.
+    """
+
+    def setup(self) -> None:
+        """Make what all pods share. Idempotent; puts back what is missing, so it is also the repair."""
+
+    def attach(self, pod: PodIdentity, netns: NetNs) -> Attachment:
+        """Connect the pod's namespace. The same sandbox again gets the same addresses; a failure leaves nothing."""
+
+    def detach(self, sandbox_id: str, netns_path: str | None) -> None:
+        """Give up the sandbox's addresses. Succeeds for what is gone or never was, and without the namespace."""
+
+    def attachment(self, sandbox_id: str) -> Attachment | None:
+        """What the sandbox was given, from the records; None when it has nothing."""
+
+    def status(self) -> NetworkStatus:
+        """Whether pods can be attached now, and why not. Tries to repair first."""
+
+    def reconcile(self, known: set[str]) -> None:
+        """Free what no sandbox in `known` owns. For the start of the daemon, before pods are made."""
+
+    def teardown(self) -> None:
+        """Remove what `setup` made. Raises WrongState while a pod is attached."""
+
+    def close(self) -> None:
+        """Let go of files; the network itself stays as it is."""
