@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,11 +20,10 @@ from typing import Any
 import grpc
 from rich.console import Console
 
-from benchmark import account, measure, report
-from benchmark.client import Endpoint
-from benchmark.floor import Floor
+from hack.benchmark import account, measure, report
+from hack.benchmark.client import Endpoint
+from hack.benchmark.floor import Floor
 
-_IMAGE = "registry.k8s.io/e2e-test-images/busybox:1.29-2"
 _EPILOG = """
 Every phase takes the endpoints in turns. Run to started is RunPodSandbox, CreateContainer and StartContainer of a pod
 with one container; CPU per cycle is that with its stop and removal, read from cgroups (see benchmark/account.py).
@@ -36,7 +36,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="hack/bench", description=__doc__, epilog=_EPILOG)
     add = parser.add_argument
     add("--endpoint", action="append", required=True, metavar="NAME=unix:///SOCKET", help="a CRI socket; repeatable")
-    add("--image", default=_IMAGE, help="has sleep and true; pulled where it is missing (default: %(default)s)")
+    add("--image", required=True, metavar="REFERENCE", help="has sleep and true; pulled where it is missing")
     add("--iterations", type=int, default=50, help="sequential pod cycles (%(default)s)")
     add("--warm-up", type=int, default=3, help="cycles before, not counted (%(default)s)")
     add("--execs", type=int, default=2, help="ExecSync calls per cycle (%(default)s)")
@@ -88,7 +88,7 @@ def _versions(endpoints: list[Endpoint]) -> dict[str, str]:
 
 
 def _prepare(endpoint: Endpoint, warm_up: int, stack: contextlib.ExitStack) -> account.Account:
-    """The image is there, a pod has run by which the accounting finds the runtime's processes; `stack` undoes it all."""
+    """Pull the image and run a pod, by which the accounting finds the runtime's processes. `stack` undoes it."""
     systemd = endpoint.call("RuntimeConfig").linux.cgroup_driver == 0
     meter = account.Account(endpoint.name, endpoint.daemon_pid(), systemd)
     stack.callback(meter.release)
@@ -150,6 +150,7 @@ def _run(options: argparse.Namespace, console: Console, stack: contextlib.ExitSt
 def main() -> int:
     options = _arguments(sys.argv[1:])
     console = Console(width=None if sys.stdout.isatty() else 140)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what was made is undone
     if os.geteuid() != 0:
         console.print("hack/bench: needs root: it reads other processes' memory and makes cgroups", style="red")
         return 1

@@ -20,7 +20,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmark.client import SLEEP
+from hack.benchmark.client import SLEEP
 
 _CGROUP = Path("/sys/fs/cgroup")
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from benchmark.account import Account, is_workload, memory_bytes, system_cpu_s
-from benchmark.client import Endpoint, Pod
-from benchmark.floor import Cycle, Floor
+from hack.benchmark.account import Account, is_workload, memory_bytes, system_cpu_s
+from hack.benchmark.client import Endpoint, Pod
+from hack.benchmark.floor import Cycle, Floor
 
 # What a removal leaves to the kernel (namespaces, cgroups) and to the runtime is over before the next start is timed.
 _QUIET_S = 0.1

@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmark.floor import Cycle
-from benchmark.measure import Result, Summary
+from hack.benchmark.floor import Cycle
+from hack.benchmark.measure import Result, Summary
 
 FLOOR = "floor (C)"
 
