@@ -1,0 +1,336 @@
+"""cgroup v2: one hierarchy; controllers are passed down from parent to child, devices are a BPF program.
+
+The kernel's documentation: Documentation/admin-guide/cgroup-v2.rst.
+"""
+
+import errno
+import os
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Final
+
+from msgspec import structs
+
+from runtime.cgroup import devices, files, tree
+from runtime.cgroup.interface import Mount
+from runtime.cgroup.programs import Programs
+from runtime.cgroup.stats import Stats, read_v2
+from runtime.cgroup.weights import cpu_weight, io_weight
+from runtime.cgroup.writes import Write, carry_out, carry_out_or_revert, limit, missing, refuse_decrease
+from runtime.errors import CribError, DeadlineExceeded, InvalidSpec, NotFound, Unavailable, WrongState
+from runtime.spec import CPU, BlockIO, Memory, Resources
+
+_FREEZE_TIMEOUT_S: Final = 5.0
+# What is handed down to every container, for its limits and its figures, where the host has it.
+_HANDED_DOWN: Final = ("cpuset", "cpu", "io", "memory", "hugetlb", "pids")
+_UNIFIED: Final = (*_HANDED_DOWN, "rdma", "misc", "dmem")
+
+
+def writes(resources: Resources) -> tuple[Write, ...]:
+    """The limits of `resources` as file writes, without its devices. Raises InvalidSpec for a malformed one."""
+    found: list[Write] = []
+    if resources.cpu:
+        found += _cpu(resources.cpu)
+    if resources.memory:
+        found += _memory(resources.memory)
+    if resources.pids:
+        found.append(_one("pids", "pids.max", "pids.limit", _or_max(limit("pids.limit", resources.pids.limit) or -1)))
+    if resources.block_io:
+        found += _io(resources.block_io)
+    for huge in resources.hugepage_limits:
+        found += [
+            replace(
+                _one("hugetlb", f"hugetlb.{huge.page_size}.{file}", f"hugepage {huge.page_size}", str(huge.limit)),
+                tolerant=file.startswith("rsvd") or not huge.limit,
+            )
+            for file in ("max", "rsvd.max")
+        ]
+    found += [_unified(file, value) for file, value in resources.unified.items()]
+    return tuple(found)
+
+
+def _one(controller: str, file: str, field: str, value: str) -> Write:
+    return Write(controller, file, (value,), field, value)
+
+
+def _or_max(value: int) -> str:
+    return "max" if value == -1 else str(value)
+
+
+def _cpu(cpu: CPU) -> list[Write]:
+    found = []
+    if cpu.idle is not None:
+        found.append(_one("cpu", "cpu.idle", "cpu.idle", str(cpu.idle)))
+    if cpu.shares:
+        weight = cpu_weight(limit("cpu.shares", cpu.shares, 1))
+        found.append(Write("cpu", "cpu.weight", (str(weight),), "cpu.shares", str(cpu.shares)))
+    if cpu.quota or cpu.period:
+        parts = [_or_max(limit("cpu.quota", cpu.quota or -1, 1))]
+        if cpu.period:
+            parts.append(str(limit("cpu.period", cpu.period, 1)))
+        found.append(_one("cpu", "cpu.max", "cpu.quota and cpu.period", " ".join(parts)))
+    if cpu.burst is not None:
+        found.append(_one("cpu", "cpu.max.burst", "cpu.burst", str(cpu.burst)))
+    if cpu.realtime_runtime:
+        raise InvalidSpec(f"cpu.realtimeRuntime {cpu.realtime_runtime}: cgroup v2 has no real-time limits")
+    for field, numbers in (("cpus", cpu.cpus), ("mems", cpu.mems)):
+        if numbers:
+            found.append(_one("cpuset", f"cpuset.{field}", f"cpu.{field}", numbers))
+    return found
+
+
+def _memory(memory: Memory) -> list[Write]:
+    found = []
+    if memory.limit:
+        found.append(_one("memory", "memory.max", "memory.limit", _or_max(limit("memory.limit", memory.limit))))
+    if memory.swap:
+        found.append(_swap(limit("memory.swap", memory.swap), memory.limit or 0))
+    if memory.reservation:
+        value = limit("memory.reservation", memory.reservation)
+        found.append(_one("memory", "memory.low", "memory.reservation", _or_max(value)))
+    if memory.disable_oom_killer:
+        raise InvalidSpec("memory.disableOOMKiller: cgroup v2 can't do without its OOM killer")
+    return found
+
+
+def _swap(together: int, memory_limit: int) -> Write:
+    """OCI counts memory and swap together, the kernel swap alone."""
+    if together == -1:
+        swap = -1
+    elif memory_limit <= 0:
+        raise InvalidSpec(f"memory.swap {together}: needs a memory.limit")
+    elif together < memory_limit:
+        raise InvalidSpec(f"memory.swap {together}: memory and swap together are below memory.limit {memory_limit}")
+    else:
+        swap = together - memory_limit
+    # Swap as large as nothing, or as all, needs no accounting of it.
+    tolerant = swap in (-1, 0)
+    return Write("memory", "memory.swap.max", (_or_max(swap),), "memory.swap", str(together), tolerant)
+
+
+def _io(block_io: BlockIO) -> list[Write]:
+    found = []
+    if block_io.weight:
+        found += _weight("blockIO.weight", "", block_io.weight)
+    for weighted in block_io.weight_device:
+        if weighted.weight:
+            found += _weight("blockIO.weightDevice", f"{weighted.major}:{weighted.minor} ", weighted.weight)
+    lines: dict[str, list[str]] = {}
+    for key, throttles in (
+        ("rbps", block_io.throttle_read_bps_device),
+        ("wbps", block_io.throttle_write_bps_device),
+        ("riops", block_io.throttle_read_iops_device),
+        ("wiops", block_io.throttle_write_iops_device),
+    ):
+        for throttle in throttles:
+            rate = str(throttle.rate) if throttle.rate else "max"
+            lines.setdefault(f"{throttle.major}:{throttle.minor}", []).append(f"{key}={rate}")
+    if lines:
+        values = tuple(" ".join([device, *limits]) for device, limits in lines.items())
+        found.append(Write("io", "io.max", values, "blockIO.throttle", ", ".join(values)))
+    return found
+
+
+def _weight(field: str, device: str, weight: int) -> list[Write]:
+    """io.cost's weight and the BFQ scheduler's: what the device's scheduler heeds counts; a kernel has both or one."""
+    bfq = Write("io", "io.bfq.weight", (f"{device}{weight}",), field, f"{device}{weight}", tolerant=True)
+    return [
+        replace(
+            bfq,
+            file="io.weight",
+            values=(f"{device}{io_weight(weight)}",),
+            tolerant=False,
+            fallback=replace(bfq, tolerant=False),
+        ),
+        bfq,
+    ]
+
+
+def _unified(file: str, value: str) -> Write:
+    controller = file.partition(".")[0]
+    if "/" in file or not file.isprintable() or controller not in _UNIFIED or controller == file:
+        raise InvalidSpec(f"unified {file!r}: not a file of a cgroup v2 controller")
+    lines = tuple(line for line in value.splitlines() if line.strip()) or ("\n",)
+    return Write(controller, file, lines, f"unified {file}", value.strip())
+
+
+class V2:
+    """The cgroupfs driver on v2; see `Cgroups`. `root` is where the hierarchy is mounted."""
+
+    version = 2
+    driver = "cgroupfs"
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+        self.controllers = frozenset(files.read(f"{root}/cgroup.controllers").split())
+        self._wanted = self.controllers.intersection(_HANDED_DOWN)
+        self._programs = Programs()
+
+    def join_path(self, parent: str, *names: str) -> str:
+        return tree.below(parent, *names)
+
+    def default_parent(self, instance: str) -> str:
+        return f"/{instance}"
+
+    def create(self, path: str, resources: Resources | None) -> tuple[str, ...]:
+        path = tree.checked(path)
+        resources = resources or Resources()
+        limits = self._available(writes(resources))
+        policy = devices.policy(resources.devices)
+        with ExitStack() as rollback:
+            made = tree.make(self._root, path)
+            rollback.callback(tree.remove_made, self._root, made)
+            if path not in made:
+                self._take_over(path)
+            self._hand_down(path, {write.controller for write in limits if not write.tolerant})
+            carry_out(path, lambda _: self._root + path, limits)
+            if not policy.open:
+                self._programs.attach(self._root + path, policy)
+            rollback.pop_all()
+        return tuple(made)
+
+    def update(self, path: str, resources: Resources) -> None:
+        path = tree.checked(path)
+        directory = self._directory(path)
+        limits = self._available(writes(self._completed(path, resources)))
+        policy = devices.policy(resources.devices) if resources.devices else None
+        self._hand_down(path, {write.controller for write in limits if not write.tolerant})
+        revert = carry_out_or_revert(path, lambda _: directory, limits)
+        try:
+            if policy is not None:
+                self._programs.attach(directory, policy)
+        except CribError:
+            revert()
+            raise
+
+    def join_files(self, path: str) -> tuple[str, ...]:
+        return (f"{self._root}{tree.checked(path)}/cgroup.procs",)
+
+    def clone_dir(self, path: str) -> str | None:
+        return self._root + tree.checked(path)
+
+    def memory_events(self, path: str) -> str | None:
+        return f"{self._root}{tree.checked(path)}/memory.events" if "memory" in self.controllers else None
+
+    def kill(self, path: str) -> None:
+        try:
+            files.kill((self._root + tree.checked(path),))
+        except OSError as error:
+            raise tree.explain(error, path) from error
+
+    def procs(self, path: str) -> tuple[int, ...]:
+        return tuple(files.procs(self._root + tree.checked(path)))
+
+    def freeze(self, path: str) -> None:
+        self._freezer(path, True)
+
+    def thaw(self, path: str) -> None:
+        self._freezer(path, False)
+
+    def exists(self, path: str) -> bool:
+        return os.path.isdir(self._root + tree.checked(path))
+
+    def remove(self, path: str) -> bool:
+        return tree.remove(self._root + tree.checked(path))
+
+    def stats(self, path: str) -> Stats:
+        return read_v2(self._root + tree.checked(path))
+
+    def mounts_in_container(self, path: str) -> tuple[Mount, ...]:
+        return (Mount("", "cgroup2", "cgroup", "", (), self._root + tree.checked(path)),)
+
+    def _available(self, limits: tuple[Write, ...]) -> tuple[Write, ...]:
+        """The limits that have a controller here. Raises InvalidSpec for one that is asked for in vain."""
+        for write in limits:
+            if write.controller not in self.controllers and not write.tolerant:
+                raise missing(write)
+        return tuple(write for write in limits if write.controller in self.controllers)
+
+    def _directory(self, path: str) -> str:
+        directory = self._root + path
+        if not os.path.isdir(directory):
+            raise NotFound(f"cgroup {path} does not exist")
+        return directory
+
+    def _take_over(self, path: str) -> None:
+        if files.procs(self._root + path):
+            raise WrongState(f"cgroup {path} exists and holds processes")
+        tree.remove_nested(self._root + path)
+        files.write(f"{self._root}{path}/cgroup.freeze", "0")
+        enabled = files.read(f"{self._root}{path}/cgroup.subtree_control").split()
+        files.write(f"{self._root}{path}/cgroup.subtree_control", " ".join(f"-{controller}" for controller in enabled))
+
+    def _hand_down(self, path: str, needed: set[str]) -> None:
+        """Enable the controllers in every cgroup above `path`. Raises WrongState for a `needed` one that can't be."""
+        parent = path.rpartition("/")[0]
+        try:
+            if self._lacking(parent):
+                # Usual for the first pod below a parent only; from the root down, as each can only pass on what it has.
+                for above in ("", *tree.lineage(parent)) if parent else ("",):
+                    self._enable(above, self._lacking(above))
+            lacking = self._lacking(parent) & needed
+        except OSError as error:
+            raise tree.explain(error, path) from error
+        if lacking:
+            raise WrongState(
+                f"cgroup {path}: controllers {', '.join(sorted(lacking))} can't be enabled: {self._obstacle(parent)}"
+            )
+
+    def _lacking(self, path: str) -> set[str]:
+        return set(self._wanted.difference(files.read(f"{self._root}{path}/cgroup.subtree_control").split()))
+
+    def _enable(self, path: str, lacking: set[str]) -> None:
+        file = f"{self._root}{path}/cgroup.subtree_control"
+        for attempt in (sorted(lacking), *([controller] for controller in sorted(lacking))):
+            if not attempt:
+                return
+            try:
+                files.write(file, " ".join(f"+{controller}" for controller in attempt))
+            except OSError as error:
+                # One that can't be enabled shall not keep the others out; what was needed is missed by the caller.
+                if error.errno in (errno.EROFS, errno.EACCES):
+                    raise
+            else:
+                if len(attempt) == len(lacking):
+                    return
+
+    def _obstacle(self, parent: str) -> str:
+        for above in ("", *tree.lineage(parent)) if parent else ("",):
+            directory = self._root + above
+            if not self._lacking(above):
+                continue
+            if files.read(f"{directory}/cgroup.procs").split():
+                return f"cgroup {above or '/'} holds processes itself (cgroup v2 allows them in leaves only)"
+            return f"cgroup {above or '/'} has only {files.read(f'{directory}/cgroup.controllers').strip() or 'none'}"
+        return "they are disabled while it is made"
+
+    def _freezer(self, path: str, frozen: bool) -> None:
+        directory = self._directory(tree.checked(path))
+        try:
+            done = files.set_v2_freezer(directory, frozen, _FREEZE_TIMEOUT_S)
+            if not done and frozen:
+                files.write(f"{directory}/cgroup.freeze", "0")
+        except OSError as error:
+            raise tree.explain(error, path) from error
+        if not done:
+            raise DeadlineExceeded(
+                f"cgroup {path} is not {'frozen' if frozen else 'thawed'} after {_FREEZE_TIMEOUT_S:g} s"
+            )
+
+    def _completed(self, path: str, resources: Resources) -> Resources:
+        """The change with what it leaves out and the files need. Raises InvalidSpec for memory below use."""
+        directory = self._root + path
+        cpu, memory = resources.cpu, resources.memory
+        try:
+            if cpu and cpu.period and not cpu.quota:
+                quota = files.read(f"{directory}/cpu.max").split()[0]
+                cpu = structs.replace(cpu, quota=-1 if quota == "max" else int(quota))
+            if memory and memory.limit and memory.limit > 0:
+                refuse_decrease(path, memory.limit, read_v2(directory).memory)
+            if memory and memory.swap and memory.swap > 0 and not memory.limit:
+                now = files.read(f"{directory}/memory.max").strip()
+                memory = structs.replace(memory, limit=None if now == "max" else int(now))
+        except OSError as error:
+            if error.errno != errno.ENOENT:
+                raise Unavailable(f"cgroup {path}: {error.strerror}") from error
+        return structs.replace(resources, cpu=cpu, memory=memory)

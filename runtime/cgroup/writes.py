@@ -1,0 +1,145 @@
+"""Limits as a list of file writes, and carrying such a list out: all of it or nothing, with errors a person can use."""
+
+import errno
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from runtime.cgroup import files
+from runtime.cgroup.stats import Memory
+from runtime.errors import CribError, Exhausted, InvalidSpec, NotFound, Unavailable
+
+_LARGEST = 2**63 - 1
+_REFUSED = (
+    errno.EINVAL, errno.ERANGE, errno.EBUSY, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDOM, errno.ENODEV,
+    errno.ENXIO, errno.E2BIG, errno.EOPNOTSUPP, errno.EEXIST, errno.EOVERFLOW,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """Values for one cgroup file, each with a write(2) of its own.
+
+    `field` and `asked` say which limit of the request it stands for. A `tolerant` write may find no such file: what it
+    asks for is the case then anyway. Without the file, `fallback` is made instead.
+    """
+
+    controller: str
+    file: str
+    values: tuple[str, ...]
+    field: str
+    asked: str
+    tolerant: bool = False
+    fallback: "Write | None" = None
+
+
+Directory = Callable[[str], str]
+"""The cgroup's directory for a controller."""
+
+
+def limit(field: str, value: int, least: int = 0) -> int:
+    """`value`, if it's -1 (unlimited) or at least `least`. Raises InvalidSpec."""
+    if value != -1 and not least <= value <= _LARGEST:
+        raise InvalidSpec(f"{field} {value}: not -1 nor from {least} to {_LARGEST}")
+    return value
+
+
+def missing(write: Write) -> InvalidSpec:
+    """The error for a limit that has no controller to enforce it."""
+    return InvalidSpec(f"{write.field} {write.asked}: this host has no {write.controller} controller ({write.file})")
+
+
+def refuse_decrease(path: str, limit_bytes: int, now: Memory | None) -> None:
+    """Raises InvalidSpec for a memory limit below what can't be taken back: the kernel would kill for it."""
+    if now is not None and 0 < limit_bytes < now.working_set:
+        raise InvalidSpec(
+            f"memory.limit {limit_bytes}: below the present use of cgroup {path}, {now.working_set} bytes"
+        )
+
+
+def carry_out(path: str, directory: Directory, writes: Iterable[Write]) -> None:
+    """Make the writes for the cgroup `path`; the first failure ends it. Raises CribError."""
+    for write in writes:
+        try:
+            files.write(f"{directory(write.controller)}/{write.file}", *write.values)
+        except OSError as error:
+            if error.errno == errno.ENOENT and write.fallback:
+                carry_out(path, directory, [write.fallback])
+                continue
+            refusal = _explain(error, path, directory(write.controller), write)
+            if refusal is not None:
+                raise refusal from error
+
+
+def carry_out_or_revert(path: str, directory: Directory, writes: Iterable[Write]) -> Callable[[], None]:
+    """As `carry_out`, but a failure puts back what the files held before. Returns what would put it back later.
+
+    Raises CribError.
+    """
+    before: list[tuple[str, tuple[str, ...]]] = []
+
+    def revert() -> None:
+        for file, values in reversed(before):
+            try:
+                files.write(file, *values)
+            except OSError:
+                # It held this a moment ago; what is refused now has been changed, or removed, by its owner.
+                continue
+
+    try:
+        for write in writes:
+            file = f"{directory(write.controller)}/{write.file}"
+            try:
+                before.append((file, previous(files.read(file), write)))
+            except OSError as error:
+                if error.errno != errno.ENOENT:
+                    raise _explain(error, path, directory(write.controller), write) or error from error
+            carry_out(path, directory, [write])
+    except CribError:
+        revert()
+        raise
+    return revert
+
+
+def previous(text: str, write: Write) -> tuple[str, ...]:
+    """What to write in order to bring a file that held `text` back there, after `write`."""
+    lines = text.strip().splitlines()
+    if not all(_is_device(value.split()[0]) for value in write.values if value.split()):
+        if lines and lines[0].startswith("oom_kill_disable "):
+            return (lines[0].split()[1],)
+        return tuple(lines[:1]) or ("\n",)
+    held = {line.split()[0]: line for line in lines}
+    return tuple(
+        held.get(device, f"{device} {_unlimited(write.file)}") for device in (v.split()[0] for v in write.values)
+    )
+
+
+def _is_device(key: str) -> bool:
+    major, colon, minor = key.partition(":")
+    return bool(colon) and major.isdigit() and minor.isdigit()
+
+
+def _unlimited(file: str) -> str:
+    match file:
+        case "io.max":
+            return "rbps=max wbps=max riops=max wiops=max"
+        case "io.weight":
+            return "default"
+        case _:
+            return "0"
+
+
+def _explain(error: OSError, path: str, directory: str, write: Write) -> CribError | None:
+    """The domain error for a write that failed; None where a tolerant one found no file."""
+    cause = (error.strerror or str(error)).lower()
+    if not os.path.isdir(directory):
+        return NotFound(f"cgroup {path} does not exist")
+    if error.errno == errno.ENOENT:
+        return None if write.tolerant else missing(write)
+    if error.errno in _REFUSED:
+        return InvalidSpec(
+            f"{write.field} {write.asked}: the kernel refuses it for cgroup {path} ({write.file}): {cause}"
+        )
+    if error.errno == errno.ENOMEM:
+        return Exhausted(f"{write.field} {write.asked}: cgroup {path} ({write.file}): {cause}")
+    return Unavailable(f"{write.field} {write.asked}: cgroup {path} ({write.file}): {cause}")
