@@ -23,10 +23,12 @@ class Cycle:
 
 
 class Floor:
-    """A bare pod start in C. Raises FileNotFoundError without a compiler, RuntimeError when the program fails."""
+    """A bare pod start in C. Raises RuntimeError without a compiler, or with the program's words when it fails."""
 
     def __init__(self, work: Path) -> None:
         """Compile it and start it with its files below `work`, which must be able to hold an overlay's upper layer."""
+        if shutil.which("gcc") is None:
+            raise RuntimeError("the floor needs gcc (on Debian: apt-get install gcc libc6-dev); --no-floor leaves it out")
         self._directory = Path(tempfile.mkdtemp(prefix="crib-floor-", dir=work))
         lower = self._directory / "lower"
         for name in _ROOT_DIRS:
