@@ -21,7 +21,7 @@ import grpc
 from rich.console import Console
 
 from hack.benchmark import account, measure, report
-from hack.benchmark.client import Endpoint
+from hack.benchmark.client import CallFailed, Endpoint
 from hack.benchmark.floor import Floor
 
 _EPILOG = """
@@ -157,10 +157,7 @@ def main() -> int:
     try:
         with contextlib.ExitStack() as stack:
             outcome = _run(options, console, stack)
-    except grpc.RpcError as error:
-        console.print(f"hack/bench: {error.code().name}: {error.details()}", style="red", markup=False)
-        return 1
-    except (OSError, RuntimeError) as error:
+    except (CallFailed, OSError, RuntimeError) as error:
         console.print(f"hack/bench: {error}", style="red", markup=False)
         return 1
     if options.json:

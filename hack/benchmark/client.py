@@ -41,6 +41,10 @@ def _methods(channel: grpc.Channel) -> dict[str, tuple[Any, type[Message]]]:
     return found
 
 
+class CallFailed(Exception):
+    """A runtime refused a call; the message names both and gives its words."""
+
+
 @dataclass(slots=True)
 class Pod:
     sandbox_id: str
@@ -73,11 +77,14 @@ class Endpoint:
         self._channel.close()
 
     def call(self, method: str, **fields: Any) -> Any:
-        """The response of one call; its time is recorded. Raises grpc.RpcError."""
+        """The response of one call; its time is recorded. Raises CallFailed."""
         call, request = self._calls[method]
         message = request(**fields)
         begin = time.perf_counter()
-        response = call(message, timeout=self.timeout_s)
+        try:
+            response = call(message, timeout=self.timeout_s)
+        except grpc.RpcError as error:
+            raise CallFailed(f"{self.name}: {method}: {error.code().name}: {error.details()}") from error
         self.times[method].append((time.perf_counter() - begin) * 1e3)
         return response
 

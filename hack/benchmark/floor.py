@@ -28,7 +28,7 @@ class Floor:
     def __init__(self, work: Path) -> None:
         """Compile it and start it with its files below `work`, which must be able to hold an overlay's upper layer."""
         if shutil.which("gcc") is None:
-            raise RuntimeError("the floor needs gcc (on Debian: apt-get install gcc libc6-dev); --no-floor leaves it out")
+            raise RuntimeError("the floor needs gcc (Debian: apt-get install gcc libc6-dev); --no-floor leaves it out")
         self._directory = Path(tempfile.mkdtemp(prefix="crib-floor-", dir=work))
         lower = self._directory / "lower"
         for name in _ROOT_DIRS:
