@@ -1,0 +1,139 @@
+"""cribd's end of a socket to a zygote or a monitor: requests with replies, and events, in the asyncio loop."""
+
+import asyncio
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from socket import socket
+from typing import Any, Final
+
+from runtime.errors import DeadlineExceeded, Unavailable
+from runtime.zygote.messages import Kind, ProtocolError, close_all, receive, send
+
+_REPLIES: Final = (Kind.OK, Kind.FAILED)
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer: OK or FAILED, its fields and its descriptors, which the asker owns."""
+
+    kind: Kind
+    fields: dict[str, Any]
+    fds: list[int]
+
+
+class Channel:
+    """One non-blocking SEQPACKET socket, which it owns. `on_event` gets what is no reply, `on_closed` the end."""
+
+    def __init__(self, sock: socket) -> None:
+        self._sock = sock
+        self._loop = asyncio.get_running_loop()
+        self._waiting: dict[int, Callable[[Reply], None]] = {}
+        self._last = 0
+        self._outbox: list[tuple[Kind, tuple[int, ...], dict[str, Any]]] = []
+        self.on_event: Callable[[Kind, dict[str, Any]], None] | None = None
+        self.on_closed: Callable[[], None] | None = None
+        self._loop.add_reader(sock.fileno(), self._readable)
+
+    @property
+    def closed(self) -> bool:
+        return self._sock.fileno() < 0
+
+    def post(self, kind: Kind, fds: tuple[int, ...], replied: Callable[[Reply], None], **fields: Any) -> int:
+        """Send a request and go on; `replied` is called with the answer, or with FAILED when the peer is gone.
+
+        The descriptors stay the caller's. Returns the request's number. Raises Unavailable when the peer is gone.
+        """
+        if self.closed:
+            raise Unavailable(f"{kind.value}: the connection is closed")
+        self._last += 1
+        fields["n"] = self._last
+        self._waiting[self._last] = replied
+        if self._outbox:
+            self._outbox.append((kind, tuple(map(os.dup, fds)), fields))
+        else:
+            try:
+                send(self._sock, kind, fds, **fields)
+            except BlockingIOError:
+                self._outbox.append((kind, tuple(map(os.dup, fds)), fields))
+                self._loop.add_writer(self._sock.fileno(), self._writable)
+            except OSError as error:
+                del self._waiting[self._last]
+                raise Unavailable(f"{kind.value}: {(error.strerror or '').lower()}") from error
+        return self._last
+
+    async def request(self, kind: Kind, fds: tuple[int, ...], timeout_s: float, **fields: Any) -> Reply:
+        """Send a request and wait for its answer. Raises DeadlineExceeded, or Unavailable when the peer is gone."""
+        future: asyncio.Future[Reply] = self._loop.create_future()
+
+        def replied(reply: Reply) -> None:
+            if future.done():
+                close_all(reply.fds)  # too late: nobody will own them
+            else:
+                future.set_result(reply)
+
+        number = self.post(kind, fds, replied, **fields)
+        try:
+            async with asyncio.timeout(timeout_s):
+                reply = await future
+        except TimeoutError:
+            raise DeadlineExceeded(f"no answer to {kind.value} within {timeout_s:g} s") from None
+        finally:
+            if number in self._waiting:
+                self._waiting[number] = lambda reply: close_all(reply.fds)
+        if reply.fields.get("lost"):
+            raise Unavailable(f"{kind.value}: the other process is gone")
+        return reply
+
+    def close(self) -> None:
+        """Close without calling `on_closed`; who waits is told that the peer is gone."""
+        self.on_closed = None
+        self._end()
+
+    def _readable(self) -> None:
+        try:
+            message = receive(self._sock)
+        except BlockingIOError:
+            return
+        except (OSError, ProtocolError):
+            message = None
+        if message is None:
+            self._end()
+            return
+        kind, fields, fds = message
+        waiter = self._waiting.pop(fields.get("re", 0), None) if kind in _REPLIES else None
+        if waiter:
+            waiter(Reply(kind, fields, fds))
+            return
+        close_all(fds)
+        if self.on_event:
+            self.on_event(kind, fields)
+
+    def _writable(self) -> None:
+        while self._outbox:
+            kind, fds, fields = self._outbox[0]
+            try:
+                send(self._sock, kind, fds, **fields)
+            except BlockingIOError:
+                return
+            except OSError:
+                self._end()
+                return
+            self._outbox.pop(0)
+            close_all(list(fds))
+        self._loop.remove_writer(self._sock.fileno())
+
+    def _end(self) -> None:
+        if self.closed:
+            return
+        self._loop.remove_reader(self._sock.fileno())
+        self._loop.remove_writer(self._sock.fileno())
+        self._sock.close()
+        for _, fds, _ in self._outbox:
+            close_all(list(fds))
+        self._outbox.clear()
+        waiting, self._waiting = self._waiting, {}
+        for waiter in waiting.values():
+            waiter(Reply(Kind.FAILED, {"lost": True, "errno": 0, "detail": "the other process is gone"}, []))
+        if self.on_closed:
+            self.on_closed()

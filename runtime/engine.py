@@ -1,0 +1,234 @@
+"""The engine: what cribd calls to run pods. It makes monitors through the zygote and finds them again."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from socket import AF_UNIX, SOCK_SEQPACKET, socket, socketpair
+from typing import Any, Final
+
+from runtime.channel import Channel
+from runtime.errors import AlreadyExists, Unavailable
+from runtime.linux import mount
+from runtime.linux.caps import last_cap
+from runtime.linux.lib import SyscallError
+from runtime.linux.probe import Probes
+from runtime.plan.compile import Cgroup, Environment, Namespaces
+from runtime.pod import (
+    REQUEST_TIMEOUT_S,
+    ContainerExit,
+    ContainerFact,
+    ContainerStart,
+    Exec,
+    ExecExit,
+    ExecStart,
+    Pod,
+    PodStart,
+    Started,
+    StepTiming,
+    checked,
+    container_exit,
+)
+from runtime.zygote.launch import Zygote
+from runtime.zygote.messages import Kind, close_all
+from runtime.zygote.monitor import SOCKET_NAME
+
+POD_TIMEOUT_S: Final = 20.0
+
+__all__ = [
+    "Cgroup",
+    "ContainerExit",
+    "ContainerFact",
+    "ContainerStart",
+    "Engine",
+    "Exec",
+    "ExecExit",
+    "ExecStart",
+    "Namespaces",
+    "Pod",
+    "PodStart",
+    "Started",
+    "StepTiming",
+]
+
+
+class Engine:
+    """Runs pods below `state`, cribd's state directory. Lives in one asyncio loop."""
+
+    def __init__(self, state: Path, zygote: Zygote, probes: Probes) -> None:
+        self._state = state
+        self._probes = probes
+        self._last_cap = last_cap()
+        self._staging = str(state / "rootfs")
+        self._pods: dict[str, Pod] = {}
+        os.makedirs(self._staging, 0o700, exist_ok=True)
+        self._zygote = zygote
+        self._zygote_channel = Channel(zygote.control)
+
+    def pod(self, pod_id: str) -> Pod | None:
+        """The connected pod of that id."""
+        return self._pods.get(pod_id)
+
+    def directory(self, pod_id: str) -> Path:
+        """Where a pod's socket and exit records are."""
+        return self._state / "pods" / pod_id
+
+    async def start_pod(self, request: PodStart) -> Pod:
+        """Make a pod's monitor and namespaces.
+
+        Raises AlreadyExists, Unavailable (what the kernel refused) or DeadlineExceeded, and leaves nothing then.
+        """
+        if request.id in self._pods:
+            raise AlreadyExists(f"pod {request.id} has a monitor")
+        os.makedirs(self.directory(request.id), 0o700, exist_ok=True)
+        shm = ""
+        if request.shm_bytes and not self._probes.clone_detached_mount:
+            shm = self._make_shm_mountpoint(request.id)
+        mine, theirs = socketpair(AF_UNIX, SOCK_SEQPACKET)
+        mine.setblocking(False)
+        channel = Channel(mine)
+        try:
+            with theirs:
+                self._zygote_channel.post(
+                    Kind.SPAWN,
+                    (theirs.fileno(),),
+                    lambda _: channel.close(),  # answered only when the fork failed
+                    id=request.id,
+                    directory=str(self.directory(request.id)),
+                )
+            reply = await channel.request(
+                Kind.POD,
+                (),
+                POD_TIMEOUT_S,
+                net=request.net,
+                ipc=request.ipc,
+                pid=request.pid,
+                hostname=request.hostname,
+                shm_bytes=request.shm_bytes,
+                shm_path=shm,
+                sysctls=dict(request.sysctls),
+                init_cgroup=request.init_cgroup,
+            )
+            try:
+                pod = self._adopt(request.id, channel, checked(reply))
+            except BaseException:
+                close_all(reply.fds)
+                raise
+        except BaseException:
+            channel.close()
+            await self._discard(request.id)
+            raise
+        if request.net:
+            pod.netns_fd = reply.fds[0]
+            pod.rtnl = socket(fileno=reply.fds[1])
+        return pod
+
+    async def connect(self, pod_id: str) -> Pod | None:
+        """Find the monitor that an earlier cribd left; None when it is gone. Ends are told by `Pod.containers`."""
+        found = self._pods.get(pod_id)
+        if found:
+            return found
+        sock = socket(AF_UNIX, SOCK_SEQPACKET)
+        sock.setblocking(False)
+        try:
+            directory = os.open(self.directory(pod_id), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            sock.close()
+            return None
+        try:
+            sock.connect(f"/proc/self/fd/{directory}/{SOCKET_NAME}")
+        except (FileNotFoundError, ConnectionRefusedError):
+            sock.close()
+            return None
+        finally:
+            os.close(directory)
+        channel = Channel(sock)
+        try:
+            return self._adopt(pod_id, channel, checked(await channel.request(Kind.FACTS, (), REQUEST_TIMEOUT_S)))
+        except Unavailable:
+            channel.close()
+            return None
+
+    async def stop_pod(self, pod_id: str) -> None:
+        """End a pod's monitor with all that runs under it, and remove what it made. Idempotent.
+
+        Raises DeadlineExceeded when the monitor can't be killed.
+        """
+        pod = await self.connect(pod_id)
+        if pod:
+            await pod.end()
+            self._pods.pop(pod_id, None)
+        self._remove_shm_mountpoint(pod_id)
+
+    def drop(self, pod_id: str) -> None:
+        """Forget a pod whose monitor was lost, so that `connect` looks for it anew."""
+        pod = self._pods.pop(pod_id, None)
+        if pod:
+            pod.close()
+
+    def exits_on_disk(self, pod_id: str) -> list[ContainerExit]:
+        """The ends that a monitor recorded, for when it is gone itself. A damaged record is passed over."""
+        found = []
+        for path in self.directory(pod_id).glob("exit-*.json"):
+            try:
+                found.append(container_exit(json.loads(path.read_bytes())))
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+        return found
+
+    def close(self) -> None:
+        """Let go of everything; pods and their monitors live on."""
+        for pod in self._pods.values():
+            pod.close()
+        self._pods.clear()
+        self._zygote_channel.close()
+        self._zygote.close()
+
+    def _adopt(self, pod_id: str, channel: Channel, facts: dict[str, Any]) -> Pod:
+        """Hold on to a monitor that has just said who it is."""
+        pid = facts["pid"]
+        pidfd = os.pidfd_open(pid)
+        made = facts["pod"]
+        ns = f"/proc/{pid}/ns"
+        namespaces = Namespaces(
+            network=f"{ns}/net" if made["net"] else "",
+            ipc=f"{ns}/ipc" if made["ipc"] else "",
+            uts=f"{ns}/uts" if made["hostname"] is not None else "",
+            pid=f"/proc/{facts['init_pid']}/ns/pid" if made["pid"] else "",
+        )
+        shm = made["shm_path"] or (f"{self.directory(pod_id)}/shm" if made["shm_bytes"] else "")
+        environment = Environment(self._staging, namespaces, shm, bool(made["shm_path"]), self._last_cap)
+        pod = Pod(pod_id, channel, environment, pidfd, pid)
+        pod.init_pid = facts["init_pid"]
+        self._pods[pod_id] = pod
+        return pod
+
+    async def _discard(self, pod_id: str) -> None:
+        """Undo a start that failed: whatever monitor there is by now ends."""
+        self.drop(pod_id)
+        await self.stop_pod(pod_id)
+        (self.directory(pod_id) / SOCKET_NAME).unlink(missing_ok=True)
+
+    def _make_shm_mountpoint(self, pod_id: str) -> str:
+        """Where a pod's /dev/shm goes on a kernel that can't clone a detached mount: below one private mount."""
+        parent = self._state / "mnt"
+        os.makedirs(parent, 0o700, exist_ok=True)
+        if not os.path.ismount(parent):
+            mount.mount(str(parent), str(parent), "", mount.MS.BIND)
+            mount.mount("", str(parent), "", mount.MS.PRIVATE)
+        path = parent / pod_id
+        os.makedirs(path, 0o700, exist_ok=True)
+        return str(path)
+
+    def _remove_shm_mountpoint(self, pod_id: str) -> None:
+        path = self._state / "mnt" / pod_id
+        if not path.is_dir():
+            return
+        try:
+            mount.umount(str(path))
+        except SyscallError:
+            pass  # not mounted
+        shutil.rmtree(path, ignore_errors=True)
+        parent = path.parent
+        if not any(parent.iterdir()):
+            mount.umount(str(parent))

@@ -1,0 +1,76 @@
+"""The one loader of the C library, and how a system call's failure becomes an exception."""
+
+import ctypes
+import os
+from errno import EINTR
+from typing import Any, Final
+
+# System calls without a wrapper in every libc we meet. Numbers from 424 on are the same on every machine.
+_COMMON: Final[dict[str, int]] = {
+    "pidfd_send_signal": 424,
+    "open_tree": 428,
+    "move_mount": 429,
+    "fsopen": 430,
+    "fsconfig": 431,
+    "fsmount": 432,
+    "pidfd_open": 434,
+    "clone3": 435,
+    "close_range": 436,
+    "openat2": 437,
+    "mount_setattr": 442,
+}
+_BY_MACHINE: Final[dict[str, dict[str, int]]] = {
+    "x86_64": {"execve": 59, "capset": 126, "pivot_root": 155, "keyctl": 250, "seccomp": 317, "bpf": 321},
+    "aarch64": {"execve": 221, "capset": 91, "pivot_root": 41, "keyctl": 219, "seccomp": 277, "bpf": 280},
+}
+
+
+def numbers(machine: str) -> dict[str, int]:
+    """System call numbers of `machine` (what `uname -m` prints). Raises KeyError for one that crib does not know."""
+    return {**_COMMON, **_BY_MACHINE[machine]}
+
+
+NR: Final = numbers(os.uname().machine)
+
+libc: Final = ctypes.CDLL(None, use_errno=True)
+# Holds the GIL during the call: for clone3, whose child must find it held by itself.
+libc_with_gil: Final = ctypes.PyDLL(None, use_errno=True)
+libc.syscall.restype = ctypes.c_long
+libc_with_gil.syscall.restype = ctypes.c_long
+
+
+class SyscallError(OSError):
+    """A system call failed; `call` names it. errno, strerror and filename as in any OSError."""
+
+    def __init__(self, call: str, errno: int, path: str | None = None) -> None:
+        super().__init__(errno, os.strerror(errno), path)
+        self.call = call
+
+    def __str__(self) -> str:
+        where = f" {self.filename}" if self.filename else ""
+        return f"{self.call}{where}: {(self.strerror or '').lower()}"
+
+
+def syscall(name: str, *args: Any, path: str | None = None) -> int:
+    """Make the system call `name`; EINTR is retried. `path` only explains a failure. Raises SyscallError."""
+    nr = NR[name]
+    while True:
+        result: int = libc.syscall(ctypes.c_long(nr), *args)
+        if result != -1:
+            return result
+        errno = ctypes.get_errno()
+        if errno != EINTR:
+            raise SyscallError(name, errno, path)
+
+
+def call(name: str, *args: Any, path: str | None = None) -> int:
+    """Call libc's function `name`, which returns -1 and errno on failure. Raises SyscallError."""
+    result: int = getattr(libc, name)(*args)
+    if result == -1:
+        raise SyscallError(name, ctypes.get_errno(), path)
+    return result
+
+
+def byref(value: Any) -> Any:
+    """A pointer to a ctypes value, for an argument of `syscall`."""
+    return ctypes.byref(value)

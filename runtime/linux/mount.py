@@ -1,0 +1,130 @@
+"""Mounts: mount(2) and the descriptor based calls (open_tree, move_mount, mount_setattr, fsopen)."""
+
+import ctypes
+import os
+import struct
+from enum import IntFlag
+from typing import Final
+
+from runtime.linux.lib import call, syscall
+
+AT_FDCWD: Final = -100
+AT_EMPTY_PATH: Final = 0x1000
+AT_RECURSIVE: Final = 0x8000
+OPEN_TREE_CLONE: Final = 1
+OPEN_TREE_CLOEXEC: Final = os.O_CLOEXEC
+MOVE_MOUNT_F_EMPTY_PATH: Final = 0x04
+MOVE_MOUNT_T_EMPTY_PATH: Final = 0x40
+FSCONFIG_SET_FLAG: Final = 0
+FSCONFIG_SET_STRING: Final = 1
+FSCONFIG_CMD_CREATE: Final = 6
+MNT_DETACH: Final = 2
+
+
+class MS(IntFlag):
+    """Flags of mount(2)."""
+
+    RDONLY = 1
+    NOSUID = 2
+    NODEV = 4
+    NOEXEC = 8
+    SYNCHRONOUS = 16
+    REMOUNT = 32
+    DIRSYNC = 128
+    NOSYMFOLLOW = 256
+    NOATIME = 1024
+    NODIRATIME = 2048
+    BIND = 4096
+    MOVE = 8192
+    REC = 16384
+    SILENT = 32768
+    PRIVATE = 1 << 18
+    SLAVE = 1 << 19
+    SHARED = 1 << 20
+    RELATIME = 1 << 21
+    STRICTATIME = 1 << 24
+    LAZYTIME = 1 << 25
+
+
+class MountAttr(IntFlag):
+    """Attributes of mount_setattr(2) and fsmount(2)."""
+
+    RDONLY = 0x01
+    NOSUID = 0x02
+    NODEV = 0x04
+    NOEXEC = 0x08
+    NOATIME = 0x10
+    STRICTATIME = 0x20
+    ATIME_MASK = 0x70
+    NODIRATIME = 0x80
+    IDMAP = 0x00100000
+    NOSYMFOLLOW = 0x00200000
+
+
+def mount(source: str, target: str, fstype: str, flags: int = 0, data: str = "") -> None:
+    """mount(2). Raises SyscallError with the target."""
+    call(
+        "mount",
+        os.fsencode(source),
+        os.fsencode(target),
+        os.fsencode(fstype),
+        ctypes.c_ulong(flags),
+        os.fsencode(data) if data else None,
+        path=target,
+    )
+
+
+def umount(target: str, flags: int = MNT_DETACH) -> None:
+    """umount2(2), lazily by default. Raises SyscallError."""
+    call("umount2", os.fsencode(target), ctypes.c_int(flags), path=target)
+
+
+def pivot_root(new_root: str, put_old: str) -> None:
+    """pivot_root(2). Raises SyscallError."""
+    syscall("pivot_root", os.fsencode(new_root), os.fsencode(put_old), path=new_root)
+
+
+def open_tree(path: str, *, recursive: bool = False, dirfd: int = AT_FDCWD) -> int:
+    """A detached copy of the mount at `path` (or of the descriptor `dirfd` when `path` is empty).
+
+    The copy stays in the original's peer group. Raises SyscallError.
+    """
+    flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | (AT_RECURSIVE if recursive else 0) | (0 if path else AT_EMPTY_PATH)
+    return syscall("open_tree", ctypes.c_int(dirfd), os.fsencode(path), ctypes.c_uint(flags), path=path)
+
+
+def move_mount(tree: int, target: int, path: str) -> None:
+    """Attach the detached mount `tree` at the O_PATH descriptor `target`; `path` explains a failure."""
+    flags = MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH
+    syscall("move_mount", ctypes.c_int(tree), b"", ctypes.c_int(target), b"", ctypes.c_uint(flags), path=path)
+
+
+def mount_setattr(
+    fd: int, path: str, *, set_: int = 0, clear: int = 0, propagation: int = 0, recursive: bool = False
+) -> None:
+    """mount_setattr(2) on `path` relative to `fd`, or on `fd` itself when `path` is empty. Raises SyscallError."""
+    flags = (AT_RECURSIVE if recursive else 0) | (0 if path else AT_EMPTY_PATH)
+    attr = struct.pack("QQQQ", set_, clear, propagation, 0)
+    syscall(
+        "mount_setattr",
+        ctypes.c_int(fd),
+        os.fsencode(path),
+        ctypes.c_uint(flags),
+        attr,
+        ctypes.c_size_t(len(attr)),
+        path=path,
+    )
+
+
+def detached(fstype: str, options: dict[str, str], attributes: int = 0) -> int:
+    """A new file system as a detached mount (fsopen, fsconfig, fsmount). Raises SyscallError."""
+    context = syscall("fsopen", os.fsencode(fstype), ctypes.c_uint(1), path=fstype)
+    try:
+        for key, value in options.items():
+            kind = FSCONFIG_SET_STRING if value else FSCONFIG_SET_FLAG
+            argument = os.fsencode(value) if value else None
+            syscall("fsconfig", ctypes.c_int(context), ctypes.c_uint(kind), os.fsencode(key), argument, 0, path=key)
+        syscall("fsconfig", ctypes.c_int(context), ctypes.c_uint(FSCONFIG_CMD_CREATE), None, None, 0, path=fstype)
+        return syscall("fsmount", ctypes.c_int(context), ctypes.c_uint(1), ctypes.c_uint(attributes), path=fstype)
+    finally:
+        os.close(context)

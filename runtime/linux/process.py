@@ -1,0 +1,100 @@
+"""Processes: clone3, pidfds, prctl, keyrings, descriptors at exec, execve itself."""
+
+import ctypes
+import os
+import struct
+from typing import Any, Final
+
+from runtime.linux.lib import NR, SyscallError, call, libc, libc_with_gil, syscall
+from runtime.linux.namespaces import CLONE
+
+PR_SET_PDEATHSIG: Final = 1
+PR_SET_DUMPABLE: Final = 4
+PR_SET_KEEPCAPS: Final = 8
+PR_SET_NAME: Final = 15
+PR_CAPBSET_DROP: Final = 24
+PR_SET_CHILD_SUBREAPER: Final = 36
+PR_SET_NO_NEW_PRIVS: Final = 38
+PR_CAP_AMBIENT: Final = 47
+PR_CAP_AMBIENT_RAISE: Final = 2
+PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
+
+CLOSE_RANGE_CLOEXEC: Final = 4
+KEYCTL_JOIN_SESSION_KEYRING: Final = 1
+SIGCHLD: Final = 17
+
+
+def prctl(option: int, *args: int) -> int:
+    """prctl(2) with up to four numeric arguments. Raises SyscallError."""
+    padded = [ctypes.c_ulong(arg) for arg in (*args, 0, 0, 0, 0)[:4]]
+    return call("prctl", ctypes.c_int(option), *padded)
+
+
+def set_name(name: str) -> None:
+    """The name that `ps` shows for this thread, at most 15 bytes."""
+    call("prctl", ctypes.c_int(PR_SET_NAME), os.fsencode(name)[:15], 0, 0, 0)
+
+
+def set_title(title: str) -> None:
+    """The command line that `ps` shows for this process; cut to the room that the present one takes.
+
+    Overwrites the argument area in place (/proc/[pid]/stat, arg_start and arg_end).
+    """
+    with open("/proc/self/stat", "rb") as file:
+        fields = file.read().rpartition(b")")[2].split()
+    start, end = int(fields[45]), int(fields[46])
+    if 0 < start < end:
+        text = os.fsencode(title)[: end - start - 1]
+        ctypes.memset(start, 0, end - start)
+        ctypes.memmove(start, text, len(text))
+
+
+def clone3(flags: int, cgroup: int = -1) -> tuple[int, int]:
+    """clone3(2) like fork, with a pidfd: returns (pid, pidfd), or (0, -1) in the child. Raises SyscallError.
+
+    `cgroup` is a descriptor of a cgroup v2 directory for CLONE_INTO_CGROUP, or -1. Only for a process with
+    one thread: none of the interpreter's after-fork work is done in the child.
+    """
+    pidfd = ctypes.c_int(-1)
+    flags |= CLONE.PIDFD | (CLONE.INTO_CGROUP if cgroup >= 0 else 0)
+    args = struct.pack("11Q", flags, ctypes.addressof(pidfd), 0, 0, SIGCHLD, 0, 0, 0, 0, 0, max(cgroup, 0))
+    pid: int = libc_with_gil.syscall(ctypes.c_long(NR["clone3"]), args, ctypes.c_size_t(len(args)))
+    if pid == -1:
+        raise SyscallError("clone3", ctypes.get_errno())
+    return (pid, pidfd.value) if pid else (0, -1)
+
+
+def close_range(first: int, last: int, flags: int = 0) -> None:
+    """close_range(2), both ends included. Raises SyscallError."""
+    syscall("close_range", ctypes.c_uint(first), ctypes.c_uint(last), ctypes.c_uint(flags))
+
+
+def close_all_but(keep: tuple[int, ...]) -> None:
+    """Close every descriptor that is not in `keep`."""
+    start = 0
+    for fd in sorted(set(keep)):
+        if fd > start:
+            close_range(start, fd - 1)
+        start = fd + 1
+    close_range(start, 0xFFFFFFFF)
+
+
+def join_session_keyring() -> None:
+    """Join a new anonymous session keyring. Raises SyscallError."""
+    syscall("keyctl", ctypes.c_int(KEYCTL_JOIN_SESSION_KEYRING), None)
+
+
+class Exec:
+    """An execve whose arguments are encoded and allocated beforehand, so that `run` is a single system call."""
+
+    def __init__(self, path: str, args: tuple[str, ...], env: tuple[str, ...]) -> None:
+        self._path = os.fsencode(path)
+        self._args = (ctypes.c_char_p * (len(args) + 1))(*[os.fsencode(arg) for arg in args], None)
+        self._env = (ctypes.c_char_p * (len(env) + 1))(*[os.fsencode(item) for item in env], None)
+        self._call: Any = libc.syscall
+        self._nr = ctypes.c_long(NR["execve"])
+
+    def run(self) -> int:
+        """Replace this process; returns errno if the kernel refuses."""
+        self._call(self._nr, self._path, self._args, self._env)
+        return ctypes.get_errno()

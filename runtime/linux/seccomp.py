@@ -1,0 +1,26 @@
+"""Loading a seccomp filter that was compiled beforehand."""
+
+import ctypes
+from typing import Final
+
+from runtime.linux.lib import syscall
+
+SECCOMP_SET_MODE_FILTER: Final = 1
+
+
+class _Program(ctypes.Structure):
+    _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_void_p))
+
+
+class Filter:
+    """A filter in memory, so that `load` is a single system call. `bpf` is an array of struct sock_filter."""
+
+    def __init__(self, bpf: bytes) -> None:
+        if not bpf or len(bpf) % 8:
+            raise ValueError(f"seccomp program of {len(bpf)} bytes")
+        self._buffer = ctypes.create_string_buffer(bpf, len(bpf))
+        self._program = _Program(len(bpf) // 8, ctypes.addressof(self._buffer))
+
+    def load(self, flags: int = 0) -> None:
+        """seccomp(2) SET_MODE_FILTER: needs no_new_privs or CAP_SYS_ADMIN. Raises SyscallError."""
+        syscall("seccomp", ctypes.c_uint(SECCOMP_SET_MODE_FILTER), ctypes.c_uint(flags), ctypes.byref(self._program))

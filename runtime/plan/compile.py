@@ -1,0 +1,330 @@
+"""From an OCI spec to a plan: pure, every decision is made here and none in the steps."""
+
+import binascii
+import os.path
+import resource
+from dataclasses import dataclass, field
+from typing import Final
+
+from runtime import seccomp as seccomp_compiler
+from runtime.cgroup.interface import Mount as CgroupMount
+from runtime.errors import InvalidSpec, Unsupported
+from runtime.images import RootFs
+from runtime.linux import caps
+from runtime.linux.mount import MS
+from runtime.linux.namespaces import CLONE, FLAGS
+from runtime.plan import identity, mounts
+from runtime.plan.options import Options, parse
+from runtime.plan.plan import Plan, Step
+from runtime.spec import Capabilities, Device, Linux, Mount, Process, Spec
+
+_DEFAULT_NODES: Final = (
+    ("null", "c", 1, 3, 0o666, 0, 0),
+    ("zero", "c", 1, 5, 0o666, 0, 0),
+    ("full", "c", 1, 7, 0o666, 0, 0),
+    ("random", "c", 1, 8, 0o666, 0, 0),
+    ("urandom", "c", 1, 9, 0o666, 0, 0),
+    ("tty", "c", 5, 0, 0o666, 0, 0),
+)
+_DEFAULT_LINKS: Final = (
+    ("fd", "/proc/self/fd"),
+    ("stdin", "/proc/self/fd/0"),
+    ("stdout", "/proc/self/fd/1"),
+    ("stderr", "/proc/self/fd/2"),
+    ("core", "/proc/kcore"),
+    ("ptmx", "pts/ptmx"),
+)
+_DEFAULT_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_CGROUP_ROOT: Final = "/sys/fs/cgroup"
+_PROPAGATION: Final = {"": 0, "private": 0, "rprivate": 0, "slave": MS.SLAVE, "rslave": MS.SLAVE}
+
+
+@dataclass(frozen=True, slots=True)
+class Namespaces:
+    """The pod's namespaces as paths (`/proc/MONITOR/ns/net`); "" where the pod uses the host's."""
+
+    network: str = ""
+    ipc: str = ""
+    uts: str = ""
+    pid: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Cgroup:
+    """A container's cgroup as its first process needs it.
+
+    `join_files`: files that take "0"; `clone_dir`: the v2 directory for CLONE_INTO_CGROUP, or ""; `mounts`: what
+    /sys/fs/cgroup consists of inside.
+    """
+
+    path: str
+    join_files: tuple[str, ...]
+    clone_dir: str
+    kill_dirs: tuple[str, ...]
+    memory_events: str
+    mounts: tuple[CgroupMount, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """What compile must know of this host and this pod.
+
+    `staging` is an empty directory that root file systems are mounted over; `shm_path` stands for the pod's /dev/shm,
+    and is a real mount only where `shm_attached`.
+    """
+
+    staging: str
+    namespaces: Namespaces
+    shm_path: str
+    shm_attached: bool
+    last_cap: int
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A container's plan, and how its process is cloned: `pid` is "new", "pod", "host" or "join" (of `pid_ns`)."""
+
+    plan: Plan
+    pid: str
+    pid_ns: str
+    terminal: bool
+
+
+@dataclass(slots=True)
+class _Build:
+    """The parts of a plan while it grows."""
+
+    sources: list[Step] = field(default_factory=list)
+    unshare: int = int(CLONE.NEWNS)
+    joins: list[Step] = field(default_factory=list)
+    tree: list[Step] = field(default_factory=list)
+
+
+def compile_start(spec: Spec, rootfs: RootFs, cgroup: Cgroup, environment: Environment) -> Start:
+    """The plan that makes a container's first process. Raises InvalidSpec or Unsupported."""
+    linux = spec.linux or Linux()
+    build = _Build()
+    pid, pid_ns = _namespaces(build, linux, environment)
+    own_cgroup_ns = bool(build.unshare & CLONE.NEWCGROUP)
+    build.unshare &= ~CLONE.NEWCGROUP
+    entered = False
+    for number, mount in enumerate(spec.mounts):
+        if mount.type == "cgroup" and not entered:
+            build.tree += _enter_cgroup(cgroup, own_cgroup_ns)
+            entered = True
+        _mount(build, mount, f"source{number}", cgroup, environment, own_cgroup_ns)
+        if mount.destination == "/dev" and mount.type == "tmpfs":
+            build.tree.append(mounts.MakeDevices("/dev", _DEFAULT_NODES))
+            build.tree.append(mounts.MakeLinks("/dev", _DEFAULT_LINKS))
+    if not entered:
+        build.tree += _enter_cgroup(cgroup, own_cgroup_ns)
+    build.tree += _devices(linux.devices)
+    if linux.masked_paths:
+        build.tree.append(mounts.MaskPaths(linux.masked_paths))
+    if linux.readonly_paths:
+        build.tree.append(mounts.ReadOnlyPaths(linux.readonly_paths))
+    if spec.root.readonly:
+        build.tree.append(mounts.ReadOnlyRoot())
+    process = spec.process
+    plan: list[Step] = [identity.Detach(), *_inherited(process), *build.sources, *build.joins]
+    plan.append(identity.Unshare(build.unshare))
+    if spec.hostname:
+        plan.append(identity.Hostname(spec.hostname))
+    plan.append(mounts.Propagation(int(MS.SLAVE)))
+    plan.append(mounts.MountOverlay(rootfs.base, rootfs.lowers, rootfs.upper, rootfs.work, environment.staging))
+    plan += _label(process)
+    plan += build.tree
+    plan.append(mounts.PivotRoot())
+    plan += _become(process, linux, environment.last_cap)
+    return Start(tuple(plan), pid, pid_ns, process.terminal)
+
+
+def compile_exec(process: Process, linux: Linux, join_files: tuple[str, ...], clone_dir: str, last_cap: int) -> Plan:
+    """The plan of one more process in a running container. Raises InvalidSpec."""
+    plan: list[Step] = [identity.Detach()]
+    if not clone_dir:
+        plan.append(identity.JoinCgroup(join_files))
+    plan += _inherited(process)
+    plan += _label(process)
+    flags = CLONE.NEWNS | CLONE.NEWCGROUP | CLONE.NEWIPC | CLONE.NEWUTS | CLONE.NEWNET
+    plan.append(identity.JoinProcess("container", int(flags)))
+    plan += _become(process, linux, last_cap)
+    return tuple(plan)
+
+
+def _namespaces(build: _Build, linux: Linux, environment: Environment) -> tuple[str, str]:
+    """Sort the spec's namespaces into new, joined and inherited; returns how the pid namespace is come by."""
+    wanted = {namespace.type: namespace.path for namespace in linux.namespaces}
+    for kind in wanted:
+        if kind not in FLAGS:
+            raise InvalidSpec(f"namespace type {kind!r} is unknown")
+    if "user" in wanted:
+        raise Unsupported("user namespaces are not supported yet")
+    pod = environment.namespaces
+    inherited = {"network": pod.network, "ipc": pod.ipc, "uts": pod.uts}
+    for kind, own in inherited.items():
+        path = wanted.get(kind)
+        if path == "":
+            build.unshare |= FLAGS[kind]
+        elif path is not None and path != own:
+            build.joins.append(identity.JoinNamespace(path, int(FLAGS[kind])))
+        elif path is None and own:
+            name = {"network": "net"}.get(kind, kind)
+            build.joins.append(identity.JoinNamespace(f"/proc/1/ns/{name}", int(FLAGS[kind])))
+    if "cgroup" in wanted:
+        build.unshare |= CLONE.NEWCGROUP
+    path = wanted.get("pid")
+    if path is None:
+        return "host", ""
+    if path == "":
+        return "new", ""
+    return ("pod", "") if path == pod.pid else ("join", path)
+
+
+def _enter_cgroup(cgroup: Cgroup, own_namespace: bool) -> list[Step]:
+    """Late, so that what building the tree costs is not charged to the container (v1)."""
+    steps: list[Step] = [] if cgroup.clone_dir else [identity.JoinCgroup(cgroup.join_files)]
+    if own_namespace:
+        steps.append(identity.Unshare(int(CLONE.NEWCGROUP)))
+    return steps
+
+
+def _mount(
+    build: _Build, mount: Mount, key: str, cgroup: Cgroup, environment: Environment, own_cgroup_ns: bool
+) -> None:
+    options = parse(mount.options)
+    if mount.type == "cgroup":
+        _cgroup_mounts(build, mount, options, key, cgroup, own_cgroup_ns)
+    elif options.bind or mount.type == "bind":
+        shared = mount.source == environment.shm_path and not environment.shm_attached
+        if shared:
+            build.tree.append(mounts.CloneSource(key, "shm"))
+        else:
+            build.sources.append(mounts.OpenSource(key, mount.source, options.recursive, options.make_source))
+        build.tree.append(_attach(key, mount.destination, options, mount.source))
+    else:
+        source = mount.source or mount.type
+        build.tree.append(mounts.Mount(mount.type, mount.destination, options.flags, options.data, source))
+        if options.propagation == MS.SHARED:
+            raise InvalidSpec(f"mount {mount.destination}: a new file system can't be {mount.options}")
+
+
+def _attach(key: str, target: str, options: Options, source: str) -> mounts.Attach:
+    deep = bool(options.recursive_set or options.recursive_clear)
+    return mounts.Attach(
+        key,
+        target,
+        options.set_ | options.recursive_set,
+        options.clear | options.recursive_clear,
+        deep,
+        # A clone of a shared mount is its peer already: "shared" is what there is, if it is.
+        0 if options.propagation == MS.SHARED else options.propagation or int(MS.PRIVATE),
+        source,
+    )
+
+
+def _cgroup_mounts(
+    build: _Build, mount: Mount, options: Options, key: str, cgroup: Cgroup, own_namespace: bool
+) -> None:
+    """/sys/fs/cgroup as the container sees it: one mount on v2, on v1 one per hierarchy below a tmpfs."""
+    flags = options.flags
+    split = [part for part in cgroup.mounts if part.target]
+    if split:
+        build.tree.append(mounts.Mount("tmpfs", mount.destination, flags & ~MS.RDONLY, "mode=755", "tmpfs"))
+    for number, part in enumerate(cgroup.mounts):
+        target = f"{mount.destination}/{part.target}" if part.target else mount.destination
+        if own_namespace:
+            build.tree.append(mounts.Mount(part.fstype, target, flags, part.data, part.source))
+        else:
+            bound = f"{key}.{number}"
+            build.sources.append(mounts.OpenSource(bound, part.directory, False, False))
+            build.tree.append(_attach(bound, target, options, part.directory))
+        if part.links:
+            links = tuple((name, part.target) for name in part.links)
+            build.tree.append(mounts.MakeLinks(mount.destination, links))
+    if split and flags & MS.RDONLY:
+        build.tree.append(mounts.RemountReadOnly(mount.destination))
+
+
+def _devices(devices: tuple[Device, ...]) -> list[Step]:
+    by_directory: dict[str, list[tuple[str, str, int, int, int, int, int]]] = {}
+    for device in devices:
+        mode = 0o666 if device.file_mode is None else device.file_mode
+        node = (os.path.basename(device.path), device.type, device.major, device.minor, mode)
+        by_directory.setdefault(os.path.dirname(device.path), []).append((*node, device.uid or 0, device.gid or 0))
+    return [mounts.MakeDevices(directory, tuple(nodes)) for directory, nodes in by_directory.items()]
+
+
+def _inherited(process: Process) -> list[Step]:
+    steps: list[Step] = []
+    if process.oom_score_adj is not None:
+        steps.append(identity.OomScoreAdj(process.oom_score_adj))
+    if process.rlimits:
+        limits = []
+        for limit in process.rlimits:
+            if not hasattr(resource, limit.type):
+                raise InvalidSpec(f"rlimit {limit.type!r} is unknown")
+            limits.append((int(getattr(resource, limit.type)), limit.soft, limit.hard))
+        steps.append(identity.Rlimits(tuple(limits)))
+    return steps
+
+
+def _label(process: Process) -> list[Step]:
+    if process.apparmor_profile and process.apparmor_profile != "unconfined":
+        return [identity.OpenLabel("/proc/self/attr/apparmor/exec")]
+    if process.selinux_label:
+        return [identity.OpenLabel("/proc/self/attr/exec")]
+    return []
+
+
+def _become(process: Process, linux: Linux, last_cap: int) -> list[Step]:
+    """The fixed end of a start."""
+    if not process.args:
+        raise InvalidSpec("no command to run")
+    steps: list[Step] = []
+    if process.terminal:
+        size = process.console_size
+        steps.append(identity.OpenTerminal(size.height if size else 0, size.width if size else 0, process.user.uid))
+    path = next((item[5:] for item in process.env if item.startswith("PATH=")), _DEFAULT_PATH)
+    sets = process.capabilities or Capabilities()
+    try:
+        masks = [
+            caps.mask(names)
+            for names in (sets.bounding, sets.effective, sets.permitted, sets.inheritable, sets.ambient)
+        ]
+    except KeyError as error:
+        raise InvalidSpec(f"capability {error.args[0]} is unknown") from None
+    bounding, effective, permitted, inheritable, ambient = (mask & (1 << last_cap + 1) - 1 for mask in masks)
+    filtered = linux.seccomp is not None
+    user = process.user
+    label = process.selinux_label
+    if process.apparmor_profile and process.apparmor_profile != "unconfined":
+        label = f"exec {process.apparmor_profile}"
+    steps.append(identity.WorkingDirectory(process.cwd or "/"))
+    steps.append(identity.FindExecutable(process.args[0], path))
+    steps.append(
+        identity.Execute(
+            args=process.args,
+            env=process.env,
+            uid=user.uid,
+            gid=user.gid,
+            groups=user.additional_gids,
+            bounding=bounding,
+            effective=effective,
+            permitted=permitted,
+            inheritable=inheritable,
+            ambient=ambient,
+            last_cap=last_cap,
+            umask=0o022 if user.umask is None else user.umask,
+            no_new_privileges=process.no_new_privileges,
+            seccomp=_filter(linux) if filtered else "",
+            seccomp_flags=0,
+            label=label,
+        )
+    )
+    return steps
+
+
+def _filter(linux: Linux) -> str:
+    assert linux.seccomp is not None
+    return binascii.b2a_base64(seccomp_compiler.bpf(linux.seccomp), newline=False).decode("ascii")

@@ -1,0 +1,354 @@
+"""Steps around a container's processes: what they inherit, where they are, who they are, and execve.
+
+The end of a start is fixed: executable found, arguments encoded, everything allocated; then seccomp (last of
+all with no_new_privs, else before the identity change), identity, execve, nothing else in between.
+"""
+
+import binascii
+import fcntl
+import os
+import resource
+import signal
+import socket
+import struct
+from dataclasses import dataclass
+from errno import EACCES, ENOENT, EPERM
+
+from runtime.linux import caps, files
+from runtime.linux.lib import SyscallError
+from runtime.linux.namespaces import CLONE, setns, unshare
+from runtime.linux.process import (
+    CLOSE_RANGE_CLOEXEC,
+    PR_SET_KEEPCAPS,
+    PR_SET_NO_NEW_PRIVS,
+    PR_SET_PDEATHSIG,
+    Exec,
+    close_range,
+    join_session_keyring,
+    prctl,
+)
+from runtime.linux.seccomp import Filter
+from runtime.plan.plan import Context, Step
+
+TIOCSPTLCK = 0x40045431
+TIOCGPTN = 0x80045430
+TIOCSWINSZ = 0x5414
+
+
+@dataclass(frozen=True, slots=True)
+class Detach(Step):
+    """Let go of what the parent was: session, keyring, signals, parent-death signal, directory.
+
+    The umask is 0 until `Execute` sets the process's own: what the steps make has exactly the modes they say.
+    """
+
+    def run(self, context: Context) -> None:
+        os.setsid()
+        try:
+            join_session_keyring()
+        except SyscallError as error:  # kernels without keyrings, or a nested runtime's filter
+            context.warnings.append(str(error))
+        prctl(PR_SET_PDEATHSIG, 0)
+        os.umask(0)
+        os.chdir("/")
+        # Python ignores SIGPIPE and SIGXFSZ, and ignored signals stay ignored after execve.
+        for number in signal.valid_signals():
+            if signal.getsignal(number) not in (signal.SIG_DFL, None):
+                signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+    def describe(self) -> str:
+        return "new session and keyring, default signals"
+
+
+@dataclass(frozen=True, slots=True)
+class JoinCgroup(Step):
+    """Move this process into its cgroup, by writing 0 to each file."""
+
+    files: tuple[str, ...]
+
+    def run(self, context: Context) -> None:
+        for name in self.files:
+            try:
+                fd = os.open(name, os.O_WRONLY | os.O_CLOEXEC)
+                try:
+                    os.write(fd, b"0")
+                finally:
+                    os.close(fd)
+            except OSError as error:
+                raise SyscallError("join cgroup", error.errno or 0, name) from None
+
+    def describe(self) -> str:
+        return f"join cgroup {os.path.dirname(self.files[-1]) if self.files else '(none)'}"
+
+
+@dataclass(frozen=True, slots=True)
+class Unshare(Step):
+    """Make new namespaces for this process."""
+
+    flags: int
+
+    def run(self, context: Context) -> None:
+        unshare(self.flags)
+
+    def describe(self) -> str:
+        return f"new namespaces: {flag_names(self.flags)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Hostname(Step):
+    """Set the host name in this process's uts namespace, which must be its own."""
+
+    name: str
+
+    def run(self, context: Context) -> None:
+        socket.sethostname(self.name)
+
+    def describe(self) -> str:
+        return f"hostname {self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class JoinNamespace(Step):
+    """Join the namespace at `path` (below /proc or /run/netns)."""
+
+    path: str
+    flag: int
+
+    def run(self, context: Context) -> None:
+        fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            setns(fd, self.flag)
+        finally:
+            os.close(fd)
+
+    def describe(self) -> str:
+        return f"join {flag_names(self.flag)} namespace {self.path}"
+
+
+@dataclass(frozen=True, slots=True)
+class JoinProcess(Step):
+    """Join several namespaces of the process behind the pidfd `name` in one call."""
+
+    name: str
+    flags: int
+
+    def run(self, context: Context) -> None:
+        setns(context.fds[self.name], self.flags)
+
+    def describe(self) -> str:
+        return f"join the container's namespaces: {flag_names(self.flags)}"
+
+
+def flag_names(flags: int) -> str:
+    """CLONE flags as `mount, pid`."""
+    return ", ".join(str(flag.name)[3:].lower().replace("ns", "mount") for flag in CLONE if flags & flag) or "none"
+
+
+@dataclass(frozen=True, slots=True)
+class OomScoreAdj(Step):
+    """Set oom_score_adj; where lowering it is not allowed the nearest allowed value stays, with a warning."""
+
+    value: int
+
+    def run(self, context: Context) -> None:
+        fd = os.open("/proc/self/oom_score_adj", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            os.write(fd, str(self.value).encode())
+        except PermissionError:
+            context.warnings.append(
+                f"oom_score_adj {self.value} not permitted, {os.read(fd, 16).decode().strip()} kept"
+            )
+        finally:
+            os.close(fd)
+
+    def describe(self) -> str:
+        return f"oom_score_adj {self.value}"
+
+
+@dataclass(frozen=True, slots=True)
+class Rlimits(Step):
+    """Set resource limits, as (resource number, soft, hard); 2^64-1 is infinity.
+
+    A hard limit that may not be raised stays, with a warning, and the soft one stops at it.
+    """
+
+    limits: tuple[tuple[int, int, int], ...]
+
+    def run(self, context: Context) -> None:
+        for number, soft, hard in self.limits:
+            wanted = (_limit(soft), _limit(hard))
+            try:
+                resource.setrlimit(number, wanted)
+            except (ValueError, PermissionError):
+                kept = resource.getrlimit(number)[1]
+                context.warnings.append(f"rlimit {number}: hard limit {hard} not permitted, {kept} kept")
+                low = wanted[0] if kept == resource.RLIM_INFINITY or 0 <= wanted[0] <= kept else kept
+                resource.setrlimit(number, (low, kept))
+
+    def describe(self) -> str:
+        return "resource limits " + " ".join(f"{n}={soft}:{hard}" for n, soft, hard in self.limits)
+
+
+def _limit(value: int) -> int:
+    return resource.RLIM_INFINITY if value >= 1 << 63 else value
+
+
+@dataclass(frozen=True, slots=True)
+class OpenTerminal(Step):
+    """Open a terminal of the container's own devpts: its slave becomes stdin, stdout and stderr.
+
+    The master is kept as descriptor `terminal` for the parent. Runs after pivot_root.
+    """
+
+    rows: int
+    columns: int
+    uid: int
+
+    def run(self, context: Context) -> None:
+        master = os.open("/dev/pts/ptmx", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+        fcntl.ioctl(master, TIOCSPTLCK, struct.pack("i", 0))
+        number = struct.unpack("I", fcntl.ioctl(master, TIOCGPTN, b"\0" * 4))[0]
+        slave = os.open(f"/dev/pts/{number}", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+        if self.rows and self.columns:
+            fcntl.ioctl(master, TIOCSWINSZ, struct.pack("HHHH", self.rows, self.columns, 0, 0))
+        if self.uid:
+            os.fchown(slave, self.uid, -1)
+        context.fds["terminal"] = master
+        context.fds["stdin"] = context.fds["stdout"] = context.fds["stderr"] = slave
+
+    def describe(self) -> str:
+        return "open a terminal from the container's devpts"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkingDirectory(Step):
+    """Make the working directory if it is missing, and enter it. Runs inside the root."""
+
+    path: str
+
+    def run(self, context: Context) -> None:
+        root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            directory = files.make_directories(root, self.path)
+        finally:
+            os.close(root)
+        try:
+            os.fchdir(directory)
+        finally:
+            os.close(directory)
+        if not os.getcwd().startswith("/"):  # "(unreachable)": a directory outside the root (CVE-2024-21626)
+            raise SyscallError("chdir", ENOENT, self.path)
+        context.directory = self.path
+
+    def describe(self) -> str:
+        return f"enter {self.path}"
+
+
+@dataclass(frozen=True, slots=True)
+class FindExecutable(Step):
+    """Find what execve will run: `name` itself if it has a slash, else along `path` as execvp does."""
+
+    name: str
+    path: str
+
+    def run(self, context: Context) -> None:
+        if "/" in self.name:
+            context.executable = self.name
+            return
+        denied = False
+        for directory in self.path.split(":"):
+            candidate = f"{directory or '.'}/{self.name}"
+            try:
+                if not os.path.isdir(candidate) and os.access(candidate, os.X_OK):
+                    context.executable = candidate
+                    return
+                denied = denied or os.path.exists(candidate)
+            except ValueError as error:
+                raise SyscallError("execve", ENOENT, self.name) from error
+        raise SyscallError(f'exec: "{self.name}": executable file not found in $PATH', EACCES if denied else ENOENT)
+
+    def describe(self) -> str:
+        return f"find {self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Execute(Step):
+    """Become the process: descriptors, seccomp, identity, execve. Never returns on success.
+
+    Capability sets are bit masks; `seccomp` is the BPF program in base64, or empty. `exec_label` goes to
+    /proc/self/attr/… (`apparmor_attr` or SELinux's exec) before the container's /proc could be a fake:
+    the descriptor `label` must have been opened by an earlier step.
+    """
+
+    args: tuple[str, ...]
+    env: tuple[str, ...]
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+    bounding: int
+    effective: int
+    permitted: int
+    inheritable: int
+    ambient: int
+    last_cap: int
+    umask: int
+    no_new_privileges: bool
+    seccomp: str
+    seccomp_flags: int
+    label: str
+
+    def run(self, context: Context) -> None:
+        self._standard_streams(context)
+        execve = Exec(context.executable, tuple(self.args), tuple(self.env))
+        program = Filter(binascii.a2b_base64(self.seccomp)) if self.seccomp else None
+        close_range(3, 0xFFFFFFFF, CLOSE_RANGE_CLOEXEC)
+        os.umask(self.umask)
+        if self.label:
+            os.write(context.fds["label"], self.label.encode())
+        caps.drop_bounding(self.bounding, self.last_cap)
+        if self.no_new_privileges:
+            prctl(PR_SET_NO_NEW_PRIVS, 1)
+        elif program:
+            program.load(self.seccomp_flags)
+        if self.uid:
+            prctl(PR_SET_KEEPCAPS, 1)
+        os.setgroups(self.groups)
+        os.setresgid(self.gid, self.gid, self.gid)
+        os.setresuid(self.uid, self.uid, self.uid)
+        caps.capset(self.effective, self.permitted, self.inheritable)
+        caps.set_ambient(self.ambient)
+        if self.no_new_privileges and program:
+            program.load(self.seccomp_flags)
+        errno = execve.run()
+        raise SyscallError(f'exec: "{self.args[0]}"', errno)
+
+    @staticmethod
+    def _standard_streams(context: Context) -> None:
+        # Each above 2 first, so that no dup2 overwrites the source of a later one.
+        raised = [fcntl.fcntl(context.fds[name], fcntl.F_DUPFD_CLOEXEC, 3) for name in ("stdin", "stdout", "stderr")]
+        for number, fd in enumerate(raised):
+            os.dup2(fd, number, inheritable=True)
+        if "terminal" in context.fds:
+            fcntl.ioctl(0, 0x540E, 0)  # TIOCSCTTY
+
+    def describe(self) -> str:
+        who = f"{self.uid}:{self.gid}"
+        extra = [name for name, on in (("no_new_privs", self.no_new_privileges), ("seccomp", self.seccomp)) if on]
+        return f"execute {self.args[0] if self.args else ''} as {who}{' with ' + ', '.join(extra) if extra else ''}"
+
+
+@dataclass(frozen=True, slots=True)
+class OpenLabel(Step):
+    """Open the kernel's attribute file for the security label of the next execve, on the host's /proc."""
+
+    path: str
+
+    def run(self, context: Context) -> None:
+        try:
+            context.fds["label"] = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise SyscallError("security module not enabled", EPERM, self.path) from None
+
+    def describe(self) -> str:
+        return f"open {self.path}"

@@ -1,0 +1,361 @@
+"""A running pod as cribd holds it: its monitor's channel, its containers' starts, execs and ends."""
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from socket import socket
+from typing import Any, Final
+
+from runtime.channel import Channel, Reply
+from runtime.errors import DeadlineExceeded, StepFailed, Unavailable, WrongState
+from runtime.images import RootFs
+from runtime.plan.compile import Cgroup, Environment, Namespaces, compile_exec, compile_start
+from runtime.plan.plan import Plan, encode
+from runtime.spec import Linux, Process, Spec
+from runtime.zygote.messages import Kind
+
+START_TIMEOUT_S: Final = 60.0
+REQUEST_TIMEOUT_S: Final = 10.0
+END_TIMEOUT_S: Final = 10.0
+_ESRCH: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class PodStart:
+    """What a pod's monitor is asked to make. `hostname` None, `net` and `ipc` False: the host's namespace.
+
+    `pid`: a pid namespace shared by the pod's containers, whose init joins `init_cgroup`. `shm_bytes`: size of the
+    pod's own /dev/shm, 0 for none.
+    """
+
+    id: str
+    hostname: str | None = None
+    net: bool = True
+    ipc: bool = True
+    pid: bool = False
+    shm_bytes: int = 64 << 20
+    sysctls: Mapping[str, str] = field(default_factory=dict)
+    init_cgroup: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerStart:
+    """A container to start. `log_path` None: output is read and dropped. Its directory must exist."""
+
+    id: str
+    spec: Spec
+    rootfs: RootFs
+    cgroup: Cgroup
+    log_path: str | None = None
+    stdin: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StepTiming:
+    """One step of a start as it went. The last one's time is until the kernel has closed the old program's files."""
+
+    text: str
+    duration_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A container whose process has become its program. `warnings`: what the kernel refused and was done without."""
+
+    pid: int
+    started_ns: int
+    timeline: tuple[StepTiming, ...]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerExit:
+    """How a container ended: `code` is 128 and the signal for one that was killed."""
+
+    id: str
+    pid: int
+    code: int
+    started_ns: int
+    exited_ns: int
+    oom_killed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ContainerFact:
+    """What a monitor knows of a container; `exited` None while it runs."""
+
+    id: str
+    pid: int
+    started_ns: int
+    exited: ContainerExit | None
+
+
+@dataclass(frozen=True, slots=True)
+class ExecStart:
+    """A process to run in a running container: `linux` gives its seccomp filter."""
+
+    id: str
+    container_id: str
+    process: Process
+    linux: Linux
+    join_files: tuple[str, ...]
+    clone_dir: str
+
+
+@dataclass(frozen=True, slots=True)
+class ExecExit:
+    code: int
+    exited_ns: int
+
+
+class Exec:
+    """An exec'd process."""
+
+    def __init__(self, pod: "Pod", exec_id: str, exited: asyncio.Future[ExecExit]) -> None:
+        self._pod = pod
+        self._id = exec_id
+        self._exited = exited
+
+    async def wait(self) -> ExecExit:
+        """How it ended. Raises StepFailed or WrongState if it never became its program, Unavailable if the monitor
+        is lost. Cancelling the wait leaves the process alone."""
+        return await asyncio.shield(self._exited)
+
+    async def kill(self) -> None:
+        """End it, with all its descendants. Raises Unavailable or DeadlineExceeded."""
+        await self._pod.request(Kind.KILL, exec=self._id)
+
+
+class Pod:
+    """A pod whose monitor is connected.
+
+    `netns_fd` and `rtnl` (a NETLINK_ROUTE socket inside) are there after the start of a pod with its own network
+    namespace, until `release_network`. `on_exit` is called once per container that ends, `on_lost` when the monitor
+    is gone without having been asked to end.
+    """
+
+    def __init__(self, pod_id: str, channel: Channel, environment: Environment, pidfd: int, pid: int) -> None:
+        self.id = pod_id
+        self.monitor_pid = pid
+        self.init_pid = 0
+        self.environment = environment
+        self.netns_fd = -1
+        self.rtnl: socket | None = None
+        self.on_exit: Callable[[ContainerExit], None] | None = None
+        self.on_lost: Callable[[], None] | None = None
+        self._pidfd = pidfd
+        self._channel = channel
+        self._execs: dict[str, asyncio.Future[ExecExit]] = {}
+        channel.on_event = self._event
+        channel.on_closed = self._lost
+
+    @property
+    def namespaces(self) -> Namespaces:
+        return self.environment.namespaces
+
+    @property
+    def shm_path(self) -> str:
+        """What stands for the pod's /dev/shm as a mount's source; "" where it has none of its own."""
+        return self.environment.shm_path
+
+    def release_network(self) -> None:
+        """Close `netns_fd` and `rtnl`: the namespace is pinned and configured."""
+        if self.netns_fd >= 0:
+            os.close(self.netns_fd)
+            self.netns_fd = -1
+        if self.rtnl:
+            self.rtnl.close()
+            self.rtnl = None
+
+    async def request(self, kind: Kind, timeout_s: float = REQUEST_TIMEOUT_S, **fields: Any) -> dict[str, Any]:
+        """Ask the monitor. Raises WrongState (nothing runs by that name), Unavailable or DeadlineExceeded."""
+        return checked(await self._channel.request(kind, (), timeout_s, **fields))
+
+    async def start(self, request: ContainerStart) -> Started:
+        """Start a container. Raises StepFailed, with the cause, after which nothing of it is left in the monitor."""
+        start = compile_start(request.spec, request.rootfs, request.cgroup, self.environment)
+        cgroup = request.cgroup
+        memfd = _memfd(start.plan)
+        try:
+            reply = await self._channel.request(
+                Kind.START,
+                (memfd,),
+                START_TIMEOUT_S,
+                id=request.id,
+                pid=start.pid,
+                pid_ns=start.pid_ns,
+                own_pid=start.pid == "new",
+                terminal=start.terminal,
+                stdin=request.stdin,
+                log=request.log_path or "",
+                cgroup=cgroup.path,
+                clone_dir=cgroup.clone_dir,
+                kill_dirs=cgroup.kill_dirs,
+                memory_events=cgroup.memory_events,
+            )
+        except DeadlineExceeded:
+            await self.kill(request.id)
+            raise
+        finally:
+            os.close(memfd)
+        if reply.kind == Kind.FAILED:
+            raise _failure(start.plan, reply.fields)
+        fields = reply.fields
+        durations = fields["durations_ns"]
+        last = fields["running_ns"] - fields["started_ns"] - sum(durations)
+        timeline = tuple(
+            StepTiming(step.describe(), ns) for step, ns in zip(start.plan, [*durations, last], strict=True)
+        )
+        return Started(fields["pid"], fields["running_ns"], timeline, tuple(fields["warnings"]))
+
+    def exec(self, request: ExecStart, stdin: int, stdout: int, stderr: int) -> Exec:
+        """Run a process in a container with these descriptors, which stay the caller's.
+
+        A failure to start is what `Exec.wait` raises. Raises Unavailable when the monitor is gone.
+        """
+        plan = compile_exec(
+            request.process, request.linux, request.join_files, request.clone_dir, self.environment.last_cap
+        )
+        exited: asyncio.Future[ExecExit] = asyncio.get_running_loop().create_future()
+        exited.add_done_callback(lambda future: future.cancelled() or future.exception())
+
+        def replied(reply: Reply) -> None:
+            if reply.kind == Kind.FAILED and self._execs.pop(request.id, None) and not exited.done():
+                exited.set_exception(_failure(plan, reply.fields))
+
+        memfd = _memfd(plan)
+        try:
+            self._channel.post(
+                Kind.EXEC,
+                (memfd, stdin, stdout, stderr),
+                replied,
+                id=request.container_id,
+                exec=request.id,
+                clone_dir=request.clone_dir,
+            )
+        finally:
+            os.close(memfd)
+        self._execs[request.id] = exited
+        return Exec(self, request.id, exited)
+
+    async def signal(self, container_id: str, number: int) -> None:
+        """Send a signal to a container's first process. Raises WrongState when it does not run."""
+        await self.request(Kind.SIGNAL, id=container_id, signal=number)
+
+    async def kill(self, container_id: str) -> None:
+        """SIGKILL for all processes of a container; none is fine."""
+        await self.request(Kind.KILL, id=container_id)
+
+    async def reopen_log(self, container_id: str) -> None:
+        """Go on in a new log file. Raises WrongState when the container does not run."""
+        await self.request(Kind.REOPEN, id=container_id)
+
+    async def forget(self, container_id: str) -> None:
+        """Drop the monitor's record of an exited container."""
+        await self.request(Kind.FORGET, id=container_id)
+
+    async def containers(self) -> list[ContainerFact]:
+        """What runs and what has ended here."""
+        facts = await self.request(Kind.FACTS)
+        self.init_pid = facts["init_pid"]
+        return [_fact(item) for item in facts["containers"]]
+
+    async def end(self) -> None:
+        """Kill whatever is left of the pod and end its monitor, by force where it does not answer.
+
+        Raises DeadlineExceeded when the monitor does not even die.
+        """
+        self._channel.on_closed = None
+        try:
+            await self._channel.request(Kind.END, (), END_TIMEOUT_S)
+        except (DeadlineExceeded, Unavailable):
+            pass
+        if not await _gone(self._pidfd, END_TIMEOUT_S / 4):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            if not await _gone(self._pidfd, END_TIMEOUT_S):
+                raise DeadlineExceeded(f"pod {self.id}: its monitor (pid {self.monitor_pid}) does not die")
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the monitor, which lives on if it does."""
+        self.release_network()
+        self._channel.close()
+        self._fail_execs()
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+    def _event(self, kind: Kind, fields: dict[str, Any]) -> None:
+        if kind == Kind.EXITED and self.on_exit:
+            self.on_exit(container_exit(fields))
+        elif kind == Kind.EXEC_EXITED:
+            future = self._execs.pop(fields["exec"], None)
+            if future and not future.done():
+                future.set_result(ExecExit(fields["code"], fields["exited_ns"]))
+
+    def _lost(self) -> None:
+        self._fail_execs()
+        if self.on_lost:
+            self.on_lost()
+
+    def _fail_execs(self) -> None:
+        for future in self._execs.values():
+            if not future.done():
+                future.set_exception(Unavailable(f"pod {self.id}: its monitor is gone"))
+        self._execs.clear()
+
+
+def container_exit(fields: Mapping[str, Any]) -> ContainerExit:
+    """A monitor's record of an end, from a message or from disk. Raises KeyError."""
+    names = ("id", "pid", "code", "started_ns", "exited_ns", "oom_killed")
+    return ContainerExit(*(fields[name] for name in names))
+
+
+def checked(reply: Reply) -> dict[str, Any]:
+    """The fields of an answer. Raises WrongState or Unavailable for FAILED."""
+    if reply.kind == Kind.FAILED:
+        detail = reply.fields.get("detail", "")
+        raise (WrongState if reply.fields.get("errno") == _ESRCH else Unavailable)(detail)
+    return reply.fields
+
+
+def _fact(fields: Mapping[str, Any]) -> ContainerFact:
+    exited = container_exit(fields) if fields["exited_ns"] else None
+    return ContainerFact(fields["id"], fields["pid"], fields["started_ns"], exited)
+
+
+def _failure(plan: Plan, fields: Mapping[str, Any]) -> Exception:
+    """What a FAILED answer to a plan means; `failed` is there when a step failed."""
+    index, detail, errno = fields.get("failed"), fields.get("detail", ""), fields.get("errno", 0)
+    if fields.get("lost"):
+        return Unavailable(detail)
+    if errno == _ESRCH and index is None:
+        return WrongState(detail)
+    if index is None or not 0 <= index < len(plan):
+        return StepFailed("make the process", 0, len(plan), errno, detail)
+    return StepFailed(plan[index].describe(), index + 1, len(plan), errno, detail)
+
+
+def _memfd(plan: Plan) -> int:
+    data = memoryview(encode(plan))
+    fd = os.memfd_create("crib-plan", os.MFD_CLOEXEC)
+    while data:
+        data = data[os.write(fd, data) :]
+    return fd
+
+
+async def _gone(pidfd: int, timeout_s: float) -> bool:
+    """Whether the process behind a pidfd ends in time."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[None] = loop.create_future()
+    loop.add_reader(pidfd, lambda: future.done() or future.set_result(None))
+    try:
+        async with asyncio.timeout(timeout_s):
+            await future
+    except TimeoutError:
+        return False
+    finally:
+        loop.remove_reader(pidfd)
+    return True

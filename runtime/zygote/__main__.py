@@ -1,0 +1,52 @@
+"""The zygote's program: `python -I -S __main__.py PACKAGE_ROOT SOCKET_FD STAGE CGROUP_FILE…`
+
+Threat model: a container could reach the files this process maps through /proc/PID/map_files, or overwrite the
+interpreter through /proc/PID/exe (CVE-2019-5736). So every file is opened through a read-only private mount:
+ 1. stage `mount`: make a mount namespace of its own, make all of it read-only, execute the interpreter again
+ 2. stage `serve`: load everything there will ever be need of, empty the import machinery, go back to the host's
+    mount namespace (the mappings keep the read-only mounts), and serve
+"""
+
+import os
+import sys
+
+
+def main() -> None:
+    """Run the stage that the arguments name."""
+    package_root, fd, stage, host_ns, *cgroup = sys.argv[1:]
+    sys.path.append(package_root)
+    if stage == "mount":
+        _read_only_world(package_root, int(fd), cgroup)
+    _serve(int(fd), int(host_ns), cgroup)
+
+
+def _read_only_world(package_root: str, fd: int, cgroup: list[str]) -> None:
+    from runtime.linux.mount import AT_FDCWD, MS, MountAttr, mount, mount_setattr
+    from runtime.linux.namespaces import CLONE, unshare
+
+    host_ns = os.open("/proc/self/ns/mnt", os.O_RDONLY)
+    os.set_inheritable(host_ns, True)
+    unshare(CLONE.NEWNS)
+    mount("", "/", "", MS.REC | MS.PRIVATE)
+    mount_setattr(AT_FDCWD, "/", set_=MountAttr.RDONLY, recursive=True)
+    arguments = [package_root, str(fd), "serve", str(host_ns), *cgroup]
+    os.execv(sys.executable, [sys.executable, "-I", "-S", "-B", os.path.abspath(__file__), *arguments])
+
+
+def _serve(fd: int, host_ns: int, cgroup: list[str]) -> None:
+    import socket
+
+    from runtime.linux.namespaces import CLONE, setns
+    from runtime.zygote.zygote import Zygote
+
+    for name in cgroup:
+        with open(name, "wb", buffering=0) as file:
+            file.write(b"0")
+    setns(host_ns, CLONE.NEWNS)
+    os.close(host_ns)
+    os.set_inheritable(fd, False)
+    Zygote(socket.socket(fileno=fd)).serve()
+
+
+if __name__ == "__main__":
+    main()

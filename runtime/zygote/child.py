@@ -1,0 +1,48 @@
+"""What runs between clone3 and execve: the plan, and a report to the monitor.
+
+Threat model: after its plan has entered a container's mount namespace, this process sees a hostile image at every
+path. It imports nothing, opens nothing but what the plan's steps open, prints no traceback; what went wrong
+travels as numbers and a string.
+
+The handshake on the SEQPACKET socket `sync`:
+ 1. the child runs every step but the last, and sends {"d": [ns, …], "s": started_ns, "w": [warning, …]}, with the
+    terminal's master if one was opened
+ 2. the child runs the last step, execve; the socket closes by itself
+ 2b. or a step fails: {"failed": index, "errno": n, "detail": text}, and the child exits
+"""
+
+import json
+import os
+import socket
+
+from runtime.linux.process import close_all_but
+from runtime.plan import identity, mounts  # noqa: F401 - the kinds of steps that a plan can name
+from runtime.plan.plan import Context, Outcome, decode, run
+
+
+def become(plan: bytes, fds: dict[str, int], sync: socket.socket) -> None:
+    """Run the plan in this process; never returns."""
+    try:
+        keep = (0, 1, 2, sync.fileno(), *fds.values())
+        close_all_but(keep)
+        steps = decode(plan)
+        context = Context(fds)
+        outcome = run(steps[:-1], context)
+        if outcome.failed < 0:
+            terminal = [context.fds["terminal"]] if "terminal" in context.fds else []
+            report = {"d": outcome.durations_ns, "s": outcome.started_ns, "w": context.warnings}
+            socket.send_fds(sync, [_encode(report)], terminal)
+            last = run(steps[-1:], context)
+            outcome = Outcome(last.started_ns, last.durations_ns, len(steps) - 1, last.errno, last.detail)
+        sync.send(_encode({"failed": outcome.failed, "errno": outcome.errno, "detail": outcome.detail}))
+    except BaseException as error:
+        try:
+            sync.send(_encode({"failed": -1, "errno": 0, "detail": f"bug: {type(error).__name__}: {error}"}))
+        except OSError:
+            pass
+    finally:
+        os._exit(127)
+
+
+def _encode(report: dict[str, object]) -> bytes:
+    return json.dumps(report).encode("ascii")

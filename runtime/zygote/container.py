@@ -1,0 +1,138 @@
+"""A container, or an exec'd process, as its monitor sees it: descriptors, log, state, the record of its end."""
+
+import fcntl
+import json
+import os
+import socket
+import struct
+import termios
+import time
+from typing import Any, Final
+
+from runtime.zygote.log import Log, Stream
+
+_READ_BYTES: Final = 65536
+_DRAIN_BYTES: Final = 16 << 20
+
+
+class Process:
+    """One child of the monitor. `sync` is open until the child has become its program or failed."""
+
+    __slots__ = ("code", "exited_ns", "failure", "n", "pid", "pidfd", "report", "started_ns", "sync", "terminal")
+
+    def __init__(self, n: int, pid: int, pidfd: int, sync: socket.socket) -> None:
+        self.n = n  # the request that waits for the start
+        self.pid = pid
+        self.pidfd = pidfd
+        self.sync: socket.socket | None = sync
+        self.report: dict[str, Any] = {}
+        self.failure: dict[str, Any] | None = None
+        self.started_ns = 0
+        self.terminal = -1
+        self.code = -1
+        self.exited_ns = 0
+
+    @property
+    def ended(self) -> bool:
+        return self.exited_ns > 0
+
+    def read_sync(self) -> bool:
+        """Take what the child reports; True when the start is decided, one way or the other."""
+        assert self.sync is not None
+        data, fds, _, _ = socket.recv_fds(self.sync, _READ_BYTES, 1)
+        if fds:
+            self.terminal = fds[0]
+        if data:
+            message = json.loads(data)
+            if "failed" in message:
+                self.failure = message
+            else:
+                self.report = message
+                return False
+        elif self.report and self.failure is None:
+            self.started_ns = time.time_ns()
+        elif self.failure is None:
+            self.failure = {"failed": -1, "errno": 0, "detail": "the process died before it could start"}
+        self.sync.close()
+        self.sync = None
+        return True
+
+    def end(self, info: Any) -> None:
+        """Note the exit that waitid(2) told: the code, or 128 and the signal."""
+        killed = info.si_code in (os.CLD_KILLED, os.CLD_DUMPED)
+        self.code = info.si_status + 128 if killed else info.si_status
+        self.exited_ns = time.time_ns()
+
+    def resize(self, rows: int, columns: int) -> None:
+        """Set the terminal's size. Raises OSError without a terminal."""
+        fcntl.ioctl(self.terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+
+    def close(self) -> None:
+        os.close(self.pidfd)
+        if self.sync:
+            self.sync.close()
+            self.sync = None
+
+
+class Container(Process):
+    """The first process of a container, its output and its cgroup."""
+
+    __slots__ = ("cgroup", "id", "kill_dirs", "log", "memory_events", "oom_killed", "own_pid", "stdin", "streams")
+
+    def __init__(self, n: int, pid: int, pidfd: int, sync: socket.socket, fields: dict[str, Any]) -> None:
+        super().__init__(n, pid, pidfd, sync)
+        self.id: str = fields["id"]
+        self.own_pid: bool = fields["own_pid"]
+        self.cgroup: str = fields["cgroup"]
+        self.kill_dirs: tuple[str, ...] = tuple(fields["kill_dirs"])
+        self.memory_events: str = fields["memory_events"]
+        self.oom_killed = False
+        self.log: Log | None = None
+        self.stdin = -1
+        self.streams: dict[int, Stream | None] = {}  # read ends of output pipes, and the terminal's master
+
+    def add_stream(self, fd: int, name: bytes) -> None:
+        """Log what comes out of `fd` as `name`; without a log it is read and dropped."""
+        os.set_blocking(fd, False)
+        self.streams[fd] = Stream(self.log, name) if self.log else None
+
+    def read_stream(self, fd: int) -> bool:
+        """Log one read of `fd`; False at its end."""
+        try:
+            data = os.read(fd, _READ_BYTES)
+        except BlockingIOError:
+            return True
+        except OSError:  # EIO: the last holder of a terminal's slave is gone
+            data = b""
+        stream = self.streams[fd]
+        if data and stream:
+            stream.feed(data)
+        if not data and stream:
+            stream.finish()
+        return bool(data)
+
+    def drain(self) -> None:
+        """Log what is in the pipes now: the process has ended, and its last words come before that news."""
+        for fd in self.streams:
+            for _ in range(_DRAIN_BYTES // _READ_BYTES):
+                try:
+                    data = os.read(fd, _READ_BYTES)
+                except OSError:  # nothing more just now, or EIO
+                    break
+                if not data:
+                    break
+                stream = self.streams[fd]
+                if stream:
+                    stream.feed(data)
+
+    def fact(self) -> dict[str, Any]:
+        """What a new cribd, or the record on disk, is told of it."""
+        return {
+            "id": self.id,
+            "pid": self.pid,
+            "cgroup": self.cgroup,
+            "started_ns": self.started_ns,
+            "code": self.code,
+            "exited_ns": self.exited_ns,
+            "oom_killed": self.oom_killed,
+        }

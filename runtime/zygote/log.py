@@ -1,0 +1,109 @@
+"""A container's log file in the CRI format: `TIME stdout|stderr F|P TEXT`, one line per line of output.
+
+A line longer than 16 KiB is split into P parts; output that ends without a newline ends with a P part, so that
+every byte can be told. Times are those of the read. A write that fails drops its lines and counts them.
+"""
+
+import os
+import time
+from typing import Final
+
+LINE_BYTES: Final = 16 * 1024
+_FLAGS: Final = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+
+
+class Log:
+    """One log file, fed by one or two streams."""
+
+    __slots__ = ("_fd", "_second", "_second_text", "dropped_bytes", "path")
+
+    def __init__(self, path: str) -> None:
+        """Open (or make, 0640) the file. Raises OSError."""
+        self.path = path
+        self._fd = self._open()
+        self.dropped_bytes = 0
+        self._second = -1
+        self._second_text = ""
+
+    def _open(self) -> int:
+        return os.open(self.path, _FLAGS, 0o640)
+
+    def reopen(self) -> None:
+        """Go on in a new file at the same path; nothing goes to the old one any more. Raises OSError."""
+        fd = self._open()
+        os.close(self._fd)
+        self._fd = fd
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+    def now(self) -> bytes:
+        """RFC 3339 with nanoseconds, UTC."""
+        second, rest = divmod(time.time_ns(), 1_000_000_000)
+        if second != self._second:
+            self._second = second
+            self._second_text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+        return f"{self._second_text}.{rest:09d}Z".encode("ascii")
+
+    def write(self, data: bytes) -> None:
+        """Append formatted lines."""
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[os.write(self._fd, view) :]
+        except OSError:
+            self.dropped_bytes += len(view)
+
+
+class Stream:
+    """Turns one stream's bytes into log lines; keeps an unfinished line for its next bytes."""
+
+    __slots__ = ("_log", "_name", "_rest")
+
+    def __init__(self, log: Log, name: bytes) -> None:
+        self._log = log
+        self._name = name
+        self._rest = b""
+
+    def feed(self, data: bytes) -> None:
+        """Log what is complete."""
+        self._log.write(self.format(data, self._log.now()))
+
+    def finish(self) -> None:
+        """The stream has ended: log the unfinished line as a P part."""
+        if self._rest:
+            self._log.write(b"%b %b P %b\n" % (self._log.now(), self._name, self._rest))
+            self._rest = b""
+
+    def format(self, data: bytes, now: bytes) -> bytes:
+        """The lines for `data`, all with the time `now`."""
+        if self._rest:
+            data = self._rest + data
+        full = b"%b %b F " % (now, self._name)
+        end = data.rfind(b"\n") + 1
+        self._rest = data[end:]
+        if len(data) <= LINE_BYTES or not _has_long_line(data):
+            body = full + data[: end - 1].replace(b"\n", b"\n" + full) + b"\n" if end else b""
+        else:
+            body = b"".join(self._split(line, now) for line in data[:end].split(b"\n")[:-1])
+        part = b"%b %b P " % (now, self._name)
+        while len(self._rest) > LINE_BYTES:
+            body += part + self._rest[:LINE_BYTES] + b"\n"
+            self._rest = self._rest[LINE_BYTES:]
+        return body
+
+    def _split(self, line: bytes, now: bytes) -> bytes:
+        head = b"%b %b " % (now, self._name)
+        parts = [line[at : at + LINE_BYTES] for at in range(0, len(line), LINE_BYTES)] or [b""]
+        return b"".join(head + (b"F " if i == len(parts) - 1 else b"P ") + part + b"\n" for i, part in enumerate(parts))
+
+
+def _has_long_line(data: bytes) -> bool:
+    """Whether a line of `data` is longer than the limit: each window of that length must hold a newline."""
+    at = 0
+    while len(data) - at > LINE_BYTES:
+        newline = data.rfind(b"\n", at, at + LINE_BYTES + 1)
+        if newline < 0:
+            return True
+        at = newline + 1
+    return False

@@ -1,0 +1,116 @@
+"""The closed set of messages between cribd, the zygote and the monitors.
+
+Each travels as one datagram of a SOCK_SEQPACKET socket: a JSON object, with descriptors beside it. What is
+larger than a datagram may be goes as a sealed memfd, the last descriptor. Both ends are processes of crib; what
+comes from a monitor is still checked (size, JSON, kind) before it is used.
+"""
+
+import array
+import fcntl
+import json
+import os
+import socket
+from enum import StrEnum
+from typing import Any, Final
+
+VERSION: Final = 1
+LIMIT_BYTES: Final = 4 << 20
+_INLINE_BYTES: Final = 60_000
+_MAX_FDS: Final = 16
+_SEALS: Final = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+_CMSG_BYTES: Final = socket.CMSG_SPACE(_MAX_FDS * array.array("i").itemsize)
+
+
+class Kind(StrEnum):
+    """What a message is. Requests carry `n`; their reply repeats it as `re`."""
+
+    SPAWN = "spawn"  # cribd → zygote: fork a monitor; fds: its end of a socket pair
+    POD = "pod"  # cribd → monitor: make the pod's namespaces; reply fds: net namespace, netlink socket
+    START = "start"  # cribd → monitor: start a container by its plan
+    EXEC = "exec"  # cribd → monitor: run a process in a container by its plan; fds: stdin, stdout, stderr
+    SIGNAL = "signal"
+    KILL = "kill"  # kill a whole container, or an exec's process
+    RESIZE = "resize"
+    REOPEN = "reopen"
+    FORGET = "forget"  # drop the record of an exited container
+    FACTS = "facts"  # what runs and what ended
+    END = "end"  # the pod is over: kill what is left and exit
+    OK = "ok"
+    FAILED = "failed"
+    EXITED = "exited"  # monitor → cribd: a container ended
+    EXEC_EXITED = "exec-exited"
+    WARNING = "warning"
+
+
+class ProtocolError(Exception):
+    """A message that is none of ours."""
+
+
+def send(sock: socket.socket, kind: Kind, fds: tuple[int, ...] = (), **fields: Any) -> None:
+    """Send one message. Raises OSError (BlockingIOError when the peer's buffer is full)."""
+    data = json.dumps({"v": VERSION, "k": kind.value, **fields}, separators=(",", ":")).encode("ascii")
+    if len(data) <= _INLINE_BYTES:
+        socket.send_fds(sock, [data], fds)
+        return
+    memfd = os.memfd_create("crib-message", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(memfd, view) :]
+        fcntl.fcntl(memfd, fcntl.F_ADD_SEALS, _SEALS)
+        big = json.dumps({"v": VERSION, "k": kind.value, "big": len(data)}).encode("ascii")
+        socket.send_fds(sock, [big], (*fds, memfd))
+    finally:
+        os.close(memfd)
+
+
+def receive(sock: socket.socket) -> tuple[Kind, dict[str, Any], list[int]] | None:
+    """Receive one message and its descriptors, which the caller owns; None at the end of the stream.
+
+    Raises ProtocolError, or OSError.
+    """
+    data, ancillary, flags, _ = sock.recvmsg(65536, _CMSG_BYTES, socket.MSG_CMSG_CLOEXEC)
+    fds = array.array("i")
+    for level, kind, payload in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            fds.frombytes(payload[: len(payload) - len(payload) % fds.itemsize])
+    received = list(fds)
+    if not data and not received:
+        return None
+    try:
+        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            raise ProtocolError("truncated message")
+        fields = _decode(data)
+        if "big" in fields:
+            fields = _decode(_read_memfd(received.pop(), fields["big"]))
+        return Kind(fields.pop("k")), fields, received
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        close_all(received)
+        raise ProtocolError(f"bad message: {error}") from error
+    except ProtocolError:
+        close_all(received)
+        raise
+
+
+def close_all(fds: list[int]) -> None:
+    """Close descriptors that nobody wants."""
+    for fd in fds:
+        os.close(fd)
+
+
+def _decode(data: bytes) -> dict[str, Any]:
+    fields = json.loads(data)
+    if not isinstance(fields, dict) or fields.pop("v", None) != VERSION:
+        raise ProtocolError("message of another version")
+    return fields
+
+
+def _read_memfd(fd: int, size: int) -> bytes:
+    try:
+        if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
+            raise ProtocolError("memfd is not sealed")
+        if not 0 < size <= LIMIT_BYTES or os.fstat(fd).st_size != size:
+            raise ProtocolError(f"memfd of {size} bytes")
+        return os.pread(fd, size, 0)
+    finally:
+        os.close(fd)
