@@ -19,7 +19,10 @@ import grpc
 from google.protobuf.message_factory import GetMessageClass
 
 from cri.api import cri_pb2 as api
+from cri.config import load
 from e2e.registry import SetupError
+from net import BridgeConfig, open_network
+from runtime.cgroup import detect
 
 _START_S = 60
 _STOP_S = 60
@@ -84,6 +87,20 @@ def _wait_ready(process: subprocess.Popen[bytes], notify: socket.socket, log: Pa
     raise SetupError(f"cribd was not ready in {_START_S} s:\n{_tail(log)}")
 
 
+def _take_away(settings: Path, root: Path) -> None:
+    """What outlives a cribd on purpose, for its successor: bridge and address table, cgroups."""
+    if not (root / "net").is_dir():  # it never came that far
+        return
+    config = load(settings, root=str(root))
+    network = open_network(config.instance, root / "net", BridgeConfig())
+    try:
+        network.teardown()
+    finally:
+        network.close()
+    cgroups = detect()
+    cgroups.remove(config.cgroup.parent or cgroups.default_parent(config.instance))
+
+
 @contextlib.contextmanager
 def run(registry: str | None, log_level: str = "info", log: Path | None = None) -> Iterator[Cribd]:
     """A running cribd; with `registry`, all images come from it. Its pods, files and itself are gone afterwards.
@@ -118,3 +135,4 @@ def run(registry: str | None, log_level: str = "info", log: Path | None = None) 
             except subprocess.TimeoutExpired:
                 process.kill()
                 raise SetupError(f"cribd did not stop in {_STOP_S} s:\n{_tail(log)}") from None
+            _take_away(settings, root / "data")
