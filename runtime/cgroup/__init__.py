@@ -7,8 +7,8 @@ it is asked for.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from runtime.cgroup.mounted import detect
     from runtime.cgroup.interface import Cgroups, Mount
+    from runtime.cgroup.mounted import detect
     from runtime.cgroup.stats import Stats
 
 __all__ = ["Cgroups", "Mount", "Stats", "detect"]

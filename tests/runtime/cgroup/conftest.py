@@ -1,0 +1,127 @@
+"""Cgroups of a test's own, and programs that run in them."""
+
+from __future__ import annotations
+
+import secrets
+import select
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import pytest
+
+from runtime.cgroup import Cgroups, detect, files
+from runtime.spec import Resources
+
+DEADLINE_S = 60  # a system call in the virtual machine costs many times the native one
+
+# Joins the cgroups whose files are its arguments, says so and runs the test's program once a line comes in.
+_PROLOGUE = """
+import sys
+for file in sys.argv[1:]:
+    with open(file, "w") as opened:
+        opened.write("0")
+print("joined", flush=True)
+sys.stdin.readline()
+"""
+
+
+class Program:
+    """A Python program in a cgroup; it prints lines, and reads lines."""
+
+    def __init__(self, join_files: tuple[str, ...], code: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _PROLOGUE + textwrap.dedent(code), *join_files],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stdin and self._process.stdout
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
+        assert self.line() == "joined"
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def go(self) -> None:
+        self.tell("go")
+
+    def tell(self, text: str) -> None:
+        self._stdin.write(text + "\n")
+        self._stdin.flush()
+
+    def line(self) -> str:
+        return self._stdout.readline().rstrip("\n")
+
+    def silent_for(self, duration_s: float) -> bool:
+        """Whether nothing is printed; only where every printed line has been read."""
+        return not select.select([self._stdout], [], [], duration_s)[0]
+
+    def wait(self) -> int:
+        """The exit code, or minus the signal's number."""
+        return self._process.wait(DEADLINE_S)
+
+    def output(self) -> str:
+        """Let it run, and all that it printed once it has ended."""
+        self.go()
+        text = self._stdout.read()
+        assert self.wait() == 0
+        return text
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait(DEADLINE_S)
+        self._stdin.close()
+        self._stdout.close()
+
+
+@dataclass(slots=True)
+class Place:
+    """A parent cgroup that exists only for the test."""
+
+    cgroups: Cgroups
+    parent: str
+    programs: list[Program] = field(default_factory=list)
+
+    def path(self, *names: str) -> str:
+        return self.cgroups.join_path(self.parent, *names)
+
+    def make(self, name: str, resources: Resources | None = None) -> str:
+        path = self.path(name)
+        self.cgroups.create(path, resources)
+        return path
+
+    def run(self, path: str, code: str) -> Program:
+        program = Program(self.cgroups.join_files(path), code)
+        self.programs.append(program)
+        return program
+
+    def oom_kills(self, path: str) -> int:
+        file = self.cgroups.memory_events(path)
+        assert file
+        return files.oom_kills(file)
+
+
+@pytest.fixture
+def place() -> Iterator[Place]:
+    cgroups = detect(driver="cgroupfs")
+    made = Place(cgroups, f"/crib-test-{secrets.token_hex(6)}")
+    yield made
+    for program in made.programs:
+        program.end()
+    cgroups.kill(made.parent)
+    assert cgroups.remove(made.parent)
+
+
+@pytest.fixture
+def needs_controller(place: Place) -> Callable[[str], None]:
+    """Skips the test where no such controller can be limited."""
+
+    def check(name: str) -> None:
+        if name not in place.cgroups.controllers:
+            pytest.skip(f"no {name} controller here")
+
+    return check
