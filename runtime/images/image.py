@@ -9,7 +9,7 @@ GIB = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class ImageConfig:
-    """How an image wants to be run: the `config` object of an OCI image configuration. Hostile input, bounded in size."""
+    """How an image wants to be run: the `config` object of an OCI image configuration. Hostile, of bounded size."""
 
     user: str = ""
     env: tuple[str, ...] = ()
@@ -99,8 +99,8 @@ class FsUsage:
 class ImagesConfig:
     """Settings of the store.
 
-    `hosts_dir` holds containerd's per-registry `<host>/hosts.toml`, read at each pull. `progress_timeout_s` is how long a
-    transfer may stand still. `pinned` are globs over repo tags and digests.
+    `hosts_dir` holds containerd's per-registry `<host>/hosts.toml`, read at each pull. `progress_timeout_s` is how long
+    a transfer may stand still. `pinned` are globs over repo tags and digests.
     """
 
     hosts_dir: Path | None = None

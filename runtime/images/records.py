@@ -1,0 +1,254 @@
+"""The store's records: two SQLite databases in the store's directory.
+
+`images.db` holds images, names and layers, and is synchronised at each commit: it survives power loss. `rootfs.db` holds
+what is prepared for containers, is written on a pod's start path and is not synchronised: it survives a crash of cribd,
+and after power loss the directories that it doesn't know are removed. Every number of a layer is given out once.
+"""
+
+import json
+import sqlite3
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import Exhausted, Unavailable
+
+_VERSION = 1
+_SCHEMA = """
+CREATE TABLE layers (
+    number INTEGER PRIMARY KEY AUTOINCREMENT,
+    diff_id TEXT NOT NULL,
+    below TEXT NOT NULL,
+    ready INTEGER NOT NULL,
+    bytes_used INTEGER NOT NULL,
+    inodes INTEGER NOT NULL
+) STRICT;
+CREATE TABLE images (
+    id TEXT PRIMARY KEY,
+    config BLOB NOT NULL,
+    manifest_digest TEXT NOT NULL,
+    manifest BLOB NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE TABLE image_layers (
+    image TEXT NOT NULL REFERENCES images(id) ON DELETE CASCADE,
+    position INTEGER NOT NULL,
+    layer INTEGER NOT NULL REFERENCES layers(number),
+    PRIMARY KEY (image, position)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE names (
+    name TEXT PRIMARY KEY,
+    image TEXT NOT NULL REFERENCES images(id) ON DELETE CASCADE
+) STRICT, WITHOUT ROWID;
+"""
+_ROOTFS_SCHEMA = """
+CREATE TABLE rootfs (
+    container TEXT PRIMARY KEY,
+    image TEXT NOT NULL,
+    layers TEXT NOT NULL
+) STRICT, WITHOUT ROWID;
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A layer's directory. `below` is "" when it is the same on top of any layer, else the chain id that it is for."""
+
+    number: int
+    diff_id: str
+    below: str
+    bytes_used: int
+    inodes: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredImage:
+    id: str
+    config: bytes
+    manifest_digest: str
+    manifest: bytes
+    layers: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRootFs:
+    container: str
+    image: str
+    layers: tuple[int, ...]
+
+
+class Database:
+    """One connection, used by one thread at a time. Raises Exhausted when the disk is full, else Unavailable."""
+
+    def __init__(self, path: Path, schema: str, synchronous: str) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
+        try:
+            self._connection.execute("PRAGMA journal_mode = WAL")
+            self._connection.execute(f"PRAGMA synchronous = {synchronous}")
+            self._connection.execute("PRAGMA foreign_keys = ON")
+            (version,) = self._connection.execute("PRAGMA user_version").fetchone()
+            if version == 0:
+                self._connection.executescript(f"BEGIN; {schema} PRAGMA user_version = {_VERSION}; COMMIT;")
+            elif version != _VERSION:
+                raise Unavailable(f"{path}: made by another version of crib (schema {version})")
+        except sqlite3.Error as error:
+            self._connection.close()
+            raise _translated(path, error) from error
+        except BaseException:
+            self._connection.close()
+            raise
+
+    def close(self) -> None:
+        with self._lock:
+            self._connection.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """All or nothing; what is raised inside rolls back."""
+        with self._lock:
+            try:
+                self._connection.execute("BEGIN IMMEDIATE")
+                try:
+                    yield self._connection
+                    self._connection.execute("COMMIT")
+                except BaseException:
+                    if self._connection.in_transaction:
+                        self._connection.execute("ROLLBACK")
+                    raise
+            except sqlite3.Error as error:
+                raise _translated(self._path, error) from error
+
+    def execute(self, statement: str, arguments: tuple[object, ...] = ()) -> list[tuple[object, ...]]:
+        """One statement, which is a transaction of its own."""
+        with self._lock:
+            try:
+                return self._connection.execute(statement, arguments).fetchall()
+            except sqlite3.Error as error:
+                raise _translated(self._path, error) from error
+
+
+def _translated(path: Path, error: sqlite3.Error) -> Exception:
+    if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
+        return Exhausted(f"{path}: no space left on device")
+    return Unavailable(f"{path}: {error}")
+
+
+class ImageRecords:
+    """Images, names and layers; each method is one durable transaction."""
+
+    def __init__(self, root: Path) -> None:
+        self._database = Database(root / "images.db", _SCHEMA, "FULL")
+        self.close: Callable[[], None] = self._database.close
+
+    def new_layers(self, diff_ids: Iterable[str]) -> list[int]:
+        """Numbers of layers about to be made, written before their directories are."""
+        with self._database.transaction() as db:
+            return [
+                int(db.execute("INSERT INTO layers VALUES (NULL, ?, '', 0, 0, 0)", (diff_id,)).lastrowid or 0)
+                for diff_id in diff_ids
+            ]
+
+    def commit(self, image: StoredImage, layers: Iterable[Layer], names: Iterable[str]) -> None:
+        """The image is complete and synchronised: it has these layers, and these names are its own from now on."""
+        with self._database.transaction() as db:
+            for layer in layers:
+                db.execute(
+                    "UPDATE layers SET below = ?, ready = 1, bytes_used = ?, inodes = ? WHERE number = ?",
+                    (layer.below, layer.bytes_used, layer.inodes, layer.number),
+                )
+            db.execute(
+                "INSERT OR IGNORE INTO images VALUES (?, ?, ?, ?)",
+                (image.id, image.config, image.manifest_digest, image.manifest),
+            )
+            db.execute("DELETE FROM image_layers WHERE image = ?", (image.id,))
+            db.executemany(
+                "INSERT INTO image_layers VALUES (?, ?, ?)",
+                [(image.id, position, number) for position, number in enumerate(image.layers)],
+            )
+            self._name(db, image.id, names)
+
+    def name(self, image: str, names: Iterable[str]) -> None:
+        """These names are the image's from now on."""
+        with self._database.transaction() as db:
+            self._name(db, image, names)
+
+    def _name(self, db: sqlite3.Connection, image: str, names: Iterable[str]) -> None:
+        db.executemany("INSERT OR REPLACE INTO names VALUES (?, ?)", [(name, image) for name in names])
+
+    def remove_image(self, image: str, layers: Iterable[int]) -> None:
+        """The image is gone; these layers of it are about to be removed."""
+        with self._database.transaction() as db:
+            db.execute("DELETE FROM images WHERE id = ?", (image,))
+            db.executemany("UPDATE layers SET ready = 0 WHERE number = ?", [(number,) for number in layers])
+
+    def forget_layers(self, numbers: Iterable[int]) -> None:
+        """The directories of these layers are gone."""
+        with self._database.transaction() as db:
+            db.executemany("DELETE FROM layers WHERE number = ?", [(number,) for number in numbers])
+
+    def layers(self) -> tuple[list[Layer], list[int]]:
+        """The layers that are ready, and the numbers of those half made or half removed."""
+        ready, unready = [], []
+        for number, diff_id, below, is_ready, bytes_used, inodes in self._rows(
+            "SELECT number, diff_id, below, ready, bytes_used, inodes FROM layers"
+        ):
+            if is_ready:
+                ready.append(Layer(number, diff_id, below, bytes_used, inodes))
+            else:
+                unready.append(number)
+        return ready, unready
+
+    def images(self) -> list[StoredImage]:
+        layers: dict[str, list[int]] = {}
+        for image, number in self._rows("SELECT image, layer FROM image_layers ORDER BY image, position"):
+            layers.setdefault(image, []).append(number)
+        return [
+            StoredImage(id, config, manifest_digest, manifest, tuple(layers.get(id, ())))
+            for id, config, manifest_digest, manifest in self._rows(
+                "SELECT id, config, manifest_digest, manifest FROM images"
+            )
+        ]
+
+    def names(self) -> dict[str, str]:
+        """The image of each name."""
+        return dict(self._rows("SELECT name, image FROM names"))  # type: ignore[arg-type]
+
+    def _rows(self, statement: str) -> Iterable[tuple[Any, ...]]:
+        return self._database.execute(statement)
+
+
+class RootFsRecords:
+    """What is prepared for containers."""
+
+    def __init__(self, root: Path) -> None:
+        path = root / "rootfs.db"
+        try:
+            self._database = Database(path, _ROOTFS_SCHEMA, "NORMAL")
+            self._database.execute("SELECT count(*) FROM rootfs")
+        except Unavailable:
+            # Power loss may damage what is not synchronised; nothing that it spoke of runs any more.
+            for name in ("rootfs.db", "rootfs.db-wal", "rootfs.db-shm"):
+                (root / name).unlink(missing_ok=True)
+            self._database = Database(path, _ROOTFS_SCHEMA, "NORMAL")
+        # The write-ahead log is folded in by `checkpoint`, never by a container's start.
+        self._database.execute("PRAGMA wal_autocheckpoint = 0")
+        self.close: Callable[[], None] = self._database.close
+
+    def add(self, rootfs: StoredRootFs) -> None:
+        self._database.execute(
+            "INSERT INTO rootfs VALUES (?, ?, ?)", (rootfs.container, rootfs.image, json.dumps(rootfs.layers))
+        )
+
+    def remove(self, container: str) -> None:
+        self._database.execute("DELETE FROM rootfs WHERE container = ?", (container,))
+
+    def all(self) -> list[StoredRootFs]:
+        rows = self._database.execute("SELECT container, image, layers FROM rootfs")
+        return [StoredRootFs(str(c), str(i), tuple(json.loads(str(layers)))) for c, i, layers in rows]
+
+    def checkpoint(self) -> None:
+        self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
