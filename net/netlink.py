@@ -133,6 +133,8 @@ class Channel:
         `batch` frames them in nfnetlink's begin and end: then either all or none take effect.
         Raises TimeoutError, and NetlinkError when the batch itself is refused.
         """
+        if not requests:
+            return []  # the kernel refuses an empty datagram
         first = self._sequence + 1
         frames = [self._frame(request, NLM_F_ACK) for request in requests]
         waiting = set(range(first, self._sequence + 1))

@@ -5,6 +5,7 @@ removed, whether or not a process is inside.
 """
 
 import errno
+import fcntl
 import os
 import stat
 import threading
@@ -16,6 +17,8 @@ from net.errors import InvalidSpec, Unavailable
 
 DIRECTORY: Final = Path("/run/netns")
 
+_CLONE_NEWNET: Final = 0x40000000
+_NS_GET_NSTYPE: Final = 0xB703  # ioctl_ns(2)
 _MS_BIND: Final = 0x1000
 _MS_REC: Final = 0x4000
 _MS_SHARED: Final = 1 << 20
@@ -41,13 +44,19 @@ class Pins:
     def pin(self, fd: int, name: str) -> str:
         """Keep the namespace `fd` under `name`; returns the path. Pinning the same namespace again changes nothing.
 
-        Raises Unavailable when the name holds another namespace or the mount fails.
+        Raises InvalidSpec when `fd` is no network namespace, Unavailable when the name holds another namespace or the mount fails.
         """
         if not name or "/" in name or name in (".", ".."):
             raise InvalidSpec(f"namespace pin {name!r}: not a file name")
         path = str(self._directory / name)
+        try:
+            namespace = os.fstat(fd)
+            kind = fcntl.ioctl(fd, _NS_GET_NSTYPE)
+        except OSError as error:
+            raise InvalidSpec(f"namespace pin {path}: descriptor {fd} is no namespace: {error}") from error
+        if kind != _CLONE_NEWNET:
+            raise InvalidSpec(f"namespace pin {path}: descriptor {fd} is no network namespace")
         self._prepare()
-        namespace = os.fstat(fd)
         try:
             os.close(os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o444))
         except FileExistsError:
