@@ -1,0 +1,197 @@
+"""ContainerConfig to the OCI spec of a container."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from cri.api import cri_pb2 as pb
+from cri.translate import process, security
+from cri.translate.capabilities import capabilities
+from cri.translate.defaults import Defaults, Handler, Host
+from cri.translate.devices import HostDevice, container_devices
+from cri.translate.field import REQUEST_LIMIT_BYTES, absolute, labels, name
+from cri.translate.mounts import MountRules, PodPaths, container_mounts
+from cri.translate.namespaces import PodNamespaces, container_namespaces, container_pid_mode
+from cri.translate.resources import oom_score_adj, resources
+from cri.translate.sandbox import PodPlan, sandbox_to_pod
+from cri.translate.seccomp import seccomp
+from cri.translate.user import ResolvedUser
+from runtime.errors import InvalidSpec
+from runtime.spec import Linux, Process, Root, Spec, User
+
+if TYPE_CHECKING:
+    from runtime.images import Image
+
+MASKED_PATHS = (
+    "/proc/acpi",
+    "/proc/asound",
+    "/proc/interrupts",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/sched_debug",
+    "/proc/scsi",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/sys/devices/virtual/powercap",
+    "/sys/firmware",
+)
+READONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
+"""What the kubelet sends for the default procMount; used here only for a request without a security context, as
+empty lists in one mean procMount Unmasked."""
+PATHS_LIMIT = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContainerInput:
+    """All that a container's spec is made of.
+
+    `target_pid` is the path of the pid namespace that pid mode TARGET joins. `seccomp_file` holds the bytes of
+    the file that `seccomp.localhost_file` names. `devices` has what each of `devices.paths` is, `host_devices` every
+    device of the host by path (for a privileged container).
+    """
+
+    sandbox: pb.PodSandboxConfig
+    config: pb.ContainerConfig
+    image: Image
+    paths: PodPaths
+    namespaces: PodNamespaces
+    user: ResolvedUser
+    cgroup_path: str
+    cgroup_version: int
+    defaults: Defaults = field(default_factory=Defaults)
+    host: Host = field(default_factory=Host)
+    handler: Handler = field(default_factory=Handler)
+    pod: PodPlan | None = None
+    target_pid: str | None = None
+    seccomp_file: bytes | None = None
+    devices: Mapping[str, Sequence[HostDevice]] = field(default_factory=dict)
+    host_devices: Mapping[str, HostDevice] = field(default_factory=dict)
+
+
+def check_container(config: pb.ContainerConfig, sandbox: pb.PodSandboxConfig) -> None:
+    """What can be refused before an image is looked up or anything is made.
+
+    Raises:
+        InvalidSpec: no metadata, too large, or privileged in a sandbox that isn't.
+    """
+    if not config.HasField("metadata"):
+        raise InvalidSpec("metadata is missing from the container config")
+    name("metadata.name", config.metadata.name)
+    if config.ByteSize() > REQUEST_LIMIT_BYTES:
+        raise InvalidSpec(f"container config: {config.ByteSize()} bytes, the limit is {REQUEST_LIMIT_BYTES}")
+    if not config.image.image:
+        raise InvalidSpec("image.image is missing from the container config")
+    labels("labels", dict(config.labels))
+    labels("annotations", dict(config.annotations))
+    if config.linux.security_context.privileged and not sandbox.linux.security_context.privileged:
+        raise InvalidSpec("security_context.privileged true: the sandbox is not privileged")
+
+
+def container_to_spec(given: ContainerInput) -> Spec:
+    """The OCI spec of the container.
+
+    Raises:
+        InvalidSpec: names the field and the value.
+        Unsupported: this host can't do it.
+    """
+    config, defaults, host = given.config, given.defaults, given.host
+    check_container(config, given.sandbox)
+    pod = given.pod or sandbox_to_pod(given.sandbox, defaults=defaults, host=host)
+    context = config.linux.security_context
+    privileged = context.privileged
+    pid_mode = container_pid_mode(context.namespace_options, pod.modes)
+    caps = capabilities(context.capabilities, default=defaults.capabilities, privileged=privileged, uid=given.user.uid)
+    masked, readonly = _paths(config)
+    nodes, rules = container_devices(
+        config.devices,
+        given.devices,
+        every=given.host_devices if privileged and not given.handler.privileged_without_host_devices else None,
+    )
+    mounts = container_mounts(
+        config.mounts,
+        given.paths,
+        MountRules(
+            readonly_root=context.readonly_rootfs,
+            privileged=privileged,
+            host_ipc=not pod.ipc,
+            bind_sys=pod.user is not None and not pod.network,
+            writable_cgroup=given.handler.writable_cgroup,
+            recursive_read_only=host.recursive_read_only,
+            idmapped=host.idmapped_mounts,
+        ),
+    )
+    label = security.selinux(
+        (context if context.HasField("selinux_options") else given.sandbox.linux.security_context).selinux_options,
+        enabled=host.selinux,
+        privileged=privileged,
+    )
+    propagation = {option for mount in mounts for option in mount.options} & {"rshared", "rslave"}
+    image = given.image.config
+    return Spec(
+        process=Process(
+            args=process.arguments(config, image.entrypoint, image.cmd),
+            env=process.environment(
+                image.env,
+                config.envs,
+                hostname=defaults.node_name if pod.hostname is None else pod.hostname,
+                home=given.user.home,
+                terminal=config.tty,
+            ),
+            cwd=process.working_directory(config.working_dir, image.working_dir),
+            user=User(
+                uid=given.user.uid,
+                gid=given.user.gid,
+                additional_gids=given.user.additional_gids,
+                umask=defaults.umask,
+            ),
+            terminal=config.tty,
+            capabilities=caps,
+            rlimits=defaults.rlimits,
+            no_new_privileges=context.no_new_privs,
+            oom_score_adj=oom_score_adj(config.linux.resources),
+            apparmor_profile=security.apparmor(
+                context, enabled=host.apparmor, default=defaults.apparmor_default, loaded=host.apparmor_profiles
+            ),
+            selinux_label=label,
+        ),
+        root=Root(path="rootfs", readonly=context.readonly_rootfs),
+        mounts=mounts,
+        linux=Linux(
+            namespaces=container_namespaces(
+                pid_mode, pod.modes, given.namespaces, target_pid=given.target_pid, own_cgroup=not privileged
+            ),
+            uid_mappings=(pod.user.uid,) if pod.user else (),
+            gid_mappings=(pod.user.gid,) if pod.user else (),
+            devices=nodes,
+            cgroups_path=given.cgroup_path,
+            resources=resources(config.linux.resources, cgroup_version=given.cgroup_version, devices=rules),
+            rootfs_propagation="rshared" if "rshared" in propagation else "rslave" if propagation else "",
+            seccomp=seccomp(
+                context,
+                file=given.seccomp_file,
+                capabilities=caps.bounding,
+                machine=host.machine,
+                kernel=host.kernel,
+                default_when_unset=defaults.seccomp_unset,
+            ),
+            masked_paths=masked,
+            readonly_paths=readonly,
+            mount_label=label,
+        ),
+    )
+
+
+def _paths(config: pb.ContainerConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Masked and read-only paths: exactly the request's, none for a privileged container."""
+    if not config.linux.HasField("security_context"):
+        return MASKED_PATHS, READONLY_PATHS
+    context = config.linux.security_context
+    for kind, paths in (("masked_paths", context.masked_paths), ("readonly_paths", context.readonly_paths)):
+        if len(paths) > PATHS_LIMIT:
+            raise InvalidSpec(f"{kind}: {len(paths)} entries, the limit is {PATHS_LIMIT}")
+    masked = tuple(absolute("masked_paths", path) for path in context.masked_paths)
+    readonly = tuple(absolute("readonly_paths", path) for path in context.readonly_paths)
+    return ((), ()) if context.privileged else (masked, readonly)

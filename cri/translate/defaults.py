@@ -1,0 +1,81 @@
+"""What configuration and host decide about a pod or container, beside the request."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field
+
+from cri.translate.capabilities import DEFAULT
+from runtime.spec import Rlimit
+
+UNLIMITED = (1 << 64) - 1
+RLIMITS = tuple(
+    Rlimit(type=f"RLIMIT_{name}", soft=soft, hard=hard)
+    for name, soft, hard in (
+        ("AS", UNLIMITED, UNLIMITED),
+        ("CORE", 0, UNLIMITED),
+        ("CPU", UNLIMITED, UNLIMITED),
+        ("DATA", UNLIMITED, UNLIMITED),
+        ("FSIZE", UNLIMITED, UNLIMITED),
+        ("LOCKS", UNLIMITED, UNLIMITED),
+        ("MEMLOCK", 8 << 20, 8 << 20),
+        ("MSGQUEUE", 819_200, 819_200),
+        ("NICE", 0, 0),
+        ("NOFILE", 1024, 524_288),
+        ("NPROC", UNLIMITED, UNLIMITED),
+        ("RSS", UNLIMITED, UNLIMITED),
+        ("RTPRIO", 0, 0),
+        ("RTTIME", UNLIMITED, UNLIMITED),
+        ("SIGPENDING", 65_536, 65_536),
+        ("STACK", 8 << 20, UNLIMITED),
+    )
+)
+"""Every limit there is, so that a container gets the same ones on every node and never the daemon's: the kernel's
+boot-time values, with systemd's 1024:524288 for files; processes and memory are the cgroup's to limit."""
+SHM_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Defaults:
+    """`seccomp_unset` and `apparmor_default`: what a container gets that asks for nothing, and what RuntimeDefault
+    means for AppArmor ("" is unconfined). `sysctls` are the node's own additions."""
+
+    capabilities: tuple[str, ...] = DEFAULT
+    rlimits: tuple[Rlimit, ...] = RLIMITS
+    shm_bytes: int = SHM_BYTES
+    sysctls: Mapping[str, str] = field(default_factory=dict)
+    umask: int = 0o022
+    seccomp_unset: bool = False
+    apparmor_default: str = ""
+    node_name: str = field(default_factory=lambda: os.uname().nodename)
+
+
+def _kernel() -> tuple[int, int]:
+    major, minor = os.uname().release.split(".")[:2]
+    return int(major), int(minor.split("-")[0])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """What this host can do, from the probes made at start; a request for what it can't is refused.
+
+    `apparmor_profiles` are the loaded ones, None where that isn't known.
+    """
+
+    user_namespaces: bool = False
+    idmapped_mounts: bool = False
+    recursive_read_only: bool = True
+    apparmor: bool = False
+    apparmor_profiles: Set[str] | None = None
+    selinux: bool = False
+    machine: str = field(default_factory=lambda: os.uname().machine)
+    kernel: tuple[int, int] = field(default_factory=_kernel)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Handler:
+    """Options of a RuntimeClass handler."""
+
+    privileged_without_host_devices: bool = False
+    writable_cgroup: bool = False
