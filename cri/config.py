@@ -1,0 +1,188 @@
+"""cribd's configuration: a TOML file, every key of which has a default.
+
+An unknown key is an error that names it, so that a misspelt limit is noticed at start and not in production.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from cri.daemon.log import LEVELS
+from cri.translate.capabilities import DEFAULT as DEFAULT_CAPABILITIES
+from cri.translate.defaults import RLIMITS, SHM_BYTES, UNLIMITED, Defaults
+from runtime.spec import Rlimit
+
+DEFAULT_ROOT = Path("/var/lib/crib")
+DEFAULT_STATE = Path("/run/crib")
+DEFAULT_LISTEN = "unix:///run/crib/crib.sock"
+
+
+class ConfigError(Exception):
+    """The file can't be used; the message names it and the key."""
+
+
+class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    pass
+
+
+class ImagesSection(_Section, frozen=True):
+    """`hosts_dir`: registries' mirrors and certificates, a directory per registry with a hosts.toml."""
+
+    hosts_dir: str = "/etc/crib/certs.d"
+    max_parallel: int = 3
+    progress_timeout_s: float = 60.0
+
+
+class NetworkSection(_Section, frozen=True):
+    """`subnet`: of the built-in bridge; empty takes a free one. `bridge`: its name; empty derives it from the instance."""
+
+    subnet: str = ""
+    subnet6: str = ""
+    bridge: str = ""
+    mtu: int = 0
+    masquerade: bool = True
+
+
+class CgroupSection(_Section, frozen=True):
+    """`driver` is auto, cgroupfs or systemd; `parent` is for pods whose request names none, empty is "/<instance>"."""
+
+    driver: str = "auto"
+    parent: str = ""
+
+
+class DefaultsSection(_Section, frozen=True):
+    """What a container gets that its request doesn't speak of.
+
+    `capabilities` are names like "CAP_CHOWN". `rlimits` maps the kernel's names in lower case, as in "nofile", to
+    [soft, hard] with -1 for no limit, and changes only those it names. `seccomp`: whether a container that asks for
+    no profile gets the default one.
+    """
+
+    capabilities: tuple[str, ...] = DEFAULT_CAPABILITIES
+    rlimits: dict[str, tuple[int, int]] = {}
+    shm_bytes: int = SHM_BYTES
+    sysctls: dict[str, str] = {}
+    seccomp: bool = False
+
+    def translated(self) -> Defaults:
+        """As the translation takes them."""
+        limits = {limit.type: limit for limit in RLIMITS}
+        for name, pair in self.rlimits.items():
+            soft, hard = (UNLIMITED if value < 0 else value for value in pair)
+            kind = f"RLIMIT_{name.upper()}"
+            limits[kind] = Rlimit(type=kind, soft=soft, hard=hard)
+        return Defaults(
+            capabilities=self.capabilities,
+            rlimits=tuple(limits.values()),
+            shm_bytes=self.shm_bytes,
+            sysctls=self.sysctls,
+            seccomp_unset=self.seccomp,
+        )
+
+
+class LimitsSection(_Section, frozen=True):
+    """Bounds on what one call may take; times in seconds."""
+
+    workers: int = 24
+    pulls: int = 8
+    start_timeout_s: float = 120.0
+    kill_timeout_s: float = 15.0
+    exec_drain_s: float = 1.0
+
+
+class Config(_Section, frozen=True):
+    listen: str = DEFAULT_LISTEN
+    root: str = str(DEFAULT_ROOT)
+    state: str = str(DEFAULT_STATE)
+    log_level: str = "info"
+    log_format: str = "text"
+    images: ImagesSection = ImagesSection()
+    network: NetworkSection = NetworkSection()
+    cgroup: CgroupSection = CgroupSection()
+    defaults: DefaultsSection = DefaultsSection()
+    limits: LimitsSection = LimitsSection()
+
+    @property
+    def instance(self) -> str:
+        """Tells cribds with different directories apart in the names of cgroups, bridges and tables."""
+        if Path(self.root) == DEFAULT_ROOT:
+            return "crib"
+        return "crib-" + hashlib.sha256(self.root.encode()).hexdigest()[:8]
+
+    @property
+    def socket(self) -> Path:
+        return Path(self.listen.removeprefix("unix://"))
+
+
+def load(path: Path | None, **overrides: str | None) -> Config:
+    """The configuration in `path` (None: all defaults), with `overrides` that are not None above it.
+
+    Raises ConfigError.
+    """
+    found: dict[str, Any] = {}
+    if path is not None:
+        try:
+            found = tomllib.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"config file {path}: {error}") from error
+    found |= {key: value for key, value in overrides.items() if value is not None}
+    where = f"config file {path}" if path else "arguments"
+    try:
+        config = msgspec.convert(found, Config)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{where}: {_named(str(error))}") from error
+    if problem := _problem(config):
+        raise ConfigError(f"{where}: {problem}")
+    return config
+
+
+def _named(message: str) -> str:
+    """msgspec's message with the key's full name: "unknown key network.subnett"."""
+    text, _, at = message.partition(" - at `$")
+    at = at.strip("`.")
+    unknown = "Object contains unknown field `"
+    if text.startswith(unknown):
+        name = text.removeprefix(unknown).rstrip("`")
+        return f"unknown key {at}.{name}" if at else f"unknown key {name}"
+    return f"key {at}: {text[:1].lower()}{text[1:]}" if at else text
+
+
+def _problem(config: Config) -> str | None:
+    """What is wrong with values that have the right type."""
+    if not config.listen.startswith("unix:///"):
+        return f"key listen: {config.listen!r} is not unix:///PATH"
+    if len(config.listen.removeprefix("unix://").encode()) > 107:
+        return f"key listen: {config.listen!r} is longer than a socket's path can be (107 bytes)"
+    for key in ("root", "state"):
+        if not getattr(config, key).startswith("/"):
+            return f"key {key}: {getattr(config, key)!r} is not an absolute path"
+    choices = {
+        "log_level": (config.log_level, LEVELS),
+        "log_format": (config.log_format, ("text", "json")),
+        "cgroup.driver": (config.cgroup.driver, ("auto", "cgroupfs", "systemd")),
+    }
+    for key, (value, allowed) in choices.items():
+        if value not in allowed:
+            return f"key {key}: {value!r} is none of {', '.join(allowed)}"
+    if config.cgroup.parent and not config.cgroup.parent.startswith("/"):
+        return f"key cgroup.parent: {config.cgroup.parent!r} is not an absolute path"
+    if ".." in config.cgroup.parent.split("/"):
+        return f"key cgroup.parent: {config.cgroup.parent!r} has a .. in it"
+    known = {limit.type.removeprefix("RLIMIT_").lower() for limit in RLIMITS}
+    if unknown := sorted(config.defaults.rlimits.keys() - known):
+        return f"key defaults.rlimits: {unknown[0]!r} is none of {', '.join(sorted(known))}"
+    positive = {
+        "images.max_parallel": config.images.max_parallel,
+        "images.progress_timeout_s": config.images.progress_timeout_s,
+        "defaults.shm_bytes": config.defaults.shm_bytes,
+        **{f"limits.{name}": getattr(config.limits, name) for name in config.limits.__struct_fields__},
+    }
+    for key, number in positive.items():
+        if number <= 0:
+            return f"key {key}: {number} is not above zero"
+    return None

@@ -1,0 +1,198 @@
+"""CreateContainer: all that can be decided, and all that can be made, before the container runs."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from cri.api import cri_pb2 as pb
+from cri.container import host
+from cri.container.container import Container
+from cri.container.end import settle
+from cri.container.remove import forget
+from cri.state.records import ContainerId, ContainerRecord, ContainerState, SandboxId, UserRecord
+from cri.translate.container import ContainerInput, check_container, container_to_spec
+from cri.translate.fingerprint import difference
+from cri.translate.logs import log_path
+from cri.translate.mounts import PodPaths
+from cri.translate.signals import stop_signal
+from cri.translate.user import FILE_LIMIT_BYTES, ResolvedUser, needs_files, resolve_user
+from runtime.errors import AlreadyExists, Exhausted, InvalidSpec, NotFound
+from runtime.images import Image, RootFs
+from runtime.spec import Spec
+
+if TYPE_CHECKING:
+    from cri.node import Node
+    from cri.sandbox.pod import Pod
+
+_logger = logging.getLogger(__name__)
+encode_spec: Final = msgspec.json.Encoder().encode
+
+
+async def create(node: Node, pod: Pod, config: pb.ContainerConfig) -> Container:
+    """Make the container, or join or return the one that the same request has made.
+
+    The work goes on when the caller gives up; its retry finds the result. Raises AlreadyExists where the metadata is
+    another container's, NotFound for a missing image, WrongState for a pod that isn't ready, InvalidSpec.
+    """
+    container = _reserve(node, pod, config)
+    if container.state is ContainerState.CREATING:
+        await node.flights.join(("create", container.id), lambda: _make(node, container))
+    return container
+
+
+def _reserve(node: Node, pod: Pod, config: pb.ContainerConfig) -> Container:
+    """The container of this name: the existing one if it is what is asked for, else a new one, with its name reserved."""
+    pod.must_be_ready()
+    check_container(config, pod.config)
+    holder = node.names.holder(Container.name_of(pod, config.metadata))
+    if holder is not None:
+        container = node.containers.get(holder)
+        if other := difference(container.config, config):
+            raise AlreadyExists(f"container {container.id} has the same metadata, and differs in {other}")
+        if container.state not in (ContainerState.CREATING, ContainerState.CREATED):
+            raise AlreadyExists(f"container {container.id} has the same metadata, and is {container.state} already")
+        return container
+    id = ContainerId(node.new_id())
+    record = ContainerRecord(
+        id=id,
+        sandbox_id=SandboxId(pod.id),
+        config=config.SerializeToString(deterministic=True),
+        image_id="",
+        image_ref="",
+        image_name=config.image.user_specified_image or config.image.image,
+        state=ContainerState.CREATING,
+        created_ns=node.now_ns(),
+        cgroup_path=node.cgroup_of(pod, id),
+        log_path=log_path(pod.config.log_directory, config.log_path) or "",
+    )
+    container = Container(record, pb.ContainerConfig.FromString(record.config), pod)
+    node.store.put_container(record)
+    node.names.reserve(container.name, id)
+    node.containers.add(id, container)
+    pod.containers[id] = container
+    return container
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    image: Image
+    user: ResolvedUser
+    spec: Spec
+    rootfs: RootFs
+
+
+async def _make(node: Node, container: Container) -> None:
+    pod = container.pod
+    try:
+        async with pod.changing():
+            pod.must_be_ready()
+            made = await node.work(_build, node, container)
+            container.spec, container.rootfs = made.spec, made.rootfs
+            user = made.user
+            with node.store.together():
+                node.store.put_spec(container.id, encode_spec(made.spec))
+                node.save_container(
+                    container,
+                    state=ContainerState.CREATED,
+                    image_id=made.image.id,
+                    image_ref=made.image.repo_digests[0] if made.image.repo_digests else made.image.id,
+                    image_name=_image_name(container.config.image, made.image),
+                    user=UserRecord(uid=user.uid, gid=user.gid, groups=user.additional_gids),
+                    stop_signal=stop_signal(container.config, made.image.config.stop_signal),
+                )
+    except Exception as error:
+        await _abandon(node, container, error)
+        raise
+
+
+def _build(node: Node, container: Container) -> _Made:
+    """All of it that blocks: the image's files, the root file system, the log's directory, the cgroup."""
+    config, pod = container.config, container.pod
+    image = node.images.get(config.image.image)
+    user = _user(node, config.linux.security_context, image)
+    spec = container_to_spec(_given(node, container, image, user))
+    rootfs = node.images.prepare(container.id, image.id)
+    if container.record.log_path:
+        os.makedirs(os.path.dirname(container.record.log_path), mode=0o755, exist_ok=True)
+    assert spec.linux is not None
+    node.cgroups.create(container.record.cgroup_path, spec.linux.resources)
+    return _Made(image, user, spec, rootfs)
+
+
+def _given(node: Node, container: Container, image: Image, user: ResolvedUser) -> ContainerInput:
+    """What the translation needs to know."""
+    pod, config = container.pod, container.config
+    assert pod.running is not None
+    handler = node.handlers[pod.record.handler]
+    security = config.linux.security_context
+    directory = node.directory(pod.id)
+    return ContainerInput(
+        sandbox=pod.config,
+        config=config,
+        image=image,
+        paths=PodPaths(
+            hosts=str(directory / "hosts"),
+            resolv_conf=str(directory / "resolv.conf"),
+            hostname=str(directory / "hostname"),
+            shm=pod.running.shm_path,
+        ),
+        namespaces=pod.running.namespaces,
+        user=user,
+        cgroup_path=container.record.cgroup_path,
+        cgroup_version=node.cgroups.version,
+        defaults=node.defaults,
+        host=node.host,
+        handler=handler,
+        pod=pod.plan,
+        target_pid=host.target_pid(node, container),
+        seccomp_file=host.seccomp_file(security),
+        devices=host.requested_devices(config),
+        host_devices=host.every_device() if security.privileged else {},
+    )
+
+
+def _user(node: Node, security: pb.LinuxContainerSecurityContext, image: Image) -> ResolvedUser:
+    passwd = group = None
+    if needs_files(security):
+        passwd, group = _image_file(node, image, "/etc/passwd"), _image_file(node, image, "/etc/group")
+    return resolve_user(security, image.config.user, passwd, group)
+
+
+def _image_file(node: Node, image: Image, path: str) -> bytes | None:
+    try:
+        return node.images.read_file(image.id, path, FILE_LIMIT_BYTES)
+    except NotFound:
+        return None
+    except Exhausted as error:
+        raise InvalidSpec(f"image {image.id}: {path} is too large: {error}") from error
+
+
+def _image_name(spec: pb.ImageSpec, image: Image) -> str:
+    """What ContainerStatus calls the image: what the user asked for, if that can be told, else a tag of it."""
+    if spec.user_specified_image:
+        return spec.user_specified_image
+    if image.id.startswith(spec.image) or image.id.removeprefix("sha256:").startswith(spec.image):
+        return image.repo_tags[0] if image.repo_tags else image.id
+    return spec.image
+
+
+async def _abandon(node: Node, container: Container, error: Exception) -> None:
+    """Undo what was made. What can't be undone now stays out of the lists, and is removed with the pod."""
+    try:
+        await settle(node, container)
+        await node.work(node.images.discard, container.id)
+    except Exception as failure:
+        fields = {"container": container.id, "error": str(failure)}
+        _logger.error("clean-up of a failed container failed", extra={"fields": fields})
+        error.add_note(f"clean-up failed too: {failure}")
+        node.names.release(container.name, container.id)
+        with contextlib.suppress(Exception):
+            node.save_container(container, removing=True)
+        return
+    forget(node, container)

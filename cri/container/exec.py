@@ -1,0 +1,166 @@
+"""ExecSync: one more process in a running container, and what it writes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from cri.container.start import cgroup, spec_of
+from cri.state.records import ContainerState
+from cri.translate.process import STRING_LIMIT_BYTES, TOTAL_LIMIT_BYTES
+from runtime.engine import Exec, ExecStart
+from runtime.errors import CribError, DeadlineExceeded, InvalidSpec, WrongState
+from runtime.spec import Linux
+
+if TYPE_CHECKING:
+    from cri.container.container import Container
+    from cri.node import Node
+
+KEPT_BYTES: Final = (16 << 20) - (64 << 10)
+"""Of both streams together, so that the answer fits into the client's 16 MiB; more is read and dropped."""
+_READ_BYTES: Final = 64 << 10
+_KILL_WAIT_S: Final = 5.0
+_logger = logging.getLogger(__name__)
+
+
+class Output:
+    """Reads a process's stdout and stderr from two pipes, in the loop, keeping at most `KEPT_BYTES` of both.
+
+    `closed` is set when both are at their end. The write ends are the caller's to hand out and to close.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._kept_bytes = 0
+        self._parts: dict[int, list[bytes]] = {}
+        self.closed = asyncio.Event()
+        self.write_ends: list[int] = []
+        self._read_ends: list[int] = []
+        self._open: set[int] = set()
+        for _ in range(2):
+            reading, writing = os.pipe2(os.O_CLOEXEC)
+            os.set_blocking(reading, False)
+            self.write_ends.append(writing)
+            self._read_ends.append(reading)
+            self._parts[reading] = []
+            self._open.add(reading)
+            self._loop.add_reader(reading, self._readable, reading)
+
+    def _readable(self, fd: int) -> bool:
+        """Take one read; whether there may be more at once."""
+        try:
+            data = os.read(fd, _READ_BYTES)
+        except BlockingIOError:
+            return False
+        if not data:
+            self._close(fd)
+            return False
+        if keep := data[: max(KEPT_BYTES - self._kept_bytes, 0)]:
+            self._parts[fd].append(keep)
+            self._kept_bytes += len(keep)
+        return True
+
+    def _close(self, fd: int) -> None:
+        if fd in self._open:
+            self._open.remove(fd)
+            self._loop.remove_reader(fd)
+            os.close(fd)
+        if not self._open:
+            self.closed.set()
+
+    def release_write_ends(self) -> None:
+        """Close our copies of the write ends: the process has its own."""
+        while self.write_ends:
+            os.close(self.write_ends.pop())
+
+    async def finish(self, drain_s: float) -> tuple[bytes, bytes]:
+        """What was written, once the process has ended.
+
+        All that it wrote itself is in the pipes by then. A child that it left behind may hold them open: that one is
+        given `drain_s`, and then what it writes gets nowhere.
+        """
+        for fd in list(self._open):
+            for _ in range(KEPT_BYTES // _READ_BYTES):
+                if not self._readable(fd):
+                    break
+        try:
+            async with asyncio.timeout(drain_s):
+                await self.closed.wait()
+        except TimeoutError:
+            pass
+        stdout, stderr = (b"".join(self._parts[fd]) for fd in self._read_ends)
+        return stdout, stderr
+
+    def close(self) -> None:
+        """Let go of all descriptors."""
+        self.release_write_ends()
+        for fd in list(self._open):
+            self._close(fd)
+
+
+async def exec_sync(
+    node: Node, container: Container, command: list[str], timeout_s: int
+) -> tuple[bytes, bytes, int]:
+    """Run `command`; its stdout, stderr and exit code. With `timeout_s` 0 it may take as long as the caller waits.
+
+    Raises DeadlineExceeded when the time is over, WrongState unless the container runs, StepFailed for a command that
+    can't be run. However this ends, cancellation included, the command and its descendants don't outlive it, except
+    for what a command that ended by itself has left running.
+    """
+    request = _request(node, container, command)
+    pod = container.pod
+    assert pod.running is not None
+    output = Output()
+    try:
+        null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            process = await pod.running.exec(request, null, *output.write_ends)
+        finally:
+            os.close(null)
+            output.release_write_ends()
+        try:
+            async with asyncio.timeout(timeout_s or None):
+                exit = await process.wait()
+        except TimeoutError:
+            await _kill(process)
+            raise DeadlineExceeded(f"{container.title}: command {command[0]!r} timed out after {timeout_s} s") from None
+        except BaseException:
+            await asyncio.shield(_kill(process))
+            raise
+        stdout, stderr = await output.finish(node.config.limits.exec_drain_s)
+        return stdout, stderr, exit.code
+    finally:
+        output.close()
+
+
+async def _kill(process: Exec) -> None:
+    try:
+        await process.kill()
+        async with asyncio.timeout(_KILL_WAIT_S):
+            await process.wait()
+    except (CribError, TimeoutError) as error:
+        _logger.warning("killing a command failed", extra={"fields": {"error": str(error) or "it lives on"}})
+
+
+def _request(node: Node, container: Container, command: list[str]) -> ExecStart:
+    if not command or not command[0]:
+        raise InvalidSpec("cmd is missing")
+    sizes = [len(word.encode()) for word in command]
+    if max(sizes) > STRING_LIMIT_BYTES or sum(sizes) > TOTAL_LIMIT_BYTES or any("\0" in word for word in command):
+        raise InvalidSpec("cmd is longer than the kernel takes, or holds a NUL character")
+    if container.state is not ContainerState.RUNNING or container.pod.running is None:
+        raise WrongState(f"{container.title} is not running")
+    spec = spec_of(node, container)
+    where = cgroup(node, container.record.cgroup_path)
+    return ExecStart(
+        id=node.new_id()[:16],
+        container_id=container.id,
+        process=msgspec.structs.replace(spec.process, args=tuple(command), terminal=False, console_size=None),
+        linux=spec.linux or Linux(),
+        join_files=where.join_files,
+        clone_dir=where.clone_dir,
+    )

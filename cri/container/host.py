@@ -1,0 +1,93 @@
+"""What a container's request names on the host, looked up so that the translation needn't: blocks, in a worker."""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import TYPE_CHECKING, Final
+
+from cri.api import cri_pb2 as pb
+from cri.state.records import ContainerState
+from cri.translate import seccomp
+from cri.translate.devices import HostDevice, paths
+from cri.translate.namespaces import TARGET
+from runtime.errors import InvalidSpec
+
+if TYPE_CHECKING:
+    from cri.container.container import Container
+    from cri.node import Node
+
+_DEVICES_LIMIT: Final = 4096
+_OWN_DEVICES: Final = frozenset(("/dev/pts", "/dev/shm", "/dev/mqueue", "/dev/fd", "/dev/console"))
+
+
+def requested_devices(config: pb.ContainerConfig) -> dict[str, tuple[HostDevice, ...]]:
+    """What each device path of the request is: itself, or all devices below where it is a directory."""
+    return {path: tuple(found for _, found in _devices(path)) for path in paths(config.devices)}
+
+
+def every_device() -> dict[str, HostDevice]:
+    """All devices below /dev by path, but for what every container has of its own."""
+    return {path: found for path, found in _devices("/dev") if os.path.dirname(path) not in _OWN_DEVICES}
+
+
+def _devices(path: str) -> list[tuple[str, HostDevice]]:
+    real = os.path.realpath(path)
+    if not os.path.isdir(real):
+        found = _device(real, "")
+        return [(path, found)] if found else []
+    devices: list[tuple[str, HostDevice]] = []
+    for directory, below, names in os.walk(real):
+        below[:] = [name for name in below if os.path.join(directory, name) not in _OWN_DEVICES]
+        for name in names:
+            whole = os.path.join(directory, name)
+            if whole not in _OWN_DEVICES and (found := _device(whole, os.path.relpath(whole, real))):
+                devices.append((whole, found))
+            if len(devices) > _DEVICES_LIMIT:
+                raise InvalidSpec(f"devices.host_path {path!r}: holds more than {_DEVICES_LIMIT} devices")
+    return devices
+
+
+def _device(path: str, below: str) -> HostDevice | None:
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    if not (stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode)):
+        return None
+    return HostDevice(
+        type="c" if stat.S_ISCHR(status.st_mode) else "b",
+        major=os.major(status.st_rdev),
+        minor=os.minor(status.st_rdev),
+        mode=stat.S_IMODE(status.st_mode),
+        uid=status.st_uid,
+        gid=status.st_gid,
+        below=below,
+    )
+
+
+def seccomp_file(security: pb.LinuxContainerSecurityContext) -> bytes | None:
+    """The profile file that the request names; None where it names none, or one that isn't there."""
+    path = seccomp.localhost_file(security)
+    if path is None:
+        return None
+    try:
+        with open(path, "rb") as file:
+            return file.read(seccomp.FILE_LIMIT_BYTES + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise InvalidSpec(f"seccomp profile {path!r}: {error.strerror}") from error
+
+
+def target_pid(node: Node, container: Container) -> str | None:
+    """The pid namespace that mode TARGET joins: of a running container of the same pod."""
+    options = container.config.linux.security_context.namespace_options
+    if options.pid != TARGET or not options.target_id:
+        return None
+    target = node.containers.find(options.target_id)
+    if target is None or target.pod is not container.pod or target.state is not ContainerState.RUNNING:
+        return None
+    return f"/proc/{target.record.pid}/ns/pid"
+
+

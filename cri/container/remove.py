@@ -1,0 +1,39 @@
+"""RemoveContainer."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING
+
+from cri.container.end import dead
+from runtime.errors import DeadlineExceeded, NotFound, Unavailable, WrongState
+
+if TYPE_CHECKING:
+    from cri.container.container import Container
+    from cri.node import Node
+
+
+async def remove(node: Node, container: Container) -> None:
+    """Kill the container if it lives, and forget it with its file system. A second caller joins the first."""
+    await node.flights.join(("remove", container.id), lambda: _remove(node, container))
+
+
+async def _remove(node: Node, container: Container) -> None:
+    if node.containers.find(container.id) is not container:
+        return
+    async with container.pod.changing():  # after this it isn't started
+        node.save_container(container, removing=True)
+    await dead(node, container)
+    if container.pod.running is not None:
+        with contextlib.suppress(NotFound, WrongState, Unavailable, DeadlineExceeded):  # never started, or no monitor
+            await container.pod.running.forget(container.id)
+    await node.work(node.images.discard, container.id)
+    forget(node, container)
+
+
+def forget(node: Node, container: Container) -> None:
+    """Drop the container's records; its name is free then."""
+    node.store.delete(container.id)
+    node.containers.discard(container.id)
+    node.names.release(container.name, container.id)
+    container.pod.containers.pop(container.id, None)

@@ -1,0 +1,120 @@
+"""StartContainer: from CREATED to RUNNING, or to EXITED with reason StartError."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from cri.container.end import finish, take_exit
+from cri.state.records import ContainerState
+from cri.timing import Timing
+from runtime.engine import Cgroup, ContainerStart, Started
+from runtime.errors import CribError, DeadlineExceeded, NotFound, WrongState
+from runtime.spec import Spec
+
+if TYPE_CHECKING:
+    from cri.container.container import Container
+    from cri.node import Node
+
+START_ERROR_EXIT: Final = 128
+_decode_spec: Final = msgspec.json.Decoder(Spec).decode
+_logger = logging.getLogger(__name__)
+
+
+async def start(node: Node, container: Container) -> None:
+    """Run the container's process; returns when it has become its program.
+
+    The work goes on when the caller gives up. Raises WrongState unless the container is CREATED in a ready pod, and
+    what the start failed with, after which the container is EXITED with code 128.
+    """
+    await node.flights.join(("start", container.id), lambda: _start(node, container))
+
+
+async def _start(node: Node, container: Container) -> None:
+    timing = Timing()
+    async with container.pod.changing():
+        container.pod.must_be_ready()
+        if container.state is not ContainerState.CREATED or container.record.removing:
+            what = "being removed" if container.record.removing else f"{container.state}, not created"
+            raise WrongState(f"{container.title} is {what}")
+        node.save_container(container, state=ContainerState.STARTING)
+    try:
+        started = await _run(node, container, timing)
+    except Exception as error:
+        _logger.warning("start failed", extra={"fields": {"container": container.id, "error": str(error)}})
+        if container.state is ContainerState.STARTING:
+            finish(node, container, START_ERROR_EXIT, "StartError", str(error), time.time_ns())
+        raise
+    for warning in started.warnings:
+        _logger.warning("started without", extra={"fields": {"container": container.id, "what": warning}})
+    if container.state is not ContainerState.STARTING:  # killed, and given up on, meanwhile
+        await node.work(node.cgroups.kill, container.record.cgroup_path)
+        raise WrongState(f"{container.title} was killed while it was starting")
+    with node.store.together():
+        node.save_container(
+            container, state=ContainerState.RUNNING, pid=started.pid, started_ns=started.started_ns
+        )
+        node.store.put_timeline(container.id, timing.timeline())
+    container.rootfs = None
+    if container.exit is not None:
+        take_exit(node, container, container.exit)
+
+
+async def _run(node: Node, container: Container, timing: Timing) -> Started:
+    pod, record = container.pod, container.record
+    assert pod.running is not None
+    spec = spec_of(node, container)
+    if container.rootfs is None:  # made by an earlier cribd
+        container.rootfs = await node.work(node.images.prepare, container.id, record.image_id)
+    request = ContainerStart(
+        id=container.id,
+        spec=spec,
+        rootfs=container.rootfs,
+        cgroup=cgroup(node, record.cgroup_path),
+        log_path=record.log_path or None,
+        stdin=container.config.stdin,
+    )
+    began_ns = time.time_ns()
+    try:
+        async with asyncio.timeout(node.config.limits.start_timeout_s):
+            started = await pod.running.start(request)
+    except TimeoutError:
+        await node.work(node.cgroups.kill, record.cgroup_path)
+        limit_s = node.config.limits.start_timeout_s
+        raise DeadlineExceeded(f"{container.title} did not start within {limit_s:g} s") from None
+    except OSError as error:
+        raise CribError(f"{container.title}: {error}") from error
+    at_ns = began_ns
+    for step in started.timeline:
+        timing.add("container", step.text, at_ns, max(step.duration_ns, 0), step.error)
+        at_ns += max(step.duration_ns, 0)
+    return started
+
+
+def spec_of(node: Node, container: Container) -> Spec:
+    """The OCI spec that CreateContainer made. Raises NotFound where the record is lost."""
+    if container.spec is not None:
+        return container.spec
+    body = node.store.spec(container.id)
+    if body is None:
+        raise NotFound(f"{container.title}: its OCI spec is not recorded any more")
+    container.spec = _decode_spec(body)
+    return container.spec
+
+
+def cgroup(node: Node, path: str) -> Cgroup:
+    """A container's cgroup as the engine is told of it."""
+    join_files = node.cgroups.join_files(path)
+    return Cgroup(
+        path=path,
+        join_files=join_files,
+        clone_dir=node.cgroups.clone_dir(path) or "",
+        kill_dirs=tuple(dict.fromkeys(os.path.dirname(file) for file in join_files)),
+        memory_events=node.cgroups.memory_events(path) or "",
+        mounts=node.cgroups.mounts_in_container(path),
+    )

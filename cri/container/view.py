@@ -1,0 +1,102 @@
+"""Containers as the CRI shows them."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+from google.protobuf import json_format
+
+from cri.api import cri_pb2 as pb
+from cri.container.start import spec_of
+from cri.state.records import ContainerState
+from cri.translate.signals import to_cri
+from runtime.errors import NotFound
+
+if TYPE_CHECKING:
+    from cri.container.container import Container
+    from cri.node import Node
+
+HIDDEN: Final = "…"
+"""What stands for the value of an environment variable, which may be a secret."""
+
+
+def listed(node: Node, wanted: pb.ContainerFilter) -> list[pb.Container]:
+    """The containers that all of the filter's conditions hold for."""
+    containers = list(node.containers)
+    if wanted.id:
+        found = node.containers.find(wanted.id)
+        containers = [] if found is None else [found]
+    if wanted.pod_sandbox_id:
+        pod = node.pods.find(wanted.pod_sandbox_id)
+        containers = [container for container in containers if container.pod is pod]
+    state = wanted.state.state if wanted.HasField("state") else None
+    labels = wanted.label_selector.items()
+    return [
+        container.listed
+        for container in containers
+        if container.shown
+        and (state is None or container.listed.state == state)
+        and all(container.config.labels.get(key) == value for key, value in labels)
+    ]
+
+
+def status(container: Container) -> pb.ContainerStatus:
+    """What ContainerStatus tells."""
+    record, config, listed = container.record, container.config, container.listed
+    found = pb.ContainerStatus(
+        id=container.id,
+        metadata=listed.metadata,
+        state=listed.state,
+        created_at=record.created_ns,
+        image=listed.image,
+        image_ref=record.image_ref,
+        image_id=record.image_id,
+        labels=config.labels,
+        annotations=config.annotations,
+        mounts=config.mounts,
+        log_path=record.log_path,
+        stop_signal=to_cri(record.stop_signal),
+    )
+    if record.state in (ContainerState.RUNNING, ContainerState.EXITED):
+        found.started_at = record.started_ns
+    if record.state is ContainerState.EXITED:
+        found.finished_at = record.finished_ns
+        found.exit_code = record.exit_code
+        found.reason = record.reason
+        found.message = record.message
+    if config.linux.HasField("resources"):
+        found.resources.linux.CopyFrom(config.linux.resources)
+    if record.user is not None:
+        user = record.user
+        found.user.linux.uid, found.user.linux.gid = user.uid, user.gid
+        found.user.linux.supplemental_groups.extend(user.groups)
+    return found
+
+
+def info(node: Node, container: Container) -> dict[str, str]:
+    """The verbose part of ContainerStatus: one JSON object, without values of environment variables."""
+    record = container.record
+    config = json_format.MessageToDict(container.config, preserving_proto_field_name=True)
+    for variable in config.get("envs", ()):
+        variable["value"] = HIDDEN
+    found: dict[str, object] = {
+        "sandboxID": record.sandbox_id,
+        "pid": record.pid if record.state is ContainerState.RUNNING else 0,
+        "removing": record.removing,
+        "runtimeType": "crib",
+        "snapshotter": "overlay",
+        "snapshotKey": container.id,
+        "cgroupPath": record.cgroup_path,
+        "config": config,
+    }
+    try:
+        spec = spec_of(node, container)
+    except NotFound:
+        pass
+    else:
+        env = tuple(f"{entry.partition('=')[0]}={HIDDEN}" for entry in spec.process.env)
+        process = msgspec.structs.replace(spec.process, env=env)
+        found["runtimeSpec"] = msgspec.to_builtins(msgspec.structs.replace(spec, process=process))
+    return {"info": json.dumps(found)}

@@ -1,0 +1,130 @@
+"""crib's own service: what the `crib` command needs and the CRI has no call for."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+from collections.abc import AsyncIterator, Mapping
+from typing import IO, Final
+
+from cri.api import crib_pb2 as pb
+from cri.image.pull import pull
+from cri.node import Node
+from cri.rpc import Call, Handler
+from runtime.errors import InvalidSpec, NotFound
+from runtime.images import Auth, Image, Progress
+from runtime.linux.probe import FALLBACKS, Probes
+
+_STATES: Final = {
+    "waiting": pb.LayerState.LAYER_WAITING,
+    "downloading": pb.LayerState.LAYER_DOWNLOADING,
+    "unpacking": pb.LayerState.LAYER_UNPACKING,
+    "done": pb.LayerState.LAYER_DONE,
+    "exists": pb.LayerState.LAYER_EXISTS,
+}
+
+
+class CribCalls:
+    """Requests in, answers out."""
+
+    def __init__(self, node: Node, probes: Probes) -> None:
+        self._node = node
+        self._probes = probes
+
+    def handlers(self) -> Mapping[str, Handler]:
+        return {"Load": self.load, "Pull": self.pull, "Plan": self.plan, "Doctor": self.doctor}
+
+    async def load(self, requests: AsyncIterator[pb.LoadRequest], call: Call) -> pb.LoadResponse:
+        """The archive goes to a file without a name beside the images, and from there into the store."""
+        node = self._node
+        with await node.work(tempfile.TemporaryFile, dir=node.config.root) as file:
+            size_bytes = 0
+            async for request in requests:
+                size_bytes += len(request.chunk)
+                await node.work(file.write, request.chunk)
+            if not size_bytes:
+                raise InvalidSpec("the archive is empty")
+            images = await node.pull(self._load, file)
+        return pb.LoadResponse(
+            images=[pb.LoadedImage(id=image.id, repo_tags=image.repo_tags) for image in images]
+        )
+
+    def _load(self, file: IO[bytes]) -> list[Image]:
+        file.seek(0, os.SEEK_SET)
+        return self._node.images.load(file)
+
+    async def pull(self, request: pb.PullRequest, call: Call) -> AsyncIterator[pb.PullProgress]:
+        if not request.image:
+            raise InvalidSpec("image is missing")
+        auth = Auth(
+            username=request.username,
+            password=request.password,
+            auth=request.auth,
+            identity_token=request.identity_token,
+            registry_token=request.registry_token,
+            server_address=request.server_address,
+        )
+        news: asyncio.Queue[Progress | None] = asyncio.Queue()
+        task = asyncio.create_task(
+            pull(self._node, request.image, auth if auth != Auth() else None, news.put_nowait)
+        )
+        task.add_done_callback(lambda _: news.put_nowait(None))
+        try:
+            while (one := await news.get()) is not None:
+                yield pb.PullProgress(
+                    digest=one.digest,
+                    state=_STATES.get(one.state, pb.LayerState.LAYER_WAITING),
+                    current_bytes=one.current_bytes,
+                    total_bytes=one.total_bytes,
+                )
+            image = await task
+            yield pb.PullProgress(image_ref=image.id)
+        finally:
+            task.cancel()
+
+    async def plan(self, request: pb.PlanRequest, call: Call) -> pb.PlanResponse:
+        node = self._node
+        found = node.containers.find(request.id) or node.pods.find(request.id)
+        if found is None:
+            raise NotFound(f"no pod and no container {request.id}")
+        timeline = node.store.timeline(found.id)
+        if timeline is None:
+            raise NotFound(f"{found.title} has no recorded start")
+        return pb.PlanResponse(
+            id=found.id,
+            kind="pod" if node.pods.find(found.id) is found else "container",
+            steps=[
+                pb.PlanStep(
+                    index=index,
+                    phase=step.phase,
+                    text=step.text,
+                    started_ns=step.started_ns,
+                    duration_ns=step.duration_ns,
+                    error=step.error,
+                )
+                for index, step in enumerate(timeline.steps, 1)
+            ],
+            total_ns=timeline.total_ns,
+        )
+
+    async def doctor(self, request: pb.DoctorRequest, call: Call) -> pb.DoctorResponse:
+        node = self._node
+        network = await node.work(node.network.status)
+        probes = [
+            pb.Probe(name="kernel", ok=node.host.kernel >= (5, 15), detail=os.uname().release),
+            pb.Probe(name="cgroup", ok=True, detail=f"version {node.cgroups.version}, {node.cgroups.driver} driver"),
+            pb.Probe(name="network", ok=network.ready, detail=network.message or network.reason or "ready"),
+            pb.Probe(
+                name="recursive_read_only_mounts",
+                ok=node.host.recursive_read_only,
+                detail="mount_setattr(2), Linux 5.12",
+                fallback="" if node.host.recursive_read_only else "requests for it are refused",
+            ),
+        ]
+        for name in self._probes.__dataclass_fields__:
+            ok = bool(getattr(self._probes, name))
+            probes.append(pb.Probe(name=name, ok=ok, fallback="" if ok else FALLBACKS.get(name, "")))
+        for kind, id, error in node.store.quarantined():
+            probes.append(pb.Probe(name=f"record of {kind} {id[:12]}", ok=False, detail=error, fallback="set aside"))
+        return pb.DoctorResponse(probes=probes)

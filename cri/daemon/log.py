@@ -1,0 +1,74 @@
+"""What cribd writes to standard error: one line per event, key=value or JSON, with the call it belongs to.
+
+The context (rpc, sandbox, container) travels in context variables, so that every line written while a call is served
+carries it, those of lower rooms included. Credentials, environment values and stdin are never passed to a logger.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from contextvars import ContextVar
+from typing import Final
+
+rpc: ContextVar[str] = ContextVar("rpc", default="")
+sandbox: ContextVar[str] = ContextVar("sandbox", default="")
+container: ContextVar[str] = ContextVar("container", default="")
+
+_CONTEXT: Final = (("rpc", rpc), ("sandbox", sandbox), ("container", container))
+LEVELS: Final = ("debug", "info", "warning", "error")
+
+
+def bind(*, sandbox_id: str = "", container_id: str = "") -> None:
+    """The rest of this task concerns these: their ids go into each of its lines."""
+    if sandbox_id:
+        sandbox.set(sandbox_id)
+    if container_id:
+        container.set(container_id)
+
+
+def setup(level: str, form: str) -> None:
+    """Log to standard error from `level` on, in `form` "text" (key=value) or "json"."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Json() if form == "json" else _KeyValue())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    logging.captureWarnings(True)
+    for noisy in ("asyncio", "urllib3", "grpc"):
+        logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))
+
+
+def fields(record: logging.LogRecord) -> dict[str, object]:
+    """`record` as what its line says; `extra={"fields": {…}}` of the logging call adds to it."""
+    found: dict[str, object] = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+        "level": record.levelname.lower(),
+        "msg": record.getMessage(),
+    }
+    for key, variable in _CONTEXT:
+        if value := variable.get():
+            found[key] = value
+    found.update(getattr(record, "fields", {}))
+    if record.exc_info:
+        found["traceback"] = logging.Formatter().formatException(record.exc_info)
+    return found
+
+
+class _Json(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return json.dumps(fields(record), default=str, ensure_ascii=True)
+
+
+class _KeyValue(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return " ".join(f"{key}={_quoted(str(value))}" for key, value in fields(record).items())
+
+
+def _quoted(value: str) -> str:
+    """`value` as it is where it is one plain word, else as a JSON string: a line stays one line whatever is in it."""
+    if value and value.isascii() and value.isprintable() and not any(mark in value for mark in ' ="\\'):
+        return value
+    return json.dumps(value)

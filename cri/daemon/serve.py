@@ -1,0 +1,151 @@
+"""cribd once it is set up: the rooms put together, the socket, and the end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Final
+
+import grpc
+
+from cri.api import cri_pb2, crib_pb2
+from cri.config import Config
+from cri.container.calls import ContainerCalls
+from cri.crib.calls import CribCalls
+from cri.daemon.directories import clear_socket
+from cri.daemon.notify import notify
+from cri.image.calls import ImageCalls
+from cri.info import InfoCalls
+from cri.node import Node
+from cri.recovery import recover
+from cri.rpc import MESSAGE_LIMIT_BYTES, generic_handler
+from cri.sandbox.calls import SandboxCalls
+from cri.state.store import Store
+from cri.translate.defaults import Host
+from net import BridgeConfig, open_network
+from net.errors import CribError as NetError
+from net.netns import Pins
+from runtime.cgroup import Cgroups
+from runtime.engine import Engine
+from runtime.errors import CribError
+from runtime.images import Images, ImagesConfig
+from runtime.linux.mount import mount, umount
+from runtime.linux.probe import probe
+from runtime.zygote.launch import Zygote
+
+_GRACE_S: Final = 10.0
+_CHECKPOINT_S: Final = 30.0
+_logger = logging.getLogger(__name__)
+
+
+def serve(config: Config, cgroups: Cgroups, zygote: Zygote) -> int:
+    """Serve until SIGTERM or SIGINT; the exit status."""
+    sys.setswitchinterval(0.001)  # a worker thread that waits for the loop's turn is a start that waits
+    try:
+        return asyncio.run(_serve(config, cgroups, zygote))
+    except (CribError, NetError, OSError) as error:
+        _logger.error("cribd can't run", extra={"fields": {"error": str(error)}})
+        return 1
+
+
+async def _serve(config: Config, cgroups: Cgroups, zygote: Zygote) -> int:
+    began = time.monotonic()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    clear_socket(config.socket)
+    probes = probe()
+    async with contextlib.AsyncExitStack() as stack:
+        store = Store(Path(config.root, "state.db"))
+        engine = Engine(Path(config.state), zygote, probes)
+        stack.callback(engine.close)
+        images = Images(Path(config.root), _images(config))
+        images.open()
+        stack.callback(images.close)
+        network = open_network(config.instance, Path(config.root, "net"), _bridge(config))
+        stack.callback(network.close)
+        node = Node(config, store, engine, images, network, cgroups, Pins(mount, umount), Host())
+        stack.push_async_callback(node.close, _GRACE_S)
+        engine.on_zygote_lost = node.lose_zygote
+        await node.work(network.setup)
+        await recover(node)
+        server = _server(node, CribCalls(node, probes))
+        old = os.umask(0o177)
+        try:
+            if not server.add_insecure_port(config.listen):
+                raise CribError(f"can't listen on {config.listen}")
+            await server.start()
+        finally:
+            os.umask(old)
+        config.socket.chmod(0o600)
+        ready_s = time.monotonic() - began
+        _logger.info("ready", extra={"fields": {"listen": config.listen, "pods": len(node.pods), "s": f"{ready_s:.2f}"}})
+        notify("READY=1")
+        keeper = asyncio.create_task(_checkpoints(node))
+        await stop.wait()
+        notify("STOPPING=1")
+        _logger.info("stopping: pods keep running")
+        keeper.cancel()
+        await server.stop(_GRACE_S)
+        config.socket.unlink(missing_ok=True)
+    return 0
+
+
+def _server(node: Node, crib: CribCalls) -> grpc.aio.Server:
+    server = grpc.aio.server(
+        options=[
+            ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
+            ("grpc.max_send_message_length", MESSAGE_LIMIT_BYTES),
+            ("grpc.so_reuseport", 0),
+        ]
+    )
+    services = cri_pb2.DESCRIPTOR.services_by_name
+    runtime = {
+        **InfoCalls(node).handlers(),
+        **SandboxCalls(node).handlers(),
+        **ContainerCalls(node).handlers(),
+    }
+    server.add_generic_rpc_handlers(
+        (
+            generic_handler(services["RuntimeService"], runtime),
+            generic_handler(services["ImageService"], ImageCalls(node).handlers()),
+            generic_handler(crib_pb2.DESCRIPTOR.services_by_name["Crib"], crib.handlers()),
+        )
+    )
+    return server
+
+
+async def _checkpoints(node: Node) -> None:
+    """Keep the records' log short."""
+    while True:
+        await asyncio.sleep(_CHECKPOINT_S)
+        if node.store.checkpoint_due:
+            try:
+                await node.work(node.store.checkpoint)
+            except Exception as error:
+                _logger.warning("checkpoint of the records failed", extra={"fields": {"error": str(error)}})
+
+
+def _images(config: Config) -> ImagesConfig:
+    return ImagesConfig(
+        hosts_dir=Path(config.images.hosts_dir),
+        max_parallel=config.images.max_parallel,
+        progress_timeout_s=config.images.progress_timeout_s,
+    )
+
+
+def _bridge(config: Config) -> BridgeConfig:
+    network = config.network
+    return BridgeConfig(
+        bridge=network.bridge,
+        subnet=network.subnet,
+        subnet6=network.subnet6,
+        mtu=network.mtu,
+        masquerade=network.masquerade,
+    )

@@ -1,0 +1,99 @@
+"""The CRI's image service: what the store does, as calls."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+
+from cri.api import cri_pb2 as pb
+from cri.image.pull import pull
+from cri.node import Node
+from cri.rpc import Call, Handler
+from cri.translate.image import image_to_cri
+from runtime.errors import InvalidSpec, NotFound
+from runtime.images import Auth, Image
+
+
+class ImageCalls:
+    """Requests in, answers out."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+
+    def handlers(self) -> Mapping[str, Handler]:
+        return {
+            "ListImages": self.list,
+            "ImageStatus": self.status,
+            "PullImage": self.pull,
+            "RemoveImage": self.remove,
+            "ImageFsInfo": self.fs_info,
+        }
+
+    async def list(self, request: pb.ListImagesRequest, call: Call) -> pb.ListImagesResponse:
+        wanted = request.filter.image.image
+        if wanted:
+            found = await self._find(wanted)
+            return pb.ListImagesResponse(images=[image_to_cri(found)] if found else [])
+        images = await self._node.work(self._node.images.list)
+        return pb.ListImagesResponse(images=map(image_to_cri, images))
+
+    async def status(self, request: pb.ImageStatusRequest, call: Call) -> pb.ImageStatusResponse:
+        """A missing image is an answer without one, not an error."""
+        image = await self._find(_named(request.image))
+        if image is None:
+            return pb.ImageStatusResponse()
+        return pb.ImageStatusResponse(image=image_to_cri(image), info=_info(image) if request.verbose else {})
+
+    async def pull(self, request: pb.PullImageRequest, call: Call) -> pb.PullImageResponse:
+        """Goes on as long as bytes come and the caller waits: the kubelet sets no deadline."""
+        auth = _auth(request.auth) if request.HasField("auth") else None
+        image = await pull(self._node, _named(request.image), auth, None)
+        return pb.PullImageResponse(image_ref=image.id)
+
+    async def remove(self, request: pb.RemoveImageRequest, call: Call) -> pb.RemoveImageResponse:
+        """Removes the image with all its names; one that isn't there is removed already."""
+        await self._node.work(self._node.images.remove, _named(request.image))
+        return pb.RemoveImageResponse()
+
+    async def fs_info(self, request: pb.ImageFsInfoRequest, call: Call) -> pb.ImageFsInfoResponse:
+        usages = await self._node.work(self._node.images.fs_info)
+        now_ns = time.time_ns()
+        found = [
+            pb.FilesystemUsage(
+                timestamp=now_ns,
+                fs_id=pb.FilesystemIdentifier(mountpoint=usage.mountpoint),
+                used_bytes=pb.UInt64Value(value=usage.used_bytes),
+                inodes_used=pb.UInt64Value(value=usage.inodes_used),
+            )
+            for usage in usages
+        ]
+        return pb.ImageFsInfoResponse(image_filesystems=found, container_filesystems=found)
+
+    async def _find(self, reference: str) -> Image | None:
+        try:
+            return await self._node.work(self._node.images.get, reference)
+        except NotFound:
+            return None
+
+
+def _named(image: pb.ImageSpec) -> str:
+    if not image.image:
+        raise InvalidSpec("image.image is missing")
+    return image.image
+
+
+def _auth(auth: pb.AuthConfig) -> Auth:
+    return Auth(
+        username=auth.username,
+        password=auth.password,
+        auth=auth.auth,
+        identity_token=auth.identity_token,
+        registry_token=auth.registry_token,
+        server_address=auth.server_address,
+    )
+
+
+def _info(image: Image) -> dict[str, str]:
+    """The verbose part of ImageStatus; the image's own configuration as its author published it."""
+    return {"info": json.dumps({"chainID": image.chain_id, "imageSpec": json.loads(image.raw_config)})}

@@ -1,0 +1,62 @@
+"""The pod's own hosts, hostname and resolv.conf, which its containers get bind-mounted.
+
+They are under <state>/pods/<id>, a tmpfs as a rule, and written by worker threads.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Final
+
+from cri.translate.etc import hosts
+from runtime.errors import Exhausted
+
+_HOST_FILE_LIMIT_BYTES: Final = 1 << 20
+_NO_RESOLVER: Final = b"# the node has no /etc/resolv.conf\n"
+
+
+def make(directory: Path, hostname: str, resolv_conf: str | None, *, host_network: bool) -> None:
+    """Write what is known before the pod has an address. `hostname` is the file's text, `resolv_conf` None copies the
+    node's file.
+
+    A pod on the node's network gets a copy of the node's hosts file; any other waits for `add_hosts`.
+    """
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _write(directory / "hostname", hostname.encode())
+    resolver = _host_file("/etc/resolv.conf", _NO_RESOLVER) if resolv_conf is None else resolv_conf.encode()
+    _write(directory / "resolv.conf", resolver)
+    if host_network:
+        _write(directory / "hosts", _host_file("/etc/hosts", hosts(hostname.strip(), ()).encode()))
+
+
+def add_hosts(directory: Path, hostname: str, addresses: tuple[str, ...]) -> None:
+    """Write the hosts file of a pod with its own network."""
+    _write(directory / "hosts", hosts(hostname, addresses).encode())
+
+
+def remove(directory: Path) -> None:
+    """Remove the pod's directory; it needn't be there."""
+    try:
+        shutil.rmtree(directory)
+    except FileNotFoundError:
+        pass
+
+
+def _write(path: Path, content: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    with open(fd, "wb", buffering=0) as file:
+        file.write(content)
+        os.fchmod(fd, 0o644)
+
+
+def _host_file(path: str, default: bytes) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            content = file.read(_HOST_FILE_LIMIT_BYTES + 1)
+    except FileNotFoundError:
+        return default
+    if len(content) > _HOST_FILE_LIMIT_BYTES:
+        raise Exhausted(f"{path} is larger than {_HOST_FILE_LIMIT_BYTES} bytes")
+    return content

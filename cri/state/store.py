@@ -1,0 +1,184 @@
+"""The records on disk: SQLite in WAL mode with synchronous NORMAL.
+
+That survives a crash of cribd at any point, and loses at most the last writes on power loss, after which no pod runs
+anyway. A write is about 15 µs into the page cache and is made in the event loop; what waits for the disk, the
+checkpoint, is `checkpoint()`, for a worker thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sqlite3
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, TypeVar
+
+import msgspec
+
+from cri.state.records import ContainerRecord, SandboxRecord, Timeline
+from runtime.errors import Exhausted, Unavailable
+
+SCHEMA_VERSION: Final = 1
+_CHECKPOINT_WRITES: Final = 1000
+_RESERVE_BYTES: Final = 1 << 20
+_SCHEMA: Final = """
+CREATE TABLE IF NOT EXISTS record (
+    kind TEXT NOT NULL, id TEXT NOT NULL, body BLOB NOT NULL, PRIMARY KEY (kind, id)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS quarantine (
+    kind TEXT NOT NULL, id TEXT NOT NULL, body BLOB NOT NULL, error TEXT NOT NULL, at_ns INTEGER NOT NULL
+);
+"""
+_PUT: Final = "INSERT INTO record (kind, id, body) VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET body = excluded.body"
+_logger = logging.getLogger(__name__)
+_Kind = TypeVar("_Kind", bound=msgspec.Struct)
+_encode = msgspec.msgpack.Encoder().encode
+
+
+class Store:
+    """Used by the event loop's thread alone, `checkpoint` excepted.
+
+    Every write raises Exhausted on a full disk. Deleting doesn't need free space: a reserve is given up for it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._reserve = path.with_name(path.name + ".reserve")
+        self._writes = 0
+        try:
+            self._db = self._open()
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError):
+                raise Unavailable(f"state database {path}: {error}") from error
+            aside = path.with_name(f"{path.name}.broken-{time.time_ns()}")
+            _logger.error("state database %s is damaged (%s): moved to %s", path, error, aside)
+            for name in (path.name, f"{path.name}-wal", f"{path.name}-shm"):
+                with contextlib.suppress(FileNotFoundError):
+                    path.with_name(name).rename(path.with_name(name.replace(path.name, aside.name)))
+            self._db = self._open()
+        self._refill()
+
+    def _open(self) -> sqlite3.Connection:
+        db = sqlite3.connect(self._path, isolation_level=None, timeout=5.0, cached_statements=32)
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = NORMAL")
+            db.execute("PRAGMA wal_autocheckpoint = 0")
+            version = db.execute("PRAGMA user_version").fetchone()[0]
+            if version > SCHEMA_VERSION:
+                raise Unavailable(
+                    f"state database {self._path} has version {version}, this cribd knows up to {SCHEMA_VERSION}"
+                )
+            db.executescript(_SCHEMA)
+            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    def close(self) -> None:
+        self._db.close()
+
+    def load(self) -> tuple[list[SandboxRecord], list[ContainerRecord]]:
+        """All pods and containers. A record that can't be read is set aside."""
+        return self._load("sandbox", SandboxRecord), self._load("container", ContainerRecord)
+
+    def quarantined(self) -> list[tuple[str, str, str]]:
+        """(kind, id, error) of the records set aside."""
+        return self._db.execute("SELECT kind, id, error FROM quarantine ORDER BY at_ns").fetchall()
+
+    def put_sandbox(self, record: SandboxRecord) -> None:
+        self._write(_PUT, "sandbox", record.id, _encode(record))
+
+    def put_container(self, record: ContainerRecord) -> None:
+        self._write(_PUT, "container", record.id, _encode(record))
+
+    def put_spec(self, id: str, spec: bytes) -> None:
+        """Keep the OCI spec (JSON) that the container is run with."""
+        self._write(_PUT, "spec", id, spec)
+
+    def put_timeline(self, id: str, timeline: Timeline) -> None:
+        self._write(_PUT, "timeline", id, _encode(timeline))
+
+    def spec(self, id: str) -> bytes | None:
+        return self._body("spec", id)
+
+    def timeline(self, id: str) -> Timeline | None:
+        body = self._body("timeline", id)
+        try:
+            return None if body is None else msgspec.msgpack.decode(body, type=Timeline)
+        except (msgspec.DecodeError, ValueError):
+            return None
+
+    def delete(self, id: str) -> None:
+        """Forget all that is kept of a pod or a container; it needn't exist."""
+        self._write("DELETE FROM record WHERE kind IN ('sandbox', 'container', 'spec', 'timeline') AND id = ?", id)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Writes inside happen all or not at all."""
+        self._write("BEGIN")
+        try:
+            yield
+            self._write("COMMIT")
+        except BaseException:
+            with contextlib.suppress(sqlite3.Error):
+                self._db.execute("ROLLBACK")
+            raise
+
+    @property
+    def checkpoint_due(self) -> bool:
+        return self._writes >= _CHECKPOINT_WRITES
+
+    def checkpoint(self) -> None:
+        """Move the log into the database, on a connection of its own: this waits for the disk."""
+        self._writes = 0
+        with contextlib.closing(sqlite3.connect(self._path, isolation_level=None, timeout=5.0)) as db:
+            db.execute("PRAGMA wal_checkpoint(PASSIVE)")
+        self._refill()
+
+    def _write(self, statement: str, *values: object) -> None:
+        self._writes += 1
+        try:
+            self._db.execute(statement, values)
+        except sqlite3.OperationalError as error:
+            if "full" not in str(error):
+                raise Unavailable(f"state database {self._path}: {error}") from error
+            if not statement.startswith(("DELETE", "COMMIT")) or not self._reserve.exists():
+                raise Exhausted(f"state database {self._path}: {error}") from error
+            self._reserve.unlink(missing_ok=True)
+            self._write(statement, *values)
+
+    def _refill(self) -> None:
+        with contextlib.suppress(OSError):
+            if not self._reserve.exists():
+                self._reserve.write_bytes(bytes(_RESERVE_BYTES))
+
+    def _body(self, kind: str, id: str) -> bytes | None:
+        found = self._db.execute("SELECT body FROM record WHERE kind = ? AND id = ?", (kind, id)).fetchone()
+        return None if found is None else bytes(found[0])
+
+    def set_aside(self, kind: str, id: str, error: str) -> None:
+        """Move a record to quarantine: it stays on disk for a person to look at, and in nobody's way."""
+        _logger.error("%s record %s can't be used, set aside: %s", kind, id, error)
+        with self.together():
+            self._write(
+                "INSERT INTO quarantine SELECT kind, id, body, ?, ? FROM record WHERE kind = ? AND id = ?",
+                error,
+                time.time_ns(),
+                kind,
+                id,
+            )
+            self._write("DELETE FROM record WHERE kind = ? AND id = ?", kind, id)
+
+    def _load(self, kind: str, record: type[_Kind]) -> list[_Kind]:
+        decoder = msgspec.msgpack.Decoder(record)
+        good: list[_Kind] = []
+        for id, body in self._db.execute("SELECT id, body FROM record WHERE kind = ?", (kind,)).fetchall():
+            try:
+                good.append(decoder.decode(body))
+            except (msgspec.DecodeError, ValueError) as error:
+                self.set_aside(kind, id, str(error))
+        return good
