@@ -222,7 +222,10 @@ class Pod:
         exited.add_done_callback(lambda future: future.cancelled() or future.exception())
 
         def replied(reply: Reply) -> None:
-            if reply.kind == Kind.FAILED and self._execs.pop(request.id, None) and not exited.done():
+            if reply.kind != Kind.FAILED:
+                return
+            self._execs.pop(request.id, None)
+            if not exited.done():
                 exited.set_exception(_failure(plan, reply.fields))
 
         memfd = _memfd(plan)
@@ -350,7 +353,12 @@ async def _gone(pidfd: int, timeout_s: float) -> bool:
     """Whether the process behind a pidfd ends in time."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[None] = loop.create_future()
-    loop.add_reader(pidfd, lambda: future.done() or future.set_result(None))
+
+    def ended() -> None:
+        loop.remove_reader(pidfd)
+        future.set_result(None)
+
+    loop.add_reader(pidfd, ended)
     try:
         async with asyncio.timeout(timeout_s):
             await future

@@ -33,7 +33,7 @@ def mask(names: tuple[str, ...]) -> int:
 
 def last_cap() -> int:
     """The highest capability that the running kernel knows."""
-    with open("/proc/sys/kernel/cap_last_cap", encoding="ascii") as file:
+    with open("/proc/sys/kernel/cap_last_cap", "rb") as file:
         return int(file.read())
 
 

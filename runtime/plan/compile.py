@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from runtime import seccomp as seccomp_compiler
-from runtime.cgroup.interface import Mount as CgroupMount
+from runtime.cgroup import Cgroups
+from runtime.cgroup import Mount as CgroupMount
 from runtime.errors import InvalidSpec, Unsupported
 from runtime.images import RootFs
 from runtime.linux import caps
@@ -36,7 +37,6 @@ _DEFAULT_LINKS: Final = (
 )
 _DEFAULT_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _CGROUP_ROOT: Final = "/sys/fs/cgroup"
-_PROPAGATION: Final = {"": 0, "private": 0, "rprivate": 0, "slave": MS.SLAVE, "rslave": MS.SLAVE}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,19 @@ class Cgroup:
     kill_dirs: tuple[str, ...]
     memory_events: str
     mounts: tuple[CgroupMount, ...]
+
+    @classmethod
+    def of(cls, cgroups: Cgroups, path: str) -> "Cgroup":
+        """The cgroup at `path`, which has been made. Raises what `Cgroups` raises."""
+        join_files = cgroups.join_files(path)
+        return cls(
+            path=path,
+            join_files=join_files,
+            clone_dir=cgroups.clone_dir(path) or "",
+            kill_dirs=tuple(os.path.dirname(file) for file in join_files),
+            memory_events=cgroups.memory_events(path) or "",
+            mounts=cgroups.mounts_in_container(path),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -428,12 +428,14 @@ class Monitor:
     def _kill(self, fields: dict[str, Any]) -> None:
         if "exec" in fields:
             process = self._execs.get(fields["exec"])
-            if process:
+            if process and not process.ended:
                 container = self._containers[self._exec_of[fields["exec"]]]
+                signal.pidfd_send_signal(process.pidfd, signal.SIGKILL)
                 kill_tree(process.pid, container.kill_dirs)
         else:
             container = self._containers[fields["id"]]
             if not container.ended:
+                signal.pidfd_send_signal(container.pidfd, signal.SIGKILL)  # it may not be in its cgroup yet
                 cgroup_files.kill(container.kill_dirs)
 
     def _reopen(self, container_id: str) -> None:

@@ -1,6 +1,7 @@
 """The zygote: a lean interpreter with everything loaded, which forks monitors and does nothing else."""
 
 import array  # noqa: F401 - loaded now: socket.recv_fds imports it when called
+import codecs
 import gc
 import os
 import signal
@@ -43,6 +44,8 @@ class Zygote:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
             signal.signal(number, signal.SIG_IGN)
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # monitors are reaped by the kernel
+        for encoding in ("ascii", "utf-8", "latin-1"):
+            codecs.lookup(encoding)
         sys.path.clear()
         sys.meta_path.clear()
         sys.path_hooks.clear()

@@ -1,0 +1,150 @@
+"""Plans as data: what is encoded comes back, a failure names its step, and compile decides all there is to decide."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from runtime.errors import InvalidSpec, StepFailed
+from runtime.images import RootFs
+from runtime.plan import identity, mounts
+from runtime.plan.compile import Cgroup, Environment, Namespaces, compile_exec, compile_start
+from runtime.plan.plan import KINDS, Context, Plan, decode, encode, run
+from runtime.spec import Capabilities, Linux, Mount, Namespace, Process, Root, Spec, User
+
+ROOTFS = RootFs(base="/l", lowers=("2", "1"), upper="/u", work="/w")
+CGROUP = Cgroup("/p/c", ("/sys/fs/cgroup/p/c/cgroup.procs",), "", ("/sys/fs/cgroup/p/c",), "", ())
+POD = Namespaces("/proc/7/ns/net", "/proc/7/ns/ipc", "/proc/7/ns/uts", "")
+ENVIRONMENT = Environment("/run/crib/rootfs", POD, "/run/crib/pods/p/shm", False, 40)
+ALL_NEW = (
+    Namespace(type="pid"),
+    Namespace(type="mount"),
+    Namespace(type="cgroup"),
+    Namespace(type="network", path=POD.network),
+    Namespace(type="ipc", path=POD.ipc),
+    Namespace(type="uts", path=POD.uts),
+)
+
+
+def spec(
+    *, mounts: tuple[Mount, ...] = (), namespaces: tuple[Namespace, ...] = ALL_NEW, process: Process | None = None
+) -> Spec:
+    return Spec(
+        process=process or Process(cwd="/", user=User(uid=0, gid=0), args=("true",)),
+        root=Root(path="rootfs"),
+        mounts=mounts,
+        linux=Linux(namespaces=namespaces),
+    )
+
+
+def plan_of(wanted: Spec) -> Plan:
+    return compile_start(wanted, ROOTFS, CGROUP, ENVIRONMENT).plan
+
+
+def test_every_plan_survives_the_wire() -> None:
+    plan = plan_of(
+        spec(
+            mounts=(
+                Mount(destination="/proc", type="proc"),
+                Mount(destination="/dev", type="tmpfs", options=("nosuid",)),
+                Mount(destination="/data", type="bind", source="/srv", options=("rbind", "ro")),
+            )
+        )
+    )
+    again = decode(encode(plan))
+    assert [type(step) for step in again] == [type(step) for step in plan]
+    assert [step.describe() for step in again] == [step.describe() for step in plan]
+    assert encode(again) == encode(plan)
+
+
+def test_an_unknown_step_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown step"):
+        decode(b'[["Nonsense",1]]')
+
+
+def test_every_kind_of_step_describes_itself() -> None:
+    assert all("describe" in vars(kind) and "run" in vars(kind) for kind in KINDS.values())
+
+
+def test_a_failure_names_step_and_cause() -> None:
+    plan = (identity.FindExecutable("sh", "/bin"), mounts.OpenSource("a", "/does/not/exist", True, False))
+    outcome = run(plan, Context({}))
+    assert (outcome.failed, outcome.errno) == (1, errno.ENOENT)
+    assert outcome.detail == "open_tree /does/not/exist: no such file or directory"
+    assert len(outcome.durations_ns) == 1
+    error = StepFailed(plan[1].describe(), 2, 2, outcome.errno, outcome.detail)
+    assert str(error).startswith("step 2/2: open source /does/not/exist")
+
+
+def test_sources_are_opened_before_the_mount_namespace_is_made() -> None:
+    plan = plan_of(spec(mounts=(Mount(destination="/a", type="bind", source="/srv", options=("rbind",)),)))
+    kinds = [type(step) for step in plan]
+    assert kinds.index(mounts.OpenSource) < kinds.index(identity.Unshare) < kinds.index(mounts.Attach)
+
+
+def test_the_end_of_a_start_is_fixed() -> None:
+    kinds = [type(step) for step in plan_of(spec())]
+    tail = [mounts.PivotRoot, identity.WorkingDirectory, identity.FindExecutable, identity.Execute]
+    assert kinds[-4:] == tail
+    assert kinds[0] is identity.Detach
+
+
+def test_the_cgroup_is_joined_before_its_namespace_is_made_and_mounted() -> None:
+    plan = plan_of(
+        spec(mounts=(Mount(destination="/proc", type="proc"), Mount(destination="/sys/fs/cgroup", type="cgroup")))
+    )
+    described = [step.describe() for step in plan]
+    join = next(i for i, text in enumerate(described) if text.startswith("join cgroup"))
+    assert described[join + 1] == "new namespaces: cgroup"
+    assert described.index("mount proc on /proc") < join
+
+
+def test_pid_namespaces() -> None:
+    def pid(*namespaces: Namespace, pod_pid: str = "") -> tuple[str, str]:
+        environment = Environment("/s", Namespaces(pid=pod_pid), "", False, 40)
+        start = compile_start(spec(namespaces=namespaces), ROOTFS, CGROUP, environment)
+        return start.pid, start.pid_ns
+
+    assert pid() == ("host", "")
+    assert pid(Namespace(type="pid")) == ("new", "")
+    assert pid(Namespace(type="pid", path="/proc/5/ns/pid"), pod_pid="/proc/5/ns/pid") == ("pod", "")
+    assert pid(Namespace(type="pid", path="/proc/9/ns/pid"), pod_pid="/proc/5/ns/pid") == ("join", "/proc/9/ns/pid")
+
+
+def test_a_host_namespace_in_a_pod_with_its_own_is_joined() -> None:
+    plan = plan_of(spec(namespaces=(Namespace(type="network"), Namespace(type="ipc", path=POD.ipc))))
+    described = [step.describe() for step in plan]
+    assert "join uts namespace /proc/1/ns/uts" in described
+    assert any("new namespaces" in text and "net" in text for text in described)
+    assert not any("ipc namespace" in text for text in described)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (spec(process=Process(cwd="/", user=User(uid=0, gid=0))), "no command"),
+        (spec(namespaces=(Namespace(type="time-travel"),)), "time-travel"),
+        (
+            spec(
+                process=Process(
+                    cwd="/", user=User(uid=0, gid=0), args=("x",), capabilities=Capabilities(effective=("CAP_FLY",))
+                )
+            ),
+            "CAP_FLY",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused(wanted: Spec, message: str) -> None:
+    with pytest.raises(InvalidSpec, match=message):
+        plan_of(wanted)
+
+
+def test_an_exec_joins_by_pidfd_and_never_mounts() -> None:
+    process = Process(cwd="/", user=User(uid=1000, gid=1000), args=("id",))
+    plan = compile_exec(process, Linux(), ("/sys/fs/cgroup/x/cgroup.procs",), "", 40)
+    kinds = [type(step) for step in plan]
+    assert identity.JoinProcess in kinds
+    assert kinds.index(identity.JoinCgroup) < kinds.index(identity.JoinProcess)
+    into = compile_exec(process, Linux(), (), "/sys/fs/cgroup/x", 40)
+    assert identity.JoinCgroup not in [type(step) for step in into]

@@ -1,0 +1,299 @@
+"""Pods and containers on the real kernel, through the engine alone."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from runtime.cgroup import detect
+from runtime.engine import Cgroup, Engine, Exec, ExecStart, Pod, PodStart
+from runtime.errors import StepFailed, Unavailable, WrongState
+from runtime.linux.probe import Probes, probe
+from runtime.spec import Linux, Mount, Process, User
+from runtime.zygote.launch import interpreter, launch
+from tests.requires import requires
+from tests.runtime.conftest import POD_ID, TIMEOUT_S, Bench, container
+
+pytestmark = [requires("root", "overlay", "busybox"), pytest.mark.asyncio]
+
+
+def execute(bench: Bench, pod: Pod, number: int, null: int, *args: str, stdout: int = -1) -> Exec:
+    process = Process(cwd="/", user=User(uid=0, gid=0), args=args, env=("PATH=/bin",))
+    out = null if stdout < 0 else stdout
+    cgroup = Cgroup.of(bench.cgroups, f"{bench.cgroup}/c")
+    return pod.exec(ExecStart(f"e{number}", "c", process, Linux(), cgroup.join_files, cgroup.clone_dir), null, out, out)
+
+
+async def test_a_container_sees_only_its_own(bench: Bench) -> None:
+    pod = await bench.pod()
+    exited, log = await bench.run(pod, "c", container(pod, "sh", "-c", "hostname; ps -o pid,args; ls /; exit 3"))
+    assert exited.code == 3
+    assert not exited.oom_killed
+    assert exited.exited_ns >= exited.started_ns > 0
+    lines = log.splitlines()
+    assert lines[0] == "pod"
+    assert [line.split()[0] for line in lines[2:4]] == ["1", "3"] or lines[2].split()[0] == "1"
+    assert lines[-5:] == ["bin", "dev", "etc", "proc"] or lines[-4:] == ["bin", "dev", "etc", "proc"]
+
+
+async def test_the_process_inherits_what_was_chosen(bench: Bench) -> None:
+    pod = await bench.pod()
+    command = "cat /proc/self/status; ls -l /proc/self/fd; readlink /proc/self/cwd"
+    _, log = await bench.run(pod, "c", container(pod, "sh", "-c", command))
+    status = dict(line.split(":\t", 1) for line in log.splitlines() if ":\t" in line)
+    assert (status["SigIgn"], status["SigBlk"], status["SigCgt"]) == ("0" * 16,) * 3
+    assert status["NoNewPrivs"] == "1"
+    assert status["Umask"] == "0022"
+    assert int(status["CapEff"], 16) == int(status["CapBnd"], 16) == 0x080000E1
+    assert int(status["CapInh"], 16) == int(status["CapAmb"], 16) == 0
+    assert status["NSsid"] == "1"
+    descriptors = [line for line in log.splitlines() if " -> " in line and line[0] in "l"]
+    assert len([line for line in descriptors if "socket" in line or "memfd" in line]) == 0
+
+
+async def test_start_tells_each_step_and_its_time(bench: Bench) -> None:
+    pod = await bench.pod()
+    started = await bench.start(pod, "c", container(pod, "sleep", "100"))
+    texts = [item.text for item in started.timeline]
+    assert texts[0].startswith("new session")
+    assert texts[-1].startswith("execute sleep")
+    assert all(0 <= item.duration_ns < 10**10 for item in started.timeline)
+    assert Path(f"/proc/{started.pid}/root/bin/busybox").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "mounts", "cause", "number"),
+    [
+        (("nope",), (), 'exec: "nope": executable file not found in $PATH', errno.ENOENT),
+        (("/etc",), (), 'exec: "/etc"', errno.EACCES),
+        (
+            ("true",),
+            (Mount(destination="/x", type="bind", source="/does/not/exist", options=("rbind",)),),
+            "open_tree /does/not/exist",
+            errno.ENOENT,
+        ),
+        (("true",), (Mount(destination="/x", type="nonsense"),), "mount nonsense on /x", errno.ENODEV),
+    ],
+)
+async def test_a_failed_start_names_the_cause_and_leaves_nothing(
+    bench: Bench, args: tuple[str, ...], mounts: tuple[Mount, ...], cause: str, number: int
+) -> None:
+    pod = await bench.pod()
+    with pytest.raises(StepFailed, match=r"step \d+/\d+") as caught:
+        await bench.start(pod, "c", container(pod, *args, mounts=mounts))
+    assert cause in str(caught.value)
+    assert caught.value.errno == number
+    assert await pod.containers() == []
+    exited, _ = await bench.run(pod, "c2", container(pod, "true"))
+    assert exited.code == 0
+
+
+async def test_a_killed_container_has_128_and_the_signal(bench: Bench) -> None:
+    pod = await bench.pod()
+    await bench.start(pod, "c", container(pod, "sleep", "100"))
+    await pod.signal("c", signal.SIGKILL)
+    exited = await asyncio.wait_for(bench.exited("c"), TIMEOUT_S)
+    assert exited.code == 137
+    with pytest.raises(WrongState, match="not running"):
+        await pod.signal("c", signal.SIGTERM)
+    await pod.forget("c")
+    assert await pod.containers() == []
+
+
+async def test_exec_runs_inside(bench: Bench, null: int) -> None:
+    pod = await bench.pod()
+    await bench.start(pod, "c", container(pod, "sleep", "100"))
+    read, write = os.pipe()
+    done = await execute(bench, pod, 1, null, "sh", "-c", "hostname; ls -d /bin/busybox; exit 7", stdout=write).wait()
+    os.close(write)
+    assert done.code == 7
+    assert os.read(read, 99) == b"pod\n/bin/busybox\n"
+    os.close(read)
+
+
+async def test_exec_of_what_does_not_run(bench: Bench, null: int) -> None:
+    pod = await bench.pod()
+    bench.cgroup_of("c")
+    with pytest.raises(WrongState, match="not running"):
+        await execute(bench, pod, 1, null, "true").wait()
+    await bench.start(pod, "c", container(pod, "sleep", "100"))
+    with pytest.raises(StepFailed, match="executable file not found"):
+        await execute(bench, pod, 2, null, "nope").wait()
+
+
+async def test_two_containers_share_shm_and_hostname_but_not_processes(bench: Bench) -> None:
+    pod = await bench.pod()
+    await bench.run(pod, "c1", container(pod, "sh", "-c", "echo shared > /dev/shm/x"))
+    _, log = await bench.run(pod, "c2", container(pod, "sh", "-c", "cat /dev/shm/x; stat -f -c %b /dev/shm; ls /proc"))
+    assert log.startswith("shared\n16384\n")  # 64 MiB in pages
+    assert len([name for name in log.split() if name.isdigit() and int(name) < 100]) <= 3
+
+
+async def test_without_clones_of_detached_mounts_shm_is_shared_too(
+    layer: Path, state_dir: Path, tmp_path: Path
+) -> None:
+    state_dir.mkdir()
+    engine = Engine(state_dir, launch(), Probes(clone_detached_mount=False))
+    bench = Bench(engine, layer, tmp_path, detect(), f"/crib-test-{os.getpid()}-shm")
+    try:
+        pod = await bench.pod()
+        await bench.run(pod, "c1", container(pod, "sh", "-c", "echo shared > /dev/shm/x"))
+        _, log = await bench.run(pod, "c2", container(pod, "cat", "/dev/shm/x"))
+        assert log == "shared\n"
+    finally:
+        await bench.engine.stop_pod(POD_ID)
+        bench.engine.close()
+        await bench.remove_cgroups()
+
+
+async def test_a_shared_pid_namespace_has_an_init_that_reaps(bench: Bench) -> None:
+    pod = await bench.pod(PodStart(id=POD_ID, hostname="pod", pid=True))
+    shared: dict[str, str | None] = {"pid": pod.namespaces.pid}
+    await bench.start(pod, "c1", container(pod, "sh", "-c", "setsid sleep 0 & exec sleep 100", namespaces=shared))
+    _, log = await bench.run(
+        pod,
+        "c2",
+        container(pod, "ps", "-o", "pid,stat,args", namespaces=shared),
+    )
+    assert "sleep 100" in log
+    assert " Z " not in log
+    init = Path(f"/proc/{pod.init_pid}")
+    assert os.listdir(init / "root") == []
+    assert os.listdir(init / "fd") == []
+    status = (init / "status").read_text()
+    assert "CapEff:\t0000000000000000" in status
+    assert "CapBnd:\t0000000000000000" in status
+
+
+async def test_the_hosts_namespaces_can_be_had(bench: Bench) -> None:
+    pod = await bench.pod(PodStart(id=POD_ID, hostname=None, net=False, ipc=False, shm_bytes=0))
+    spec = container(
+        pod,
+        "sh",
+        "-c",
+        "for n in net ipc uts pid; do readlink /proc/self/ns/$n; done",
+        namespaces={"network": None, "ipc": None, "uts": None, "pid": None},
+    )
+    mounts = tuple(mount for mount in spec.mounts if mount.destination != "/dev/shm")
+    exited, log = await bench.run(pod, "c", msgspec.structs.replace(spec, mounts=mounts))
+    assert exited.code == 0
+    assert log.splitlines() == [os.readlink(f"/proc/self/ns/{name}") for name in ("net", "ipc", "uts", "pid")]
+
+
+async def test_a_new_engine_finds_what_runs_and_what_ended(bench: Bench, state_dir: Path, null: int) -> None:
+    pod = await bench.pod()
+    started = await bench.start(pod, "c", container(pod, "sleep", "100"))
+    await bench.start(pod, "done", container(pod, "sh", "-c", "exit 5"))
+    await asyncio.wait_for(bench.exited("done"), TIMEOUT_S)
+    monitor = pod.monitor_pid
+    bench.engine.close()
+    bench.engine = Engine(state_dir, launch(), probe())
+    again = await bench.engine.connect(POD_ID)
+    assert again is not None
+    assert again.monitor_pid == monitor
+    assert again.namespaces == pod.namespaces
+    assert again.shm_path == pod.shm_path
+    facts = {fact.id: fact for fact in await again.containers()}
+    assert facts["c"].pid == started.pid
+    assert facts["c"].exited is None
+    assert facts["done"].exited is not None
+    assert facts["done"].exited.code == 5
+    assert [record.code for record in bench.engine.exits_on_disk(POD_ID)] == [5]
+    assert (await execute(bench, again, 1, null, "true").wait()).code == 0
+
+
+async def test_a_pod_whose_monitor_hangs_can_be_stopped(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.pod.END_TIMEOUT_S", 0.5)
+    pod = await bench.pod()
+    await bench.start(pod, "c", container(pod, "sleep", "100"))
+    os.kill(pod.monitor_pid, signal.SIGSTOP)
+    await bench.engine.stop_pod(POD_ID)
+    assert not Path(f"/proc/{pod.monitor_pid}").exists()
+    await bench.engine.stop_pod(POD_ID)
+
+
+async def test_a_lost_monitor_is_told(bench: Bench, null: int) -> None:
+    pod = await bench.pod()
+    started = await bench.start(pod, "c", container(pod, "sleep", "100"))
+    lost = asyncio.Event()
+    pod.on_lost = lost.set
+    running = execute(bench, pod, 1, null, "sleep", "100")
+    os.kill(pod.monitor_pid, signal.SIGKILL)
+    await asyncio.wait_for(lost.wait(), TIMEOUT_S)
+    with pytest.raises(Unavailable):
+        await running.wait()
+    with pytest.raises(Unavailable):
+        await pod.containers()
+    os.kill(started.pid, signal.SIGKILL)
+
+
+async def test_nothing_of_the_interpreter_can_be_written_through_a_monitor(bench: Bench) -> None:
+    """CVE-2019-5736: the files that a process of crib's maps can't be opened for writing by way of /proc."""
+    pod = await bench.pod()
+    maps = Path(f"/proc/{pod.monitor_pid}/map_files")
+    targets = [maps / name for name in os.listdir(maps)] + [Path(f"/proc/{pod.monitor_pid}/exe")]
+    files = [path for path in targets if os.readlink(path).startswith("/")]
+    assert any("libc" in os.readlink(path) for path in files)
+    for path in files:
+        with pytest.raises(OSError, match=r"Read-only|Text file busy") as caught:
+            os.close(os.open(path, os.O_WRONLY))
+        if os.readlink(path) != interpreter():  # the program itself answers ETXTBSY while it runs
+            assert caught.value.errno == errno.EROFS, f"{path} → {os.readlink(path)}"
+
+
+async def test_pods_survive_without_the_files_crib_was_started_from(
+    layer: Path, state_dir: Path, tmp_path: Path
+) -> None:
+    """A zygote started from a copy of the package goes on making pods when the copy is gone."""
+    root = Path(__file__).parents[2]
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    subprocess.run(["cp", "-r", str(root / "runtime"), str(copy)], check=True)
+    program = (
+        "import asyncio, shutil, sys; sys.path.insert(0, sys.argv[1])\n"
+        "from pathlib import Path\n"
+        "from runtime.zygote.launch import launch\n"
+        "zygote = launch()\n"
+        "from runtime.engine import Engine, PodStart\n"
+        "from runtime.linux.probe import probe\n"
+        "import runtime; assert runtime.__file__.startswith(sys.argv[1])\n"
+        "async def main():\n"
+        "    Path(sys.argv[2]).mkdir()\n"
+        "    engine = Engine(Path(sys.argv[2]), zygote, probe())\n"
+        "    shutil.rmtree(sys.argv[1])\n"
+        "    pod = await engine.start_pod(PodStart(id='b' * 64, hostname='x', pid=True))\n"
+        "    print(await pod.containers())\n"
+        "    await engine.stop_pod('b' * 64)\n"
+        "    engine.close()\n"
+        "asyncio.run(main())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(copy), str(state_dir)],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        cwd="/",
+        check=False,
+        env={"PATH": os.environ["PATH"]},
+    )
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
+
+
+async def test_exec_kill_takes_what_it_left_behind(bench: Bench, null: int) -> None:
+    pod = await bench.pod()
+    await bench.start(pod, "c", container(pod, "sleep", "100"))
+    read, write = os.pipe()
+    running = execute(bench, pod, 1, null, "sh", "-c", "(sleep 50 & ) ; echo ready; sleep 60", stdout=write)
+    os.close(write)
+    assert await asyncio.to_thread(os.read, read, 99) == b"ready\n"
+    await running.kill()
+    assert (await asyncio.wait_for(running.wait(), TIMEOUT_S)).code == 137
+    os.close(read)

@@ -1,0 +1,86 @@
+"""The messages between cribd, zygote and monitors: sizes, descriptors, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+
+import pytest
+
+from runtime.zygote.messages import LIMIT_BYTES, Kind, ProtocolError, receive, send
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+
+
+@pytest.mark.parametrize("size", [0, 100, 59_000, 61_000, 1_000_000])
+def test_any_size_arrives_whole(size: int) -> None:
+    left, right = pair()
+    with left, right:
+        send(left, Kind.START, n=1, text="x" * size)
+        message = receive(right)
+        assert message == (Kind.START, {"n": 1, "text": "x" * size}, [])
+
+
+def test_descriptors_come_along_and_are_close_on_exec() -> None:
+    left, right = pair()
+    read, write = os.pipe()
+    with left, right:
+        send(left, Kind.EXEC, (write,), n=1, text="x" * 100_000)
+        os.close(write)
+        message = receive(right)
+        assert message is not None
+        (received,) = message[2]
+        assert not os.get_inheritable(received)
+        os.write(received, b"hello")
+        os.close(received)
+    assert os.read(read, 9) == b"hello"
+    os.close(read)
+
+
+def test_the_end_of_the_stream_is_none() -> None:
+    left, right = pair()
+    left.close()
+    with right:
+        assert receive(right) is None
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"not json",
+        b"[]",
+        b"{}",
+        b'{"v":1}',
+        b'{"v":2,"k":"ok"}',
+        b'{"v":1,"k":"nonsense"}',
+        b'{"v":1,"k":"ok","big":5}',
+        b"\xff",
+    ],
+)
+def test_what_is_none_of_ours_is_refused(data: bytes) -> None:
+    left, right = pair()
+    with left, right:
+        left.send(data)
+        with pytest.raises(ProtocolError):
+            receive(right)
+
+
+@pytest.mark.parametrize(("size", "sealed"), [(10, False), (LIMIT_BYTES + 1, True)])
+def test_a_memfd_that_could_change_or_is_too_big_is_refused(size: int, sealed: bool) -> None:
+    import fcntl
+
+    left, right = pair()
+    memfd = os.memfd_create("test", os.MFD_ALLOW_SEALING)
+    os.ftruncate(memfd, size)
+    if sealed:
+        fcntl.fcntl(memfd, fcntl.F_ADD_SEALS, 0xF)
+    before = set(os.listdir("/proc/self/fd"))
+    with left, right:
+        socket.send_fds(left, [json.dumps({"v": 1, "k": "ok", "big": size}).encode()], [memfd])
+        with pytest.raises(ProtocolError):
+            receive(right)
+        assert set(os.listdir("/proc/self/fd")) == before | {str(left.fileno()), str(right.fileno())} & before
+    os.close(memfd)
