@@ -10,6 +10,7 @@ import socket
 import struct
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -32,6 +33,8 @@ _NLMSGERR_ATTR_MSG: Final = 1
 _NLA_F_NESTED: Final = 0x8000
 _NLA_TYPE_MASK: Final = 0x3FFF
 _SOL_NETLINK: Final = 270
+_NETLINK_ADD_MEMBERSHIP: Final = 1
+_NETLINK_DROP_MEMBERSHIP: Final = 2
 _NETLINK_CAP_ACK: Final = 10
 _NETLINK_EXT_ACK: Final = 11
 _RECEIVE_BYTES: Final = 1 << 17  # a dump's datagrams are at most 32 KiB
@@ -181,6 +184,26 @@ class Channel:
                 break
         return replies
 
+    @contextmanager
+    def watch(self, group: int) -> Iterator[None]:
+        """Let `notified` see what happens to the objects of a multicast group."""
+        self._socket.setsockopt(_SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP, group)
+        try:
+            yield
+        finally:
+            self._socket.setsockopt(_SOL_NETLINK, _NETLINK_DROP_MEMBERSHIP, group)
+
+    def notified(self, timeout_s: float) -> bool:
+        """Wait for a notification; False when the time is over. Which it is, the caller finds out by asking."""
+        self._socket.settimeout(max(timeout_s, 0.001))
+        try:
+            self._socket.recv(_RECEIVE_BYTES)
+        except TimeoutError:
+            return False
+        finally:
+            self._socket.settimeout(TIMEOUT_S)
+        return True
+
     def _dump(self, request: Request) -> tuple[list[Reply], bool]:
         """One pass; the second value tells that the objects changed meanwhile (NLM_F_DUMP_INTR)."""
         self._socket.send(self._frame(request, NLM_F_DUMP))
@@ -206,8 +229,8 @@ class Channel:
     def _receive(self) -> Iterator[tuple[int, int, int, bytes]]:
         """Sequence, flags, type and body of each message in the next datagram from the kernel."""
         data, sender = self._socket.recvfrom(_RECEIVE_BYTES)
-        if sender[0] != 0:
-            return  # not the kernel: any process may send to a netlink socket
+        if sender != (0, 0):
+            return  # a notification, or not of the kernel: any process may send to a netlink socket
         at = 0
         while at + _HEADER.size <= len(data):
             length, kind, flags, sequence, _ = _HEADER.unpack_from(data, at)

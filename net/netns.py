@@ -44,7 +44,8 @@ class Pins:
     def pin(self, fd: int, name: str) -> str:
         """Keep the namespace `fd` under `name`; returns the path. Pinning the same namespace again changes nothing.
 
-        Raises InvalidSpec when `fd` is no network namespace, Unavailable when the name holds another namespace or the mount fails.
+        Raises InvalidSpec when `fd` is no network namespace, Unavailable when the name holds another one or the
+        mount fails.
         """
         if not name or "/" in name or name in (".", ".."):
             raise InvalidSpec(f"namespace pin {name!r}: not a file name")

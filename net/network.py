@@ -1,6 +1,7 @@
 """What a pod's network is to the rest of crib: the types that cross the room's door."""
 
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -61,6 +62,10 @@ class Network(Protocol):
 
     Every call blocks (milliseconds), so none belongs in an event loop. Raises the classes of `net.errors`.
     """
+
+    @property
+    def pod_sysctls(self) -> Mapping[str, str]:
+        """Kernel parameters that a pod's namespace must have before `attach`: only a process inside can set them."""
 
     def setup(self) -> None:
         """Make what all pods share. Idempotent; puts back what is missing, so it is also the repair."""

@@ -25,11 +25,15 @@ RTM_GETADDR: Final = 22
 RTM_NEWROUTE: Final = 24
 RTM_GETROUTE: Final = 26
 
+RTNLGRP_LINK: Final = 1
+
 _IFF_UP: Final = 1
+_IF_OPER_UP: Final = b"\6"
 _IFLA_ADDRESS: Final = 1
 _IFLA_IFNAME: Final = 3
 _IFLA_MTU: Final = 4
 _IFLA_MASTER: Final = 10
+_IFLA_OPERSTATE: Final = 16
 _IFLA_LINKINFO: Final = 18
 _IFLA_AF_SPEC: Final = 26
 _IFLA_NET_NS_FD: Final = 28
@@ -69,7 +73,10 @@ _NO_LINK_LOCAL: Final = nest(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """An interface as the kernel lists it; `master` is 0 without one, `kind` empty for hardware."""
+    """An interface as the kernel lists it; `master` is 0 without one, `kind` empty for hardware.
+
+    `running` means that packets get through: up, with a carrier, and the kernel has acted on both.
+    """
 
     index: int
     name: str
@@ -78,6 +85,7 @@ class Link:
     mtu: int
     master: int
     up: bool
+    running: bool
 
 
 def make_bridge(name: str, mac: str, mtu: int) -> Request:
@@ -144,6 +152,11 @@ def up(name: str) -> Request:
 
 def set_mtu(name: str, mtu: int) -> Request:
     return Request(RTM_NEWLINK, 0, _named(name) + u32(_IFLA_MTU, mtu))
+
+
+def set_master(name: str, master: int) -> Request:
+    """Make the link a port of the bridge with that index."""
+    return Request(RTM_NEWLINK, 0, _named(name) + u32(_IFLA_MASTER, master))
 
 
 def remove_link(name: str) -> Request:
@@ -219,6 +232,7 @@ def links(replies: Iterable[Reply]) -> Iterator[Link]:
             mtu=_number(found.get(_IFLA_MTU)),
             master=_number(found.get(_IFLA_MASTER)),
             up=bool(flags & _IFF_UP),
+            running=found.get(_IFLA_OPERSTATE) == _IF_OPER_UP,
         )
 
 

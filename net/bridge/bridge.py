@@ -12,30 +12,26 @@ import logging
 import re
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv6Address, ip_interface, ip_network
+from ipaddress import ip_interface, ip_network
 from pathlib import Path
 from typing import Final
 
 from net import rtnetlink
-from net.bridge import nat, subnet, sysctl
+from net.bridge import nat, pair, subnet, sysctl
 from net.bridge.ipam import Lease, Leases
-from net.errors import AlreadyExists, CribError, DeadlineExceeded, Exhausted, InvalidSpec, Unavailable, WrongState
+from net.bridge.pair import Bridge
+from net.errors import CribError, DeadlineExceeded, Exhausted, InvalidSpec, Unavailable, WrongState
 from net.netlink import Channel, NetlinkError
 from net.network import Attachment, NetNs, NetworkStatus, PodIdentity
 from net.rtnetlink import IpNetwork, Link
 
 logger = logging.getLogger(__name__)
 
-_POD_INTERFACE: Final = "eth0"
 _DEFAULT_MTU: Final = 1500
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}")
 _SWEEP_LIMIT: Final = 32  # released leases looked at per detach: bounds what one pod pays for others
-# Locally administered addresses: who made an interface can be read from it.
-_MAC_BRIDGE: Final = "02:58"
-_MAC_HOST: Final = "06:58"
-_MAC_POD: Final = "0a:58"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,16 +48,6 @@ class BridgeConfig:
     masquerade: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class _Ready:
-    """What a finished setup found out."""
-
-    index: int
-    mtu: int
-    subnets: tuple[IpNetwork, ...]
-    warning: str
-
-
 class BridgeNetwork:
     """See `net.network.Network`. Threat model: pods may send any frame; nothing they send reaches this code."""
 
@@ -75,33 +61,43 @@ class BridgeNetwork:
         self._config = config
         self._subnet = subnet.configured("network.subnet", config.subnet, 4) if config.subnet else None
         self._subnet6 = subnet.configured("network.subnet6", config.subnet6, 6) if config.subnet6 else None
-        self._mac = f"{_MAC_BRIDGE}:{hashlib.sha256(instance.encode()).digest()[:4].hex(':')}"
+        self._mac = f"{pair.MAC_BRIDGE}:{hashlib.sha256(instance.encode()).digest()[:4].hex(':')}"
         self._setup_lock = threading.Lock()
-        self._ready: _Ready | None = None
+        self._ready: Bridge | None = None
+        self._warning = ""
         self._leases = Leases(root / "leases.db")
 
     def close(self) -> None:
         self._leases.close()
 
+    @property
+    def pod_sysctls(self) -> Mapping[str, str]:
+        # Any pod could else name itself another one's router (CVE-2020-10749).
+        return {"net.ipv6.conf.default.accept_ra": "0"} if sysctl.exists("net.ipv6") else {}
+
     # What all pods share
 
     def setup(self) -> None:
-        self._set_up()
+        self._set_up(self._ready)
 
-    def _set_up(self) -> _Ready:
+    def _set_up(self, seen: Bridge | None) -> Bridge:
+        """Make what is missing, unless another thread has done so since the caller saw `seen`."""
         with self._setup_lock, _explained(f"bridge {self.bridge}"):
+            if self._ready and self._ready is not seen:
+                return self._ready
             self._ready = None
             with Channel() as channel:
-                index, mtu, subnets = self._make_bridge(channel)
+                made = self._make_bridge(channel)
             sysctl.write("net.ipv4.ip_forward", "1")
             if self._subnet6:
                 sysctl.forward_ipv6()
             if self._config.masquerade:
-                nat.install(self._instance, subnets)
-            self._ready = _Ready(index, mtu, subnets, self._warning())
-            return self._ready
+                nat.install(self._instance, made.subnets)
+            self._warning = self._find_warning()
+            self._ready = made
+            return made
 
-    def _warning(self) -> str:
+    def _find_warning(self) -> str:
         """What another firewall table does to pods' traffic that no table of crib's can undo; empty for nothing."""
         drops = nat.forward_drops() if self._config.masquerade else []
         if not drops:
@@ -111,8 +107,8 @@ class BridgeNetwork:
             f"beyond this node until it accepts what comes from and goes to {self.bridge}"
         )
 
-    def _make_bridge(self, channel: Channel) -> tuple[int, int, tuple[IpNetwork, ...]]:
-        """The bridge, up and with the gateway's addresses: index, MTU and subnets."""
+    def _make_bridge(self, channel: Channel) -> Bridge:
+        """The bridge, up and with the gateways' addresses."""
         links = {link.index: link for link in rtnetlink.links(channel.dump(rtnetlink.all_links()))}
         bridge = next((link for link in links.values() if link.name == self.bridge), None)
         if bridge and not self._ours(bridge):
@@ -133,7 +129,16 @@ class BridgeNetwork:
         channel.do(rtnetlink.up(self.bridge))
         index = socket.if_nametoindex(self.bridge)
         self._set_gateways(channel, index, subnets)
-        return index, mtu, subnets
+        if not bridge:
+            self._reconnect(channel, index, links.values())
+        return Bridge(self.bridge, index, mtu, subnets)
+
+    def _reconnect(self, channel: Channel, index: int, links: Iterable[Link]) -> None:
+        """Pods that outlived their bridge become ports of the new one."""
+        leased = {pair.host_interface(lease.sandbox_id) for lease in self._leases.all()}
+        for link in links:
+            if link.name in leased and link.mac.startswith(pair.MAC_HOST) and not link.master:
+                channel.do(rtnetlink.set_master(link.name, index), rtnetlink.bridge_port(link.name))
 
     def _ours(self, link: Link) -> bool:
         return link.kind == "bridge" and link.mac == self._mac
@@ -157,17 +162,17 @@ class BridgeNetwork:
         if clash and self._subnet:
             raise Unavailable(f"network.subnet {first}: overlaps {clash} of {taken[clash]}")
         second = (self._subnet6,) if self._subnet6 else ()
-        if (clash or not first) and self._leases.record_subnets(
-            free := (subnet.choose(self._instance, taken), *second)
-        ):
-            return free
+        if clash or not first:
+            free = (subnet.choose(self._instance, taken), *second)
+            if self._leases.record_subnets(free):
+                return free
         if first and self._leases.record_subnets(wanted := (first, *second)):
             return wanted
         raise Unavailable(f"network.subnet: pods still have addresses of {', '.join(recorded)}; remove them first")
 
     def _set_gateways(self, channel: Channel, index: int, subnets: Sequence[IpNetwork]) -> None:
         """Exactly the gateways' addresses on the bridge."""
-        wanted = {ip_interface((_gateway(net).packed, net.prefixlen)) for net in subnets}
+        wanted = {ip_interface((pair.gateway(net).packed, net.prefixlen)) for net in subnets}
         found = {
             address
             for version in (4, 6)
@@ -183,18 +188,21 @@ class BridgeNetwork:
         try:
             ready = self._ready
             if not ready or not self._intact(ready):
-                ready = self._set_up()
+                ready = self._set_up(ready)
             self._sweep()
             with _explained("nftables"):
-                warning = ready.warning and self._warning()
+                self._warning = self._warning and self._find_warning()
         except CribError as error:
             return NetworkStatus(ready=False, reason="BridgeNotReady", message=str(error))
-        return NetworkStatus(ready=True, reason="FirewallDropsForwarded" if warning else "", message=warning)
+        reason = "FirewallDropsForwarded" if self._warning else ""
+        return NetworkStatus(ready=True, reason=reason, message=self._warning)
 
-    def _intact(self, ready: _Ready) -> bool:
+    def _intact(self, ready: Bridge) -> bool:
         """Whether what setup made is still there."""
         with _explained("nftables"):
-            return _index(self.bridge) == ready.index and (not self._config.masquerade or nat.installed(self._instance))
+            if pair.index(self.bridge) != ready.index:
+                return False
+            return not self._config.masquerade or nat.installed(self._instance)
 
     def teardown(self) -> None:
         with self._setup_lock, _explained(f"bridge {self.bridge}"), Channel() as channel:
@@ -202,11 +210,11 @@ class BridgeNetwork:
             if attached := [lease for lease in leases if not lease.released]:
                 raise WrongState(f"bridge {self.bridge}: {len(attached)} pods are attached")
             for lease in leases:
-                self._remove_link(channel, _host_interface(lease.sandbox_id))
+                pair.remove(channel, lease, self._recorded())
                 self._leases.free(lease.sandbox_id)
             self._ready = None
             nat.remove(self._instance)
-            bridge = _link(channel, self.bridge)
+            bridge = pair.find(channel, self.bridge)
             if bridge and self._ours(bridge):
                 channel.do(rtnetlink.remove_link(self.bridge))
 
@@ -215,20 +223,20 @@ class BridgeNetwork:
     def attach(self, pod: PodIdentity, netns: NetNs) -> Attachment:
         if netns.rtnl is None:
             raise InvalidSpec(f"pod {pod.namespace}/{pod.name}: no netlink socket of its namespace was given")
-        ready = self._ready or self._set_up()
-        with _explained(f"pod {pod.namespace}/{pod.name}: {_host_interface(pod.sandbox_id)} on {self.bridge}"):
+        ready = self._ready or self._set_up(None)
+        with _explained(f"pod {pod.namespace}/{pod.name}: {pair.host_interface(pod.sandbox_id)} on {self.bridge}"):
             lease = self._lease(pod, ready)
             try:
                 with Channel() as host, Channel(opened=netns.rtnl) as inside:
-                    if _index(self.bridge) != ready.index:  # removed behind our back
-                        ready = self._set_up()
-                    self._connect(lease, netns, ready, host, inside)
+                    if pair.index(self.bridge) != ready.index:  # removed behind our back
+                        ready = self._set_up(ready)
+                    pair.connect(lease, netns, ready, host, inside)
             except BaseException:
-                self._undo(pod.sandbox_id)
+                self._undo(lease, ready)
                 raise
-        return self._attachment(lease, ready.subnets)
+        return pair.attachment(lease, ready.subnets)
 
-    def _lease(self, pod: PodIdentity, ready: _Ready) -> Lease:
+    def _lease(self, pod: PodIdentity, ready: Bridge) -> Lease:
         last = min(net.num_addresses - (2 if net.version == 4 else 1) for net in ready.subnets)
         for retry in (True, False):
             try:
@@ -242,59 +250,19 @@ class BridgeNetwork:
                 raise Exhausted(f"subnet {ready.subnets[0]}: {error}{more}") from error
         raise AssertionError
 
-    def _connect(self, lease: Lease, netns: NetNs, ready: _Ready, host: Channel, inside: Channel) -> None:
-        """The veth pair and what the pod's end needs; what an interrupted attempt has done is done again."""
-        name = _host_interface(lease.sandbox_id)
-        packed = _address(ready.subnets[0], lease.offset).packed
-        pod_mac = _mac(_MAC_POD, packed)
-        pair = rtnetlink.make_veth(
-            name=name,
-            mac=_mac(_MAC_HOST, packed),
-            master=ready.index,
-            mtu=ready.mtu,
-            peer_netns=netns.fd,
-            peer_name=_POD_INTERFACE,
-            peer_mac=pod_mac,
-        )
-        try:
-            host.do(pair)
-        except NetlinkError as error:
-            if error.errno == errno.EXFULL:
-                raise Exhausted(f"bridge {self.bridge}: no free port ({error})") from error
-            if error.errno != errno.EEXIST:
-                raise
-            end = _link(inside, _POD_INTERFACE)
-            if end and (end.mac != pod_mac or not _link(host, name)):
-                raise AlreadyExists(f"namespace {netns.path} already has an interface {_POD_INTERFACE}") from error
-            if not end:  # the pair leads into an earlier namespace of this sandbox
-                self._remove_link(host, name)
-                host.do(pair)
-        host.do(rtnetlink.bridge_port(name), rtnetlink.up(name))
-        quiet = () if self._subnet6 else (rtnetlink.no_link_local(_POD_INTERFACE),)
-        inside.do(rtnetlink.up("lo"), *quiet, rtnetlink.up(_POD_INTERFACE))
-        end = _link(inside, _POD_INTERFACE)
-        if not end:
-            raise Unavailable(f"namespace {netns.path}: interface {_POD_INTERFACE} vanished")
-        configuration = []
-        for net in ready.subnets:
-            address = ip_interface((_address(net, lease.offset).packed, net.prefixlen))
-            configuration.append(rtnetlink.add_address(end.index, address))
-            configuration.append(rtnetlink.default_route(end.index, _gateway(net)))
-        inside.do(*configuration)
-
-    def _undo(self, sandbox_id: str) -> None:
+    def _undo(self, lease: Lease, ready: Bridge) -> None:
         """Take a failed attach back; what can't be is left to the records."""
         try:
             with Channel() as channel:
-                self._remove_link(channel, _host_interface(sandbox_id))
-            self.detach(sandbox_id, None)
+                pair.remove(channel, lease, ready.subnets)
+            self.detach(lease.sandbox_id, None)
         except (CribError, OSError) as error:
-            logger.warning("sandbox=%s attach was not undone: %s", sandbox_id, error)
+            logger.warning("sandbox=%s attach was not undone: %s", lease.sandbox_id, error)
 
     def detach(self, sandbox_id: str, netns_path: str | None) -> None:
         self._leases.release(sandbox_id)
         lease = self._leases.find(sandbox_id)
-        if lease and not _index(_host_interface(sandbox_id)):
+        if lease and not pair.index(pair.host_interface(sandbox_id)):
             self._leases.free(lease.sandbox_id)
         self._sweep(_SWEEP_LIMIT)
 
@@ -302,16 +270,11 @@ class BridgeNetwork:
         lease = self._leases.find(sandbox_id)
         if not lease or lease.released:
             return None
-        return self._attachment(lease, [ip_network(recorded) for recorded in self._leases.subnets()])
+        return pair.attachment(lease, self._recorded())
 
-    def _attachment(self, lease: Lease, subnets: Sequence[IpNetwork]) -> Attachment:
-        return Attachment(
-            interface=_POD_INTERFACE,
-            addresses=tuple(f"{_address(net, lease.offset)}/{net.prefixlen}" for net in subnets),
-            gateway=str(_gateway(subnets[0])),
-            mac=_mac(_MAC_POD, _address(subnets[0], lease.offset).packed),
-            host_interface=_host_interface(lease.sandbox_id),
-        )
+    def _recorded(self) -> list[IpNetwork]:
+        """The subnets that leases count in, also before `setup`."""
+        return [ip_network(recorded) for recorded in self._leases.subnets()]
 
     # Records and the world
 
@@ -320,32 +283,22 @@ class BridgeNetwork:
             for lease in self._leases.all():
                 if lease.sandbox_id not in known:
                     self._leases.release(lease.sandbox_id)
-                    self._remove_link(channel, _host_interface(lease.sandbox_id))
+                    pair.remove(channel, lease, self._recorded())
             self._sweep()
-            bridge = _link(channel, self.bridge)
+            bridge = pair.find(channel, self.bridge)
             if not bridge or not self._ours(bridge):
                 return
-            leased = {_host_interface(lease.sandbox_id) for lease in self._leases.all()}
+            leased = {pair.host_interface(lease.sandbox_id) for lease in self._leases.all()}
             for link in rtnetlink.links(channel.dump(rtnetlink.all_links())):
-                if link.master == bridge.index and link.mac.startswith(_MAC_HOST) and link.name not in leased:
+                if link.master == bridge.index and link.mac.startswith(pair.MAC_HOST) and link.name not in leased:
                     logger.warning("interface=%s no record speaks of it: removing", link.name)
-                    self._remove_link(channel, link.name)
+                    pair.remove_link(channel, link.name)
 
     def _sweep(self, limit: int = -1) -> None:
         """Free the leases that were given up and whose links have gone."""
         for lease in self._leases.released(limit):
-            if not _index(_host_interface(lease.sandbox_id)):
+            if not pair.index(pair.host_interface(lease.sandbox_id)):
                 self._leases.free(lease.sandbox_id)
-
-    def _remove_link(self, channel: Channel, name: str) -> None:
-        """Delete a pod's pair from this end; never an interface of that name that isn't crib's."""
-        link = _link(channel, name)
-        if link and link.kind == "veth" and link.mac.startswith(_MAC_HOST):
-            try:
-                channel.do(rtnetlink.remove_link(name))
-            except NetlinkError as error:
-                if error.errno != errno.ENODEV:  # it may have gone by itself
-                    raise
 
 
 @contextlib.contextmanager
@@ -372,31 +325,3 @@ def _uplink_mtu(channel: Channel, links: dict[int, Link]) -> int:
     ]
     best = min(defaults, key=lambda route: (route.destination.version, route.metric), default=None)
     return min(links[best.link].mtu, 65535) if best else _DEFAULT_MTU
-
-
-def _link(channel: Channel, name: str) -> Link | None:
-    return next(rtnetlink.links(channel.get(rtnetlink.one_link(name))), None)
-
-
-def _index(name: str) -> int:
-    """The interface's index, 0 when there is none."""
-    try:
-        return socket.if_nametoindex(name)
-    except OSError:
-        return 0
-
-
-def _host_interface(sandbox_id: str) -> str:
-    return f"veth{sandbox_id[:11]}"
-
-
-def _gateway(net: IpNetwork) -> IPv4Address | IPv6Address:
-    return _address(net, 1)
-
-
-def _address(net: IpNetwork, offset: int) -> IPv4Address | IPv6Address:
-    return net[offset]
-
-
-def _mac(prefix: str, address: bytes) -> str:
-    return f"{prefix}:{address[:4].hex(':')}"

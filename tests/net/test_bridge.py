@@ -386,13 +386,26 @@ def test_what_others_remove_is_put_back(
     new_network: NewNetwork, new_namespace: NewNamespace, outside: Namespace
 ) -> None:
     network = new_network()
-    network.setup()
+    first, second = new_namespace(), new_namespace()
+    one = network.attach(pod(1), first.netns())
     subprocess.run(["ip", "link", "delete", network.bridge], check=True)
-    namespace = new_namespace()
-    network.attach(pod(1), namespace.netns())
+    two = network.attach(pod(2), second.netns())
+    assert talk(first, second, one.ips[0]) == two.ips[0]
     subprocess.run(["nft", "flush", "ruleset"], check=True)
+    subprocess.run(["ip", "link", "delete", network.bridge], check=True)
     assert network.status().ready
-    assert talk(outside, namespace, "198.51.100.2") == "198.51.100.1"
+    assert talk(outside, first, "198.51.100.2") == "198.51.100.1"
+    assert talk(second, None, two.ips[0]) == two.gateway
+
+
+def test_the_link_of_another_pod_with_a_like_id_stays(new_network: NewNetwork, new_namespace: NewNamespace) -> None:
+    network = new_network()
+    first, second = new_namespace(), new_namespace()
+    one = network.attach(pod(1), first.netns())
+    twin = dataclasses.replace(pod(1), sandbox_id=pod(1).sandbox_id[:-1] + "f")
+    with pytest.raises(Unavailable, match=one.host_interface):
+        network.attach(twin, second.netns())
+    assert talk(first, None, one.ips[0]) == one.gateway
 
 
 def test_a_firewall_that_drops_is_told(new_network: NewNetwork) -> None:

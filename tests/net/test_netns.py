@@ -79,6 +79,6 @@ def test_names_that_are_none(pins: Pins, name: str) -> None:
 def test_a_descriptor_that_is_no_namespace(pins: Pins) -> None:
     with open("/proc/self/mounts") as other, pytest.raises(InvalidSpec, match="crib-a"):
         pins.pin(other.fileno(), "crib-a")
-    with open("/proc/self/ns/mnt") as other, pytest.raises(InvalidSpec, match="crib-a: .* no network namespace"):
+    with open("/proc/self/ns/mnt") as other, pytest.raises(InvalidSpec, match=r"crib-a: .* no network namespace"):
         pins.pin(other.fileno(), "crib-a")
     assert pins.list_pins("crib-") == []
