@@ -64,19 +64,21 @@ def make(root: str, path: str) -> list[str]:
 
 
 def _make(root: str, path: str, made: list[str]) -> None:
-    try:
-        os.mkdir(root + path, 0o755)
-    except FileExistsError:
-        if not os.path.isdir(root + path):
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), root + path) from None
+    for missing_parent in (True, False):
+        try:
+            os.mkdir(root + path, 0o755)
+        except FileExistsError:  # perhaps made just now by somebody else
+            if not os.path.isdir(root + path):
+                raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), root + path) from None
+        except FileNotFoundError:
+            parent = path.rpartition("/")[0]
+            if not (parent and missing_parent):
+                raise
+            _make(root, parent, made)
+            continue
+        else:
+            made.append(path)
         return
-    except FileNotFoundError:
-        parent = path.rpartition("/")[0]
-        if not parent:
-            raise
-        _make(root, parent, made)
-        os.mkdir(root + path, 0o755)
-    made.append(path)
 
 
 def remove_made(root: str, made: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ The kernel's documentation: Documentation/admin-guide/cgroup-v1.
 
 import errno
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Final
@@ -14,7 +15,7 @@ from msgspec import structs
 from runtime.cgroup import devices, files, tree
 from runtime.cgroup.interface import Mount
 from runtime.cgroup.stats import Stats, read_v1
-from runtime.cgroup.writes import Write, carry_out, carry_out_or_revert, limit, missing, refuse_decrease
+from runtime.cgroup.writes import Write, carry_out, carry_out_or_revert, limit, missing, positive, refuse_decrease
 from runtime.errors import CribError, DeadlineExceeded, InvalidSpec, NotFound, Unavailable, WrongState
 from runtime.spec import BlockIO, Memory, Resources
 
@@ -31,6 +32,9 @@ class Hierarchy:
     name: str = ""
 
 
+Translation = Callable[[Resources], tuple[Write, ...]]
+
+
 def writes(resources: Resources) -> tuple[Write, ...]:
     """The limits of `resources` as file writes, without its devices. Raises InvalidSpec for a malformed one."""
     if resources.unified:
@@ -38,9 +42,9 @@ def writes(resources: Resources) -> tuple[Write, ...]:
     found: list[Write] = []
     if cpu := resources.cpu:
         if cpu.shares:
-            found.append(_one("cpu", "cpu.shares", "cpu.shares", limit("cpu.shares", cpu.shares, 1)))
+            found.append(_one("cpu", "cpu.shares", "cpu.shares", positive("cpu.shares", cpu.shares)))
         if cpu.period:
-            found.append(_one("cpu", "cpu.cfs_period_us", "cpu.period", limit("cpu.period", cpu.period, 1)))
+            found.append(_one("cpu", "cpu.cfs_period_us", "cpu.period", positive("cpu.period", cpu.period)))
         if cpu.quota:
             found.append(_one("cpu", "cpu.cfs_quota_us", "cpu.quota", limit("cpu.quota", cpu.quota, 1)))
         for file, field, value in (

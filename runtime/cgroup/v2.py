@@ -16,7 +16,7 @@ from runtime.cgroup.interface import Mount
 from runtime.cgroup.programs import Programs
 from runtime.cgroup.stats import Stats, read_v2
 from runtime.cgroup.weights import cpu_weight, io_weight
-from runtime.cgroup.writes import Write, carry_out, carry_out_or_revert, limit, missing, refuse_decrease
+from runtime.cgroup.writes import Write, carry_out, carry_out_or_revert, limit, missing, positive, refuse_decrease
 from runtime.errors import CribError, DeadlineExceeded, InvalidSpec, NotFound, Unavailable, WrongState
 from runtime.spec import CPU, BlockIO, Memory, Resources
 
@@ -62,12 +62,12 @@ def _cpu(cpu: CPU) -> list[Write]:
     if cpu.idle is not None:
         found.append(_one("cpu", "cpu.idle", "cpu.idle", str(cpu.idle)))
     if cpu.shares:
-        weight = cpu_weight(limit("cpu.shares", cpu.shares, 1))
+        weight = cpu_weight(positive("cpu.shares", cpu.shares))
         found.append(Write("cpu", "cpu.weight", (str(weight),), "cpu.shares", str(cpu.shares)))
     if cpu.quota or cpu.period:
         parts = [_or_max(limit("cpu.quota", cpu.quota or -1, 1))]
         if cpu.period:
-            parts.append(str(limit("cpu.period", cpu.period, 1)))
+            parts.append(str(positive("cpu.period", cpu.period)))
         found.append(_one("cpu", "cpu.max", "cpu.quota and cpu.period", " ".join(parts)))
     if cpu.burst is not None:
         found.append(_one("cpu", "cpu.max.burst", "cpu.burst", str(cpu.burst)))
@@ -280,26 +280,35 @@ class V2:
         return set(self._wanted.difference(files.read(f"{self._root}{path}/cgroup.subtree_control").split()))
 
     def _enable(self, path: str, lacking: set[str]) -> None:
+        if not lacking or self._is_leaf(path):
+            return
         file = f"{self._root}{path}/cgroup.subtree_control"
-        for attempt in (sorted(lacking), *([controller] for controller in sorted(lacking))):
-            if not attempt:
-                return
-            try:
-                files.write(file, " ".join(f"+{controller}" for controller in attempt))
-            except OSError as error:
-                # One that can't be enabled shall not keep the others out; what was needed is missed by the caller.
-                if error.errno in (errno.EROFS, errno.EACCES):
-                    raise
-            else:
-                if len(attempt) == len(lacking):
-                    return
+        try:
+            files.write(file, " ".join(f"+{controller}" for controller in sorted(lacking)))
+        except OSError as error:
+            if error.errno in (errno.EROFS, errno.EACCES):
+                raise
+            # One that can't be enabled shall not keep the others out; what was needed is missed by the caller.
+            for controller in lacking:
+                try:
+                    files.write(file, f"+{controller}")
+                except OSError:
+                    continue
+
+    def _is_leaf(self, path: str) -> bool:
+        """Whether it holds processes itself and isn't the root of all (which has no cgroup.type).
+
+        It can pass on "threaded" controllers at most then, and with those its children can hold no processes.
+        """
+        directory = self._root + path
+        return bool(files.read(f"{directory}/cgroup.procs")) and os.path.exists(f"{directory}/cgroup.type")
 
     def _obstacle(self, parent: str) -> str:
         for above in ("", *tree.lineage(parent)) if parent else ("",):
             directory = self._root + above
             if not self._lacking(above):
                 continue
-            if files.read(f"{directory}/cgroup.procs").split():
+            if self._is_leaf(above):
                 return f"cgroup {above or '/'} holds processes itself (cgroup v2 allows them in leaves only)"
             return f"cgroup {above or '/'} has only {files.read(f'{directory}/cgroup.controllers').strip() or 'none'}"
         return "they are disabled while it is made"

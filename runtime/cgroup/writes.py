@@ -44,6 +44,13 @@ def limit(field: str, value: int, least: int = 0) -> int:
     return value
 
 
+def positive(field: str, value: int) -> int:
+    """`value`, if it's at least 1. Raises InvalidSpec."""
+    if not 1 <= value <= _LARGEST:
+        raise InvalidSpec(f"{field} {value}: not from 1 to {_LARGEST}")
+    return value
+
+
 def missing(write: Write) -> InvalidSpec:
     """The error for a limit that has no controller to enforce it."""
     return InvalidSpec(f"{write.field} {write.asked}: this host has no {write.controller} controller ({write.file})")
