@@ -20,7 +20,9 @@ from runtime.spec import Capabilities, Linux, Mount, Namespace, Process, Resourc
 from runtime.zygote.launch import launch
 
 POD_ID = "a" * 64
-_APPLETS = "sh cat echo env false hostname id ls mkdir mknod mount ps readlink setsid sleep stat touch true tty wc yes"
+_APPLETS = (
+    "sh cat echo env false grep hostname id ls mkdir mknod mount ps readlink setsid sleep stat touch true tty wc yes"
+)
 _CAPABILITIES = ("CAP_CHOWN", "CAP_KILL", "CAP_MKNOD", "CAP_SETGID", "CAP_SETUID")
 TIMEOUT_S = 30
 
