@@ -96,7 +96,8 @@ def test_a_cpu_bound_process_is_throttled_to_its_quota(place: Place) -> None:
     assert cpu.usage_ns >= used_s * 0.9e9
 
 
-def test_shares_divide_a_core(place: Place) -> None:
+def test_shares_divide_a_core(place: Place, needs_controller: Callable[[str], None]) -> None:
+    needs_controller("cpuset")
     paths = [
         place.make(name, Resources(cpu=CPU(shares=shares, cpus="0")))
         for name, shares in (("small", 1024), ("large", 3072))
@@ -109,7 +110,8 @@ def test_shares_divide_a_core(place: Place) -> None:
     assert 1.6 < large_s / small_s < 4.5
 
 
-def test_a_cpuset_pins(place: Place) -> None:
+def test_a_cpuset_pins(place: Place, needs_controller: Callable[[str], None]) -> None:
+    needs_controller("cpuset")
     path = place.make("pinned", Resources(cpu=CPU(cpus="0", mems="0")))
     assert place.run(path, "import os; print(os.sched_getaffinity(0))").output().strip() == "{0}"
 
