@@ -12,7 +12,7 @@ class ImageConfig:
     """How an image wants to be run: the `config` object of an OCI image configuration. Hostile, of bounded size."""
 
     user: str = ""
-    env: tuple[str, ...] = ()
+    env: tuple[str, ...] = field(default=(), repr=False)
     entrypoint: tuple[str, ...] = ()
     cmd: tuple[str, ...] = ()
     working_dir: str = ""
@@ -44,7 +44,7 @@ class Image:
     diff_ids: tuple[str, ...]
     architecture: str
     os: str
-    raw_config: bytes
+    raw_config: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 """The store's records: two SQLite databases in the store's directory.
 
-`images.db` holds images, names and layers, and is synchronised at each commit: it survives power loss. `rootfs.db` holds
-what is prepared for containers, is written on a pod's start path and is not synchronised: it survives a crash of cribd,
-and after power loss the directories that it doesn't know are removed. Every number of a layer is given out once.
+`images.db` holds images, names and layers, and is synchronised at each commit: it survives power loss. `rootfs.db`
+holds what is prepared for containers, is written on a pod's start path and is not synchronised: it survives a crash of
+cribd, and after power loss the directories that it doesn't know are removed. A layer's number is given out only once.
 """
 
 import json
@@ -22,7 +22,6 @@ CREATE TABLE layers (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
     diff_id TEXT NOT NULL,
     below TEXT NOT NULL,
-    ready INTEGER NOT NULL,
     bytes_used INTEGER NOT NULL,
     inodes INTEGER NOT NULL
 ) STRICT;
@@ -148,7 +147,7 @@ class ImageRecords:
         """Numbers of layers about to be made, written before their directories are."""
         with self._database.transaction() as db:
             return [
-                int(db.execute("INSERT INTO layers VALUES (NULL, ?, '', 0, 0, 0)", (diff_id,)).lastrowid or 0)
+                int(db.execute("INSERT INTO layers VALUES (NULL, ?, '', 0, 0)", (diff_id,)).lastrowid or 0)
                 for diff_id in diff_ids
             ]
 
@@ -157,7 +156,7 @@ class ImageRecords:
         with self._database.transaction() as db:
             for layer in layers:
                 db.execute(
-                    "UPDATE layers SET below = ?, ready = 1, bytes_used = ?, inodes = ? WHERE number = ?",
+                    "UPDATE layers SET below = ?, bytes_used = ?, inodes = ? WHERE number = ?",
                     (layer.below, layer.bytes_used, layer.inodes, layer.number),
                 )
             db.execute(
@@ -179,28 +178,19 @@ class ImageRecords:
     def _name(self, db: sqlite3.Connection, image: str, names: Iterable[str]) -> None:
         db.executemany("INSERT OR REPLACE INTO names VALUES (?, ?)", [(name, image) for name in names])
 
-    def remove_image(self, image: str, layers: Iterable[int]) -> None:
-        """The image is gone; these layers of it are about to be removed."""
+    def remove_image(self, image: str) -> None:
+        """The image and its names are gone; layers that nothing else needs are about to be removed."""
         with self._database.transaction() as db:
             db.execute("DELETE FROM images WHERE id = ?", (image,))
-            db.executemany("UPDATE layers SET ready = 0 WHERE number = ?", [(number,) for number in layers])
 
     def forget_layers(self, numbers: Iterable[int]) -> None:
         """The directories of these layers are gone."""
         with self._database.transaction() as db:
             db.executemany("DELETE FROM layers WHERE number = ?", [(number,) for number in numbers])
 
-    def layers(self) -> tuple[list[Layer], list[int]]:
-        """The layers that are ready, and the numbers of those half made or half removed."""
-        ready, unready = [], []
-        for number, diff_id, below, is_ready, bytes_used, inodes in self._rows(
-            "SELECT number, diff_id, below, ready, bytes_used, inodes FROM layers"
-        ):
-            if is_ready:
-                ready.append(Layer(number, diff_id, below, bytes_used, inodes))
-            else:
-                unready.append(number)
-        return ready, unready
+    def layers(self) -> list[Layer]:
+        """All that were ever begun and not yet removed; those are whole that an image or a container names."""
+        return [Layer(*row) for row in self._rows("SELECT number, diff_id, below, bytes_used, inodes FROM layers")]
 
     def images(self) -> list[StoredImage]:
         layers: dict[str, list[int]] = {}
@@ -215,7 +205,7 @@ class ImageRecords:
 
     def names(self) -> dict[str, str]:
         """The image of each name."""
-        return dict(self._rows("SELECT name, image FROM names"))  # type: ignore[arg-type]
+        return dict(self._rows("SELECT name, image FROM names"))
 
     def _rows(self, statement: str) -> Iterable[tuple[Any, ...]]:
         return self._database.execute(statement)

@@ -1,0 +1,168 @@
+"""One pull: from a reference to content, in a thread of its own, for everybody who asked for the same."""
+
+import logging
+import tempfile
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import IO
+
+from runtime.errors import Cancelled
+from runtime.images.errors import BadContent, BadImage
+from runtime.images.image import Auth, ImagesConfig, Progress
+from runtime.images.manifest import Descriptor, Index, Manifest, parse, select
+from runtime.images.reference import Reference
+from runtime.images.registry import Registry
+from runtime.images.transfer import Content, Source
+
+log = logging.getLogger(__name__)
+
+_NESTED_INDEXES = 3
+
+Listener = Callable[[Progress], None]
+# Installs content under cancellation by the pull; gives the image's id.
+Install = Callable[[Content, Source, "Pull"], str]
+
+
+class _RegistrySource:
+    """Blobs go to files without a name: what is interrupted leaves nothing."""
+
+    def __init__(self, registry: Registry, spool: Path) -> None:
+        self._registry = registry
+        self._spool = spool
+
+    def place(self, descriptor: Descriptor) -> tuple[IO[bytes], int]:
+        return tempfile.TemporaryFile(dir=self._spool, buffering=0), 0
+
+    def fill(self, descriptor: Descriptor, file: int, arrived: Callable[[int], None]) -> None:
+        self._registry.blob(descriptor, file, arrived)
+
+    def cancel(self) -> None:
+        self._registry.cancel()
+
+
+class Pull:
+    """Runs until it is done or nobody waits for it any more. `key` tells which requests are the same."""
+
+    def __init__(self, reference: Reference, auth: Auth | None, config: ImagesConfig, spool: Path) -> None:
+        self.key = (str(reference), auth)
+        self.reference = reference
+        self.result: Future[str] = Future()
+        self._auth = auth
+        self._config = config
+        self._spool = spool
+        self._lock = threading.Lock()
+        self._waiting: list[Listener | None] = []
+        self._latest: dict[str, Progress] = {}
+        self._on_cancel: Callable[[], None] | None = None
+        self.cancelled = False
+
+    def join(self, listener: Listener | None) -> bool:
+        """Wait along; False when the pull is being given up and another has to be started."""
+        with self._lock:
+            if self.cancelled:
+                return False
+            self._waiting.append(listener)
+            latest = list(self._latest.values())
+        for progress in latest:
+            _tell(listener, progress)
+        return True
+
+    def leave(self, listener: Listener | None) -> None:
+        with self._lock:
+            self._waiting.remove(listener)
+            if self._waiting or self.result.done():
+                return
+        self.cancel()
+
+    def cancel(self) -> None:
+        with self._lock:
+            self.cancelled = True
+            on_cancel = self._on_cancel
+        if on_cancel is not None:
+            on_cancel()
+
+    def when_cancelled(self, action: Callable[[], None]) -> None:
+        """`cancel` calls `action` from now on. Raises Cancelled if it is too late for that."""
+        with self._lock:
+            self._on_cancel = action
+            if self.cancelled:
+                raise Cancelled(f"pull of {self.reference} was cancelled")
+
+    def check(self) -> None:
+        if self.cancelled:
+            raise Cancelled(f"pull of {self.reference} was cancelled")
+
+    def report(self, progress: Progress) -> None:
+        with self._lock:
+            self._latest[progress.digest] = progress
+            listeners = list(self._waiting)
+        for listener in listeners:
+            _tell(listener, progress)
+
+    def start(self, install: Install, ended: Callable[["Pull"], None]) -> threading.Thread:
+        """Begin in a new thread; `ended` is called when nothing is running any more, before the result is set."""
+        thread = threading.Thread(target=self._run, args=(install, ended), name=f"pull {self.reference}"[:60])
+        thread.start()
+        return thread
+
+    def _run(self, install: Install, ended: Callable[["Pull"], None]) -> None:
+        try:
+            image = self._pull(install)
+        except BaseException as error:
+            ended(self)
+            self.result.set_exception(error)
+        else:
+            ended(self)
+            self.result.set_result(image)
+
+    def _pull(self, install: Install) -> str:
+        registry = Registry(self.reference, self._auth, self._config)
+        try:
+            self.when_cancelled(registry.cancel)
+            content = self._content(registry)
+            return install(content, _RegistrySource(registry, self._spool), self)
+        finally:
+            registry.close()
+
+    def _content(self, registry: Registry) -> Content:
+        reference = self.reference
+        top = document = registry.resolve()
+        parsed = _parse(document.data, document.content_type)
+        for _ in range(_NESTED_INDEXES):
+            if not isinstance(parsed, Index):
+                break
+            descriptor = select(parsed)
+            document = registry.document(descriptor)
+            if len(document.data) != descriptor.size:
+                raise BadContent(f"{reference}: manifest {descriptor.digest} is not of {descriptor.size} bytes")
+            parsed = _parse(document.data, document.content_type)
+        if isinstance(parsed, Index):
+            raise BadImage(f"{reference}: indexes more than {_NESTED_INDEXES} deep")
+        names = [f"{reference.name}@{top.digest}"]
+        if not reference.digest:
+            names.append(str(reference))
+        return Content(
+            manifest=parsed,
+            manifest_digest=document.digest,
+            raw_manifest=document.data,
+            raw_config=registry.small_blob(parsed.config, self._config.config_limit_bytes),
+            names=tuple(names),
+        )
+
+
+def _parse(data: bytes, content_type: str) -> Index | Manifest:
+    try:
+        return parse(data, content_type)
+    except BadImage as error:
+        raise BadContent(str(error)) from error
+
+
+def _tell(listener: Listener | None, progress: Progress) -> None:
+    if listener is None:
+        return
+    try:
+        listener(progress)
+    except Exception:
+        log.exception("a listener to progress failed")

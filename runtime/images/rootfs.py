@@ -1,0 +1,143 @@
+"""Containers' root file systems: an upper and a work directory each, and the image's layers below them."""
+
+import logging
+import os
+import re
+import stat
+import threading
+from collections.abc import Collection
+from pathlib import Path
+
+from runtime.errors import InvalidSpec, NotFound, Unavailable
+from runtime.images.image import RootFs
+from runtime.images.layers import remove_tree, short_name
+from runtime.images.records import RootFsRecords, StoredRootFs
+from runtime.images.shelf import Shelf
+
+log = logging.getLogger(__name__)
+
+_CONTAINER_ID = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]{0,127}")
+
+
+def lowers(layers: tuple[int, ...]) -> tuple[str, ...]:
+    """The short names of an image's layers, topmost first.
+
+    A layer that comes twice counts where it is topmost; the kernel refuses it twice.
+    """
+    return tuple(map(short_name, dict.fromkeys(layers[::-1])))
+
+
+class Roots:
+    """Thread-safe; calls for one container come one at a time. Each root file system holds its layers."""
+
+    def __init__(self, directory: Path, shelf: Shelf, records: RootFsRecords) -> None:
+        self._directory = directory
+        self._shelf = shelf
+        self._records = records
+        self._lock = threading.Lock()
+        self._prepared: dict[str, StoredRootFs] = {}
+
+    def load(self, layers: Collection[int]) -> list[tuple[int, ...]]:
+        """Read the records; returns the layers of each, to be held. One that lacks a layer is forgotten."""
+        for rootfs in self._records.all():
+            if all(number in layers for number in rootfs.layers):
+                self._prepared[rootfs.container] = rootfs
+            else:
+                log.error("root file system of %s lacks a layer and is removed", rootfs.container)
+                self._records.remove(rootfs.container)
+        return [rootfs.layers for rootfs in self._prepared.values()]
+
+    def image(self, container_id: str) -> str | None:
+        """The image that a container's root file system is prepared from."""
+        rootfs = self._prepared.get(container_id)
+        return rootfs.image if rootfs else None
+
+    def all(self) -> list[str]:
+        with self._lock:
+            return list(self._prepared)
+
+    def get(self, container_id: str) -> RootFs:
+        """Raises NotFound."""
+        rootfs = self._prepared.get(container_id)
+        if rootfs is None:
+            raise NotFound(f"container {container_id} has no root file system")
+        directory = f"{self._directory}/{container_id}"
+        return RootFs(str(self._shelf.base), lowers(rootfs.layers), f"{directory}/upper", f"{directory}/work")
+
+    def make(self, container_id: str, image: str, layers: tuple[int, ...]) -> RootFs:
+        """Record and make the directories; takes over the caller's hold on the layers, also when it fails.
+
+        Raises InvalidSpec, Unavailable, Exhausted.
+        """
+        try:
+            if not _CONTAINER_ID.fullmatch(container_id):
+                raise InvalidSpec(f"container id {container_id[:200]!r} can't be a directory's name")
+            self._records.add(StoredRootFs(container_id, image, layers))
+        except BaseException:
+            self._shelf.remove(self._shelf.release(layers))
+            raise
+        with self._lock:
+            self._prepared[container_id] = StoredRootFs(container_id, image, layers)
+        rootfs = self.get(container_id)
+        try:
+            self._make_directories(rootfs)
+        except OSError as error:
+            try:
+                self.discard(container_id)
+            except Unavailable as left:
+                log.warning("%s", left)
+            raise Unavailable(f"root file system of {container_id}: {error}") from error
+        return rootfs
+
+    def _make_directories(self, rootfs: RootFs) -> None:
+        # The merged root directory looks like the upper one, which is to look like the topmost layer's.
+        root = os.stat(os.path.join(rootfs.base, rootfs.lowers[0]))
+        os.mkdir(os.path.dirname(rootfs.upper), 0o700)
+        os.mkdir(rootfs.work, 0o700)
+        os.mkdir(rootfs.upper, 0o700)
+        if root.st_uid or root.st_gid:
+            os.chown(rootfs.upper, root.st_uid, root.st_gid)
+        os.chmod(rootfs.upper, stat.S_IMODE(root.st_mode))
+
+    def discard(self, container_id: str) -> None:
+        """Remove the directories, then the record; unknown is fine. Raises Unavailable."""
+        if container_id not in self._prepared:
+            return
+        directory = self._directory / container_id
+        # The usual one, in which nothing was written, goes without starting a program.
+        for name in ("upper", "work/work", "work/index", "work"):
+            try:
+                os.rmdir(directory / name)
+            except OSError:
+                pass
+        try:
+            remove_tree(directory)
+        except OSError as error:
+            raise Unavailable(f"root file system of {container_id}: {error}") from error
+        self._records.remove(container_id)
+        with self._lock:
+            rootfs = self._prepared.pop(container_id, None)
+        if rootfs is not None:
+            self._shelf.remove(self._shelf.release(rootfs.layers))
+
+    def usage(self, container_id: str) -> tuple[int, int]:
+        """Bytes and inodes in the upper directory."""
+        bytes_used = 0
+        seen: set[int] = set()
+        pending = [self.get(container_id).upper]
+        while pending:
+            try:
+                entries = list(os.scandir(pending.pop()))
+            except OSError:
+                continue  # the container removes as we look
+            for entry in entries:
+                try:
+                    status = entry.stat(follow_symlinks=False)
+                except OSError:
+                    continue
+                if stat.S_ISDIR(status.st_mode):
+                    pending.append(entry.path)
+                if status.st_ino not in seen:
+                    seen.add(status.st_ino)
+                    bytes_used += status.st_blocks * 512
+        return bytes_used, len(seen)

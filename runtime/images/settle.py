@@ -1,0 +1,72 @@
+"""What a layer leaves to the layers below it, filled in when those are there.
+
+A layer may hold entries in directories that it doesn't list, and hard links to files that only a lower layer holds.
+As if it had been unpacked on top of them, the directories take owner, mode, times and attributes from below, and the
+links become copies with everything that the file below has.
+"""
+
+import os
+import shutil
+import stat
+from pathlib import Path
+
+from runtime.images.errors import BadImage
+from runtime.images.layers import Unpacked
+from runtime.images.merged import Found, Merged
+
+_BLOCK = 4096
+
+
+def settle(layer: Path, below: tuple[Path, ...], unpacked: Unpacked) -> int:
+    """Complete `layer`, which lies on top of `below` (topmost first). Returns how many bytes it grew by.
+
+    Raises BadImage for a hard link to what isn't there, OSError.
+    """
+    own = Merged((layer,))
+    view = Merged(below) if below else None
+    for path in unpacked.implied:
+        here = own.lookup(path, follow=False)
+        there = view.lookup(path, follow=False) if view else None
+        if here and there and stat.S_ISDIR(here.status.st_mode) and stat.S_ISDIR(there.status.st_mode):
+            _adopt(here.path, there)
+    grown = 0
+    for name, target in unpacked.lower_links:
+        source = own.lookup(target, follow=False) or (view.lookup(target, follow=False) if view else None)
+        parent = own.lookup(os.path.dirname(name))
+        if source is None or parent is None or stat.S_ISDIR(source.status.st_mode):
+            raise BadImage(
+                f"hard link {name[:200]!r} to {target[:200]!r}, which neither the layer nor those below hold"
+            )
+        grown += _copy(source, os.path.join(parent.path, os.path.basename(name)))
+    return grown
+
+
+def _adopt(path: str, there: Found) -> None:
+    status = there.status
+    os.chown(path, status.st_uid, status.st_gid, follow_symlinks=False)
+    os.chmod(path, stat.S_IMODE(status.st_mode))
+    _copy_xattrs(there.path, path)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns), follow_symlinks=False)
+
+
+def _copy(source: Found, path: str) -> int:
+    status = source.status
+    if stat.S_ISREG(status.st_mode):
+        with open(source.path, "rb") as reader, open(path, "xb") as writer:
+            shutil.copyfileobj(reader, writer, 1 << 20)
+    elif stat.S_ISLNK(status.st_mode):
+        os.symlink(os.readlink(source.path), path)
+    else:
+        os.mknod(path, status.st_mode, status.st_rdev)
+    os.chown(path, status.st_uid, status.st_gid, follow_symlinks=False)
+    if not stat.S_ISLNK(status.st_mode):
+        os.chmod(path, stat.S_IMODE(status.st_mode))
+    _copy_xattrs(source.path, path)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns), follow_symlinks=False)
+    return -(-status.st_size // _BLOCK) * _BLOCK if stat.S_ISREG(status.st_mode) else 0
+
+
+def _copy_xattrs(source: str, path: str) -> None:
+    for key in os.listxattr(source, follow_symlinks=False):
+        if not key.startswith(("trusted.overlay.", "security.selinux")):
+            os.setxattr(path, key, os.getxattr(source, key, follow_symlinks=False), follow_symlinks=False)

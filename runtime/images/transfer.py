@@ -1,0 +1,234 @@
+"""One image on its way into the store: its layers fetched and unpacked in parallel, then committed as one.
+
+Order: numbers of new layers are recorded; directories are made and filled; the file system is synchronised once; one
+transaction makes layers, image and names valid together. Whatever fails on the way leaves nothing.
+"""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from errno import EDQUOT, ENOSPC
+from typing import IO, Protocol
+
+from runtime.errors import Cancelled, CribError, Exhausted, Unavailable
+from runtime.images.errors import BadContent
+from runtime.images.image import ImagesConfig, Progress
+from runtime.images.layers import Unpack, Unpacked, sync
+from runtime.images.manifest import Config, Descriptor, Manifest, chain_ids, parse_config
+from runtime.images.records import ImageRecords, Layer, StoredImage
+from runtime.images.settle import settle
+from runtime.images.shelf import Shelf
+
+log = logging.getLogger(__name__)
+
+_REPORT_EVERY_S = 0.1
+_SYNC_TIMEOUT_S = 600.0
+# What a layer that can't stand alone has below it when it is the lowest.
+_NOTHING_BELOW = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What an image consists of; `names` are those that it is to have."""
+
+    manifest: Manifest
+    manifest_digest: str
+    raw_manifest: bytes
+    raw_config: bytes
+    names: tuple[str, ...]
+
+
+class Source(Protocol):
+    """Where layers come from: a registry, an archive."""
+
+    def place(self, descriptor: Descriptor) -> tuple[IO[bytes], int]:
+        """A file of one's own, and the offset in it at which the blob will be found."""
+
+    def fill(self, descriptor: Descriptor, file: int, arrived: Callable[[int], None]) -> None:
+        """Bring the blob to its place; on return it is verified. `arrived` hears how many of its bytes are there."""
+
+    def cancel(self) -> None:
+        """Make a running `fill` end soon."""
+
+
+class Transfer:
+    """Installs one image; `run` is called once, `cancel` from any thread."""
+
+    def __init__(
+        self,
+        content: Content,
+        source: Source,
+        shelf: Shelf,
+        records: ImageRecords,
+        config: ImagesConfig,
+        progress: Callable[[Progress], None],
+    ) -> None:
+        self._content = content
+        self._source = source
+        self._shelf = shelf
+        self._records = records
+        self._config = config
+        self._progress = progress
+        self._lock = threading.Lock()
+        self._stopped = False
+        self._children: set[Unpack] = set()
+        self._numbers: dict[str, int] = {}
+        self._held: list[int] = []
+        self._open: dict[str, tuple[int, Unpacked]] = {}
+
+    def cancel(self) -> None:
+        with self._lock:
+            self._stopped = True
+            children = list(self._children)
+        self._source.cancel()
+        for child in children:
+            child.kill()
+
+    def run(self) -> StoredImage:
+        """Returns the image, committed, with every layer of it held for it. Raises CribError."""
+        parsed = parse_config(self._content.raw_config, len(self._content.manifest.layers))
+        doomed: list[int] = []
+        try:
+            layers = self._layers(parsed)
+            self._check()
+            sync(self._shelf.base, _SYNC_TIMEOUT_S)
+            stored = StoredImage(
+                id=self._content.manifest.config.digest,
+                config=self._content.raw_config,
+                manifest_digest=self._content.manifest_digest,
+                manifest=self._content.raw_manifest,
+                layers=tuple(layer.number for layer in layers),
+            )
+            self._check()
+            self._records.commit(stored, layers, self._content.names)
+            self._shelf.hold(stored.layers)
+            return stored
+        except OSError as error:
+            if error.errno in (ENOSPC, EDQUOT):
+                raise Exhausted(f"image {self._content.manifest.config.digest}: no space left on device") from error
+            raise Unavailable(f"image {self._content.manifest.config.digest}: {error}") from error
+        finally:
+            doomed += self._shelf.release(self._held)
+            doomed += set(self._numbers.values()) - set(self._held)
+            self._shelf.remove(doomed)
+
+    def _layers(self, parsed: Config) -> list[Layer]:
+        chains = (_NOTHING_BELOW, *chain_ids(parsed.diff_ids))
+        wanted: dict[str, tuple[Descriptor, str]] = {}
+        for descriptor, diff_id, below in zip(self._content.manifest.layers, parsed.diff_ids, chains, strict=False):
+            wanted.setdefault(diff_id, (descriptor, below))
+        missing = [diff_id for diff_id, (_, below) in wanted.items() if not self._on_shelf(diff_id, below)]
+        self._numbers = dict(zip(missing, self._records.new_layers(missing), strict=True)) if missing else {}
+        for diff_id, (descriptor, _) in wanted.items():
+            self._report(descriptor, "waiting" if diff_id in self._numbers else "exists", 0)
+        self._in_parallel([(diff_id, *wanted[diff_id]) for diff_id in missing])
+        layers: list[Layer] = []
+        for diff_id, below in zip(parsed.diff_ids, chains, strict=False):
+            layers.append(self._settled(diff_id, below, layers))
+        return layers
+
+    def _on_shelf(self, diff_id: str, below: str) -> bool:
+        layer = self._shelf.hold_equal(diff_id, below)
+        if layer is not None:
+            self._held.append(layer.number)
+        return layer is not None
+
+    def _in_parallel(self, jobs: list[tuple[str, Descriptor, str]]) -> None:
+        if not jobs:
+            return
+        with ThreadPoolExecutor(self._config.max_parallel, thread_name_prefix="layer") as pool:
+            futures = [pool.submit(self._layer, *job) for job in jobs]
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            failures = [error for future in futures if future in done and (error := future.exception())]
+            if failures:
+                self.cancel()
+                pool.shutdown(cancel_futures=True)
+                # The cause, not what followed from it.
+                raise next((error for error in failures if not isinstance(error, Cancelled)), failures[0])
+
+    def _layer(self, diff_id: str, descriptor: Descriptor, below: str) -> None:
+        with self._shelf.turn(diff_id, self._check):
+            if self._on_shelf(diff_id, below):  # another transfer has brought it meanwhile
+                self._report(descriptor, "exists", descriptor.size)
+                return
+            number = self._numbers[diff_id]
+            unpacked = self._unpack(number, descriptor)
+            if unpacked.diff_id != diff_id:
+                raise BadContent(f"layer {descriptor.digest} unpacks to {unpacked.diff_id}, the image wants {diff_id}")
+            if unpacked.implied or unpacked.lower_links:
+                self._open[diff_id] = (number, unpacked)
+            else:
+                layer = Layer(number, diff_id, "", unpacked.bytes_used, unpacked.inodes)
+                self._held.append(self._shelf.add(layer).number)
+            self._report(descriptor, "done", descriptor.size)
+
+    def _unpack(self, number: int, descriptor: Descriptor) -> Unpacked:
+        if descriptor.size > self._config.layer_limit_bytes:
+            limit = self._config.layer_limit_bytes
+            raise Exhausted(f"layer {descriptor.digest} of {descriptor.size} bytes, the limit is {limit}")
+        path = self._shelf.path(number)
+        path.mkdir(0o755)
+        os.chmod(path, 0o755)
+        file, offset = self._source.place(descriptor)
+        with file:
+            child = Unpack(path, file.fileno(), offset, self._config)
+            try:
+                with self._lock:
+                    self._children.add(child)
+                self._check()
+                reported_at = 0.0
+
+                def arrived(position: int) -> None:
+                    nonlocal reported_at
+                    child.arrived(position)
+                    now = time.monotonic()
+                    if now - reported_at >= _REPORT_EVERY_S:
+                        reported_at = now
+                        if child.failed():
+                            raise _ChildFailed
+                        self._report(descriptor, "downloading", position)
+
+                try:
+                    self._source.fill(descriptor, file.fileno(), arrived)
+                except _ChildFailed:
+                    pass  # its report says why
+                self._report(descriptor, "unpacking", descriptor.size)
+                try:
+                    return child.finish(descriptor.size)
+                except CribError as error:
+                    raise type(error)(f"layer {descriptor.digest}: {error}") from error
+            finally:
+                with self._lock:
+                    self._children.discard(child)
+                child.abandon()
+
+    def _settled(self, diff_id: str, below: str, layers: Iterable[Layer]) -> Layer:
+        """The layer of the chain, completed by those below it if it has to be."""
+        if diff_id not in self._open:
+            layer = self._shelf.hold_equal(diff_id, below)
+            if layer is None:
+                raise Unavailable(f"layer {diff_id} has vanished")
+            self._held.append(layer.number)
+            return layer
+        number, unpacked = self._open.pop(diff_id)
+        lower = tuple(self._shelf.path(layer.number) for layer in list(layers)[::-1])
+        grown = settle(self._shelf.path(number), tuple(dict.fromkeys(lower)), unpacked)
+        inodes = unpacked.inodes + len(unpacked.lower_links)
+        layer = self._shelf.add(Layer(number, diff_id, below, unpacked.bytes_used + grown, inodes))
+        self._held.append(layer.number)
+        return layer
+
+    def _check(self) -> None:
+        if self._stopped:
+            raise Cancelled(f"transfer of image {self._content.manifest.config.digest} was cancelled")
+
+    def _report(self, descriptor: Descriptor, state: str, current: int) -> None:
+        self._progress(Progress(descriptor.digest, state, current, descriptor.size))
+
+
+class _ChildFailed(Exception):
+    """The unpacking process has ended while its input was still arriving."""
