@@ -190,6 +190,7 @@ class BridgeNetwork:
             if not ready or not self._intact(ready):
                 ready = self._set_up(ready)
             self._sweep()
+            self._leases.checkpoint()
             with _explained("nftables"):
                 self._warning = self._warning and self._find_warning()
         except CribError as error:
