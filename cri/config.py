@@ -39,7 +39,8 @@ class ImagesSection(_Section, frozen=True):
 
 
 class NetworkSection(_Section, frozen=True):
-    """`subnet`: of the built-in bridge; empty takes a free one. `bridge`: its name; empty derives it from the instance."""
+    """The built-in bridge. `subnet` empty takes a free one, `subnet6` empty means no IPv6, `bridge` (its name) empty
+    derives it from the instance, `mtu` 0 is the uplink's."""
 
     subnet: str = ""
     subnet6: str = ""

@@ -50,7 +50,7 @@ class InfoCalls:
     async def status(self, request: pb.StatusRequest, call: Call) -> pb.StatusResponse:
         node = self._node
         network = await node.work(node.network.status)
-        lost = node.zygote_lost
+        lost = node.zygote.process.poll() is not None
         conditions = [
             pb.RuntimeCondition(
                 type="RuntimeReady",

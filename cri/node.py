@@ -28,6 +28,7 @@ from net.netns import Pins
 from runtime.cgroup import Cgroups
 from runtime.engine import Engine
 from runtime.images import Images
+from runtime.zygote.launch import Zygote
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -47,6 +48,7 @@ class Node:
         cgroups: Cgroups,
         pins: Pins,
         host: Host,
+        zygote: Zygote,
     ) -> None:
         self.config = config
         self.store = store
@@ -55,6 +57,7 @@ class Node:
         self.network = network
         self.cgroups = cgroups
         self.pins = pins
+        self.zygote = zygote
         self.pods: Index[Pod] = Index("pod sandbox")
         self.containers: Index[Container] = Index("container")
         self.making: dict[str, Pod] = {}
@@ -64,7 +67,6 @@ class Node:
         self.defaults = config.defaults.translated()
         self.host = host
         self.handlers = {"": Handler()}
-        self.zygote_lost = False
         self.cgroup_parent = config.cgroup.parent or cgroups.default_parent(config.instance)
         self._workers = ThreadPoolExecutor(config.limits.workers, "work")
         self._pullers = ThreadPoolExecutor(config.limits.pulls, "pull")
@@ -125,13 +127,8 @@ class Node:
         self.store.put_container(record)
         container.show(record)
 
-    async def lose_zygote(self) -> None:
-        """Note that no pod can be started any more; those that run don't need the zygote."""
-        _logger.error("the zygote is gone: no new pods until cribd is restarted")
-        self.zygote_lost = True
-
     async def close(self, timeout_s: float) -> None:
-        """Let running calls finish, for at most `timeout_s`; pods keep running. The next start takes up what is left."""
+        """Let running calls finish, for at most `timeout_s`; the next cribd takes up the rest. Pods keep running."""
         late = await self.flights.land(timeout_s)
         if late:
             _logger.warning("calls cut off by the end of cribd", extra={"fields": {"calls": late}})

@@ -125,9 +125,7 @@ async def _compare(node: Node, pod: Pod) -> None:
     for container in pod.containers.values():
         fact = facts.pop(container.id, None)
         if container.state is ContainerState.STARTING and fact is not None and fact.started_ns:
-            node.save_container(
-                container, state=ContainerState.RUNNING, pid=fact.pid, started_ns=fact.started_ns
-            )
+            node.save_container(container, state=ContainerState.RUNNING, pid=fact.pid, started_ns=fact.started_ns)
         elif container.state is ContainerState.STARTING:
             why = "cribd ended while the container was being started"
             finish(node, container, START_ERROR_EXIT, "StartError", why, time.time_ns())

@@ -61,7 +61,7 @@ def generic_handler(
     )
 
 
-def _served(method: MethodDescriptor, handler: Any, on_call: MetricHook | None) -> grpc.RpcMethodHandler:
+def _served(method: MethodDescriptor, handler: Any, on_call: MetricHook | None) -> grpc.RpcMethodHandler[Any, Any]:
     name = method.name
     request_class = message_factory.GetMessageClass(method.input_type)
     kinds: dict[tuple[bool, bool], Any] = {
@@ -95,7 +95,7 @@ def _served(method: MethodDescriptor, handler: Any, on_call: MetricHook | None) 
             async for answer in answers:
                 yield _encoded(name, answer)
 
-    made: grpc.RpcMethodHandler = kinds[method.client_streaming, method.server_streaming](
+    made: grpc.RpcMethodHandler[Any, Any] = kinds[method.client_streaming, method.server_streaming](
         serve_stream if method.server_streaming else serve, None, None
     )
     return made

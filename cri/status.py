@@ -41,7 +41,7 @@ _MESSAGE_LIMIT: Final = 4096  # gRPC sends it as a header, and the client's head
 
 
 def status_of(error: BaseException) -> tuple[StatusCode, str, bool]:
-    """The code and the message for `error`, and whether it is expected (False: a bug, to be logged with its traceback)."""
+    """The code and the message for `error`, and whether it is expected; a bug isn't, and wants its traceback logged."""
     for kind, code in _CLASSES:
         if isinstance(error, kind):
             return code, _text(error), True

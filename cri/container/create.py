@@ -47,7 +47,7 @@ async def create(node: Node, pod: Pod, config: pb.ContainerConfig) -> Container:
 
 
 def _reserve(node: Node, pod: Pod, config: pb.ContainerConfig) -> Container:
-    """The container of this name: the existing one if it is what is asked for, else a new one, with its name reserved."""
+    """The container of this name: the existing one if it is what is asked for, else a new one that now has the name."""
     pod.must_be_ready()
     check_container(config, pod.config)
     holder = node.names.holder(Container.name_of(pod, config.metadata))
@@ -113,7 +113,7 @@ async def _make(node: Node, container: Container) -> None:
 
 def _build(node: Node, container: Container) -> _Made:
     """All of it that blocks: the image's files, the root file system, the log's directory, the cgroup."""
-    config, pod = container.config, container.pod
+    config = container.config
     image = node.images.get(config.image.image)
     user = _user(node, config.linux.security_context, image)
     spec = container_to_spec(_given(node, container, image, user))

@@ -98,10 +98,10 @@ async def dead(node: Node, container: Container) -> None:
         if left_s > 0:
             continue
         if pids := await node.work(node.cgroups.procs, container.record.cgroup_path):
-            raise DeadlineExceeded(
-                f"{container.title}: processes {_some(pids)} live on {node.config.limits.kill_timeout_s:g} s after SIGKILL"
-            )
-        finish(node, container, _SIGKILL_EXIT, "Error", "killed; the pod's monitor did not tell of its end", time.time_ns())
+            limit_s = node.config.limits.kill_timeout_s
+            raise DeadlineExceeded(f"{container.title}: processes {_some(pids)} live on {limit_s:g} s after SIGKILL")
+        why = "killed; the pod's monitor did not tell of its end"
+        finish(node, container, _SIGKILL_EXIT, "Error", why, time.time_ns())
     await settle(node, container)
 
 

@@ -102,9 +102,7 @@ class Output:
             self._close(fd)
 
 
-async def exec_sync(
-    node: Node, container: Container, command: list[str], timeout_s: int
-) -> tuple[bytes, bytes, int]:
+async def exec_sync(node: Node, container: Container, command: list[str], timeout_s: int) -> tuple[bytes, bytes, int]:
     """Run `command`; its stdout, stderr and exit code. With `timeout_s` 0 it may take as long as the caller waits.
 
     Raises DeadlineExceeded when the time is over, WrongState unless the container runs, StepFailed for a command that
@@ -118,7 +116,7 @@ async def exec_sync(
     try:
         null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
         try:
-            process = await pod.running.exec(request, null, *output.write_ends)
+            process = pod.running.exec(request, null, *output.write_ends)
         finally:
             os.close(null)
             output.release_write_ends()

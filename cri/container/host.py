@@ -89,5 +89,3 @@ def target_pid(node: Node, container: Container) -> str | None:
     if target is None or target.pod is not container.pod or target.state is not ContainerState.RUNNING:
         return None
     return f"/proc/{target.record.pid}/ns/pid"
-
-

@@ -39,26 +39,25 @@ async def _start(node: Node, container: Container) -> None:
     timing = Timing()
     async with container.pod.changing():
         container.pod.must_be_ready()
-        if container.state is not ContainerState.CREATED or container.record.removing:
-            what = "being removed" if container.record.removing else f"{container.state}, not created"
-            raise WrongState(f"{container.title} is {what}")
+        if container.record.removing:
+            raise WrongState(f"{container.title} is being removed")
+        if container.state != ContainerState.CREATED:
+            raise WrongState(f"{container.title} is {container.state}, not created")
         node.save_container(container, state=ContainerState.STARTING)
     try:
         started = await _run(node, container, timing)
     except Exception as error:
         _logger.warning("start failed", extra={"fields": {"container": container.id, "error": str(error)}})
-        if container.state is ContainerState.STARTING:
+        if container.alive:
             finish(node, container, START_ERROR_EXIT, "StartError", str(error), time.time_ns())
         raise
     for warning in started.warnings:
         _logger.warning("started without", extra={"fields": {"container": container.id, "what": warning}})
-    if container.state is not ContainerState.STARTING:  # killed, and given up on, meanwhile
+    if not container.alive:  # killed, and given up on, meanwhile
         await node.work(node.cgroups.kill, container.record.cgroup_path)
         raise WrongState(f"{container.title} was killed while it was starting")
     with node.store.together():
-        node.save_container(
-            container, state=ContainerState.RUNNING, pid=started.pid, started_ns=started.started_ns
-        )
+        node.save_container(container, state=ContainerState.RUNNING, pid=started.pid, started_ns=started.started_ns)
         node.store.put_timeline(container.id, timing.timeline())
     container.rootfs = None
     if container.exit is not None:
@@ -68,18 +67,17 @@ async def _start(node: Node, container: Container) -> None:
 async def _run(node: Node, container: Container, timing: Timing) -> Started:
     pod, record = container.pod, container.record
     assert pod.running is not None
-    spec = spec_of(node, container)
-    if container.rootfs is None:  # made by an earlier cribd
-        container.rootfs = await node.work(node.images.prepare, container.id, record.image_id)
+    rootfs = container.rootfs
+    if rootfs is None:  # made by an earlier cribd
+        rootfs = await node.work(node.images.prepare, container.id, record.image_id)
     request = ContainerStart(
         id=container.id,
-        spec=spec,
-        rootfs=container.rootfs,
+        spec=spec_of(node, container),
+        rootfs=rootfs,
         cgroup=cgroup(node, record.cgroup_path),
         log_path=record.log_path or None,
         stdin=container.config.stdin,
     )
-    began_ns = time.time_ns()
     try:
         async with asyncio.timeout(node.config.limits.start_timeout_s):
             started = await pod.running.start(request)
@@ -89,10 +87,10 @@ async def _run(node: Node, container: Container, timing: Timing) -> Started:
         raise DeadlineExceeded(f"{container.title} did not start within {limit_s:g} s") from None
     except OSError as error:
         raise CribError(f"{container.title}: {error}") from error
-    at_ns = began_ns
+    at_ns = started.started_ns - sum(step.duration_ns for step in started.timeline)
     for step in started.timeline:
-        timing.add("container", step.text, at_ns, max(step.duration_ns, 0), step.error)
-        at_ns += max(step.duration_ns, 0)
+        timing.add("container", step.text, at_ns, step.duration_ns)
+        at_ns += step.duration_ns
     return started
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 import msgspec
 from google.protobuf import json_format
@@ -57,7 +57,7 @@ def status(container: Container) -> pb.ContainerStatus:
         annotations=config.annotations,
         mounts=config.mounts,
         log_path=record.log_path,
-        stop_signal=to_cri(record.stop_signal),
+        stop_signal=cast(pb.Signal, to_cri(record.stop_signal)),
     )
     if record.state in (ContainerState.RUNNING, ContainerState.EXITED):
         found.started_at = record.started_ns

@@ -38,7 +38,7 @@ class CribCalls:
     async def load(self, requests: AsyncIterator[pb.LoadRequest], call: Call) -> pb.LoadResponse:
         """The archive goes to a file without a name beside the images, and from there into the store."""
         node = self._node
-        with await node.work(tempfile.TemporaryFile, dir=node.config.root) as file:
+        with tempfile.TemporaryFile(dir=node.config.root) as file:
             size_bytes = 0
             async for request in requests:
                 size_bytes += len(request.chunk)
@@ -46,13 +46,12 @@ class CribCalls:
             if not size_bytes:
                 raise InvalidSpec("the archive is empty")
             images = await node.pull(self._load, file)
-        return pb.LoadResponse(
-            images=[pb.LoadedImage(id=image.id, repo_tags=image.repo_tags) for image in images]
-        )
+        return pb.LoadResponse(images=[pb.LoadedImage(id=image.id, repo_tags=image.repo_tags) for image in images])
 
     def _load(self, file: IO[bytes]) -> list[Image]:
         file.seek(0, os.SEEK_SET)
-        return self._node.images.load(file)
+        images: list[Image] = self._node.images.load(file)
+        return images
 
     async def pull(self, request: pb.PullRequest, call: Call) -> AsyncIterator[pb.PullProgress]:
         if not request.image:
@@ -66,9 +65,7 @@ class CribCalls:
             server_address=request.server_address,
         )
         news: asyncio.Queue[Progress | None] = asyncio.Queue()
-        task = asyncio.create_task(
-            pull(self._node, request.image, auth if auth != Auth() else None, news.put_nowait)
-        )
+        task = asyncio.create_task(pull(self._node, request.image, auth if auth != Auth() else None, news.put_nowait))
         task.add_done_callback(lambda _: news.put_nowait(None))
         try:
             while (one := await news.get()) is not None:

@@ -36,7 +36,7 @@ from runtime.engine import Engine
 from runtime.errors import CribError
 from runtime.images import Images, ImagesConfig
 from runtime.linux.mount import mount, umount
-from runtime.linux.probe import probe
+from runtime.linux.probe import Probes, probe
 from runtime.zygote.launch import Zygote
 
 _GRACE_S: Final = 10.0
@@ -70,22 +70,14 @@ async def _serve(config: Config, cgroups: Cgroups, zygote: Zygote) -> int:
         stack.callback(images.close)
         network = open_network(config.instance, Path(config.root, "net"), _bridge(config))
         stack.callback(network.close)
-        node = Node(config, store, engine, images, network, cgroups, Pins(mount, umount), Host())
+        node = Node(config, store, engine, images, network, cgroups, Pins(mount, umount), Host(), zygote)
         stack.push_async_callback(node.close, _GRACE_S)
-        engine.on_zygote_lost = node.lose_zygote
         await node.work(network.setup)
         await recover(node)
-        server = _server(node, CribCalls(node, probes))
-        old = os.umask(0o177)
-        try:
-            if not server.add_insecure_port(config.listen):
-                raise CribError(f"can't listen on {config.listen}")
-            await server.start()
-        finally:
-            os.umask(old)
-        config.socket.chmod(0o600)
-        ready_s = time.monotonic() - began
-        _logger.info("ready", extra={"fields": {"listen": config.listen, "pods": len(node.pods), "s": f"{ready_s:.2f}"}})
+        server = make_server(node, probes)
+        await listen(server, config)
+        fields = {"listen": config.listen, "pods": len(node.pods), "s": f"{time.monotonic() - began:.2f}"}
+        _logger.info("ready", extra={"fields": fields})
         notify("READY=1")
         keeper = asyncio.create_task(_checkpoints(node))
         await stop.wait()
@@ -97,7 +89,19 @@ async def _serve(config: Config, cgroups: Cgroups, zygote: Zygote) -> int:
     return 0
 
 
-def _server(node: Node, crib: CribCalls) -> grpc.aio.Server:
+async def listen(server: grpc.aio.Server, config: Config) -> None:
+    """Serve on the configured socket, for root alone. Raises CribError."""
+    old = os.umask(0o177)
+    try:
+        if not server.add_insecure_port(config.listen):
+            raise CribError(f"can't listen on {config.listen}")
+        await server.start()
+    finally:
+        os.umask(old)
+
+
+def make_server(node: Node, probes: Probes) -> grpc.aio.Server:
+    """All services of the socket, not listening yet."""
     server = grpc.aio.server(
         options=[
             ("grpc.max_receive_message_length", MESSAGE_LIMIT_BYTES),
@@ -115,7 +119,7 @@ def _server(node: Node, crib: CribCalls) -> grpc.aio.Server:
         (
             generic_handler(services["RuntimeService"], runtime),
             generic_handler(services["ImageService"], ImageCalls(node).handlers()),
-            generic_handler(crib_pb2.DESCRIPTOR.services_by_name["Crib"], crib.handlers()),
+            generic_handler(crib_pb2.DESCRIPTOR.services_by_name["Crib"], CribCalls(node, probes).handlers()),
         )
     )
     return server

@@ -33,14 +33,14 @@ class ImageCalls:
     async def list(self, request: pb.ListImagesRequest, call: Call) -> pb.ListImagesResponse:
         wanted = request.filter.image.image
         if wanted:
-            found = await self._find(wanted)
+            found = self._find(wanted)
             return pb.ListImagesResponse(images=[image_to_cri(found)] if found else [])
-        images = await self._node.work(self._node.images.list)
+        images = self._node.images.list()
         return pb.ListImagesResponse(images=map(image_to_cri, images))
 
     async def status(self, request: pb.ImageStatusRequest, call: Call) -> pb.ImageStatusResponse:
         """A missing image is an answer without one, not an error."""
-        image = await self._find(_named(request.image))
+        image = self._find(_named(request.image))
         if image is None:
             return pb.ImageStatusResponse()
         return pb.ImageStatusResponse(image=image_to_cri(image), info=_info(image) if request.verbose else {})
@@ -70,9 +70,9 @@ class ImageCalls:
         ]
         return pb.ImageFsInfoResponse(image_filesystems=found, container_filesystems=found)
 
-    async def _find(self, reference: str) -> Image | None:
+    def _find(self, reference: str) -> Image | None:
         try:
-            return await self._node.work(self._node.images.get, reference)
+            return self._node.images.get(reference)
         except NotFound:
             return None
 

@@ -31,6 +31,7 @@ async def lost(node: Node, pod: Pod) -> None:
     """The monitor is gone, and with it every exit it would have told: end what is left, and say so."""
     _logger.error("the pod's monitor is gone", extra={"fields": {"sandbox": pod.id}})
     pod.running = None
+    node.engine.drop(pod.id)
     pod.stopping = True
     orphan(node, pod, "the pod's monitor was lost")
     if pod.record.state is SandboxState.READY:

@@ -7,6 +7,7 @@ back is crossed off the record's `owes`, so that it can be interrupted anywhere 
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final
@@ -37,7 +38,7 @@ async def release(node: Node, pod: Pod) -> None:
         return True
 
     containers = tuple(pod.containers.values())
-    await asyncio.gather(*(attempt(one.title, lambda one=one: dead(node, one)) for one in containers))
+    await asyncio.gather(*(attempt(one.title, functools.partial(dead, node, one)) for one in containers))
     acts: dict[str, Callable[[], Awaitable[object]]] = {
         "network": lambda: node.work(node.network.detach, pod.id, pod.record.netns_path or None),
         "netns": lambda: node.work(node.pins.unpin, pod.record.netns_path),

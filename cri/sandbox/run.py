@@ -48,7 +48,7 @@ def _reserve(node: Node, config: pb.PodSandboxConfig, handler: str) -> Pod:
     if holder is not None:
         pod = node.making.get(holder) or node.pods.get(holder)
         if pod.record.state is not SandboxState.MAKING and not pod.ready:
-            raise AlreadyExists(f"{pod.title} has the same metadata and is not ready: remove pod sandbox {pod.id} first")
+            raise AlreadyExists(f"pod sandbox {pod.id} has the same metadata and is not ready: remove it first")
         other = difference(pod.config, config)
         if pod.record.handler != handler:
             other = f"runtime_handler: {pod.record.handler!r}, then {handler!r}"

@@ -71,9 +71,7 @@ def info(node: Node, pod: Pod) -> dict[str, str]:
                 "cgroupsPath": pod.record.cgroup_path,
                 "sysctl": dict(pod.plan.sysctls),
                 "namespaces": [
-                    {"type": kind, "path": path}
-                    for kind in kinds
-                    if namespaces and (path := getattr(namespaces, kind))
+                    {"type": kind, "path": path} for kind in kinds if namespaces and (path := getattr(namespaces, kind))
                 ],
             },
         },

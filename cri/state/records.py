@@ -36,9 +36,9 @@ class _Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class SandboxRecord(_Record, frozen=True):
     """One pod. Times in ns since the epoch.
 
-    `config` is the request's PodSandboxConfig, serialised deterministically. `cgroup_path` is what its containers'
-    cgroups are below, and `cgroups` are those crib made for the pod, outermost first; `init_cgroup` is that of the init of a shared
-    pid namespace. `owes` names what teardown has still to give back, and is empty once all of it is gone.
+    `config` is the request's PodSandboxConfig, serialised deterministically. Its containers' cgroups are below
+    `cgroup_path`; `cgroups` are those made for the pod itself, outermost first, `init_cgroup` among them where the pod
+    shares a pid namespace. `owes` names what teardown has still to give back, and is empty once all of it is gone.
     """
 
     id: SandboxId
