@@ -39,11 +39,11 @@ def _serve(fd: int, host_ns: int, cgroup: list[str]) -> None:
     from runtime.linux.namespaces import CLONE, setns
     from runtime.zygote.zygote import Zygote
 
-    for name in cgroup:
-        with open(name, "wb", buffering=0) as file:
-            file.write(b"0")
     setns(host_ns, CLONE.NEWNS)
     os.close(host_ns)
+    for name in cgroup:  # here, where it isn't mounted read-only
+        with open(name, "wb", buffering=0) as file:
+            file.write(b"0")
     os.set_inheritable(fd, False)
     Zygote(socket.socket(fileno=fd)).serve()
 
