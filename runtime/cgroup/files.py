@@ -3,13 +3,18 @@
 Also used by monitors and by containers' first processes: standard library only, and no path but the given ones.
 """
 
+from __future__ import annotations
+
 import errno
 import os
 import select
 import signal
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Final
+
+TYPE_CHECKING = False  # typing costs a monitor memory
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+    from typing import Final
 
 _READ_BYTES: Final = 64 * 1024
 KILL_TIMEOUT_S: Final = 2.0

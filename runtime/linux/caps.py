@@ -1,7 +1,8 @@
 """Capabilities: capset(2), the bounding set and the ambient set."""
 
+from __future__ import annotations
+
 import struct
-from typing import Final
 
 from runtime.linux.lib import syscall
 from runtime.linux.process import (
@@ -11,6 +12,10 @@ from runtime.linux.process import (
     PR_CAPBSET_DROP,
     prctl,
 )
+
+TYPE_CHECKING = False  # typing costs a monitor memory
+if TYPE_CHECKING:
+    from typing import Final
 
 # By number; include/uapi/linux/capability.h.
 NAMES: Final = (

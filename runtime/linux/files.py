@@ -1,13 +1,18 @@
 """Files reached safely: openat2 keeps a path inside its root whatever symlinks a hostile image holds."""
 
+from __future__ import annotations
+
 import ctypes
 import errno
 import os
 import stat
 import struct
-from typing import Final
 
 from runtime.linux.lib import SyscallError, syscall
+
+TYPE_CHECKING = False  # typing costs a monitor memory
+if TYPE_CHECKING:
+    from typing import Final
 
 RESOLVE_NO_MAGICLINKS: Final = 0x02
 RESOLVE_IN_ROOT: Final = 0x10

@@ -1,9 +1,14 @@
 """The one loader of the C library, and how a system call's failure becomes an exception."""
 
+from __future__ import annotations
+
 import ctypes
 import os
 from errno import EINTR
-from typing import Any, Final
+
+TYPE_CHECKING = False  # typing costs a monitor memory
+if TYPE_CHECKING:
+    from typing import Any, Final
 
 # System calls without a wrapper in every libc we meet. Numbers from 424 on are the same on every machine.
 _COMMON: Final[dict[str, int]] = {

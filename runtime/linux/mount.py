@@ -1,12 +1,17 @@
 """Mounts: mount(2) and the descriptor based calls (open_tree, move_mount, mount_setattr, fsopen)."""
 
+from __future__ import annotations
+
 import ctypes
 import os
 import struct
 from enum import IntFlag
-from typing import Final
 
 from runtime.linux.lib import call, syscall
+
+TYPE_CHECKING = False  # typing costs a monitor memory
+if TYPE_CHECKING:
+    from typing import Final
 
 AT_FDCWD: Final = -100
 AT_EMPTY_PATH: Final = 0x1000

@@ -1,12 +1,17 @@
 """Processes: clone3, pidfds, prctl, keyrings, descriptors at exec, execve itself."""
 
+from __future__ import annotations
+
 import ctypes
 import os
 import struct
-from typing import Any, Final
 
 from runtime.linux.lib import NR, SyscallError, call, libc, libc_with_gil, syscall
 from runtime.linux.namespaces import CLONE
+
+TYPE_CHECKING = False  # typing costs a monitor memory
+if TYPE_CHECKING:
+    from typing import Any, Final
 
 PR_SET_PDEATHSIG: Final = 1
 PR_SET_DUMPABLE: Final = 4

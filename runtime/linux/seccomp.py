@@ -1,9 +1,14 @@
 """Loading a seccomp filter that was compiled beforehand."""
 
+from __future__ import annotations
+
 import ctypes
-from typing import Final
 
 from runtime.linux.lib import syscall
+
+TYPE_CHECKING = False  # typing costs a monitor memory
+if TYPE_CHECKING:
+    from typing import Final
 
 SECCOMP_SET_MODE_FILTER: Final = 1
 

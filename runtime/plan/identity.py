@@ -4,6 +4,8 @@ The end of a start is fixed: executable found, arguments encoded, everything all
 all with no_new_privs, else before the identity change), identity, execve, nothing else in between.
 """
 
+from __future__ import annotations
+
 import binascii
 import fcntl
 import os
@@ -11,7 +13,6 @@ import resource
 import signal
 import socket
 import struct
-from dataclasses import dataclass
 from errno import EACCES, ENOENT, EPERM
 
 from runtime.linux import caps, files
@@ -35,7 +36,6 @@ TIOCGPTN = 0x80045430
 TIOCSWINSZ = 0x5414
 
 
-@dataclass(frozen=True, slots=True)
 class Detach(Step):
     """Let go of what the parent was: session, keyring, signals, parent-death signal, directory.
 
@@ -61,7 +61,6 @@ class Detach(Step):
         return "new session and keyring, default signals"
 
 
-@dataclass(frozen=True, slots=True)
 class JoinCgroup(Step):
     """Move this process into its cgroup, by writing 0 to each file."""
 
@@ -82,7 +81,6 @@ class JoinCgroup(Step):
         return f"join cgroup {os.path.dirname(self.files[-1]) if self.files else '(none)'}"
 
 
-@dataclass(frozen=True, slots=True)
 class Unshare(Step):
     """Make new namespaces for this process."""
 
@@ -95,7 +93,6 @@ class Unshare(Step):
         return f"new namespaces: {flag_names(self.flags)}"
 
 
-@dataclass(frozen=True, slots=True)
 class Hostname(Step):
     """Set the host name in this process's uts namespace, which must be its own."""
 
@@ -108,7 +105,6 @@ class Hostname(Step):
         return f"hostname {self.name}"
 
 
-@dataclass(frozen=True, slots=True)
 class JoinNamespace(Step):
     """Join the namespace at `path` (below /proc or /run/netns)."""
 
@@ -126,7 +122,6 @@ class JoinNamespace(Step):
         return f"join {flag_names(self.flag)} namespace {self.path}"
 
 
-@dataclass(frozen=True, slots=True)
 class JoinProcess(Step):
     """Join several namespaces of the process behind the pidfd `name` in one call."""
 
@@ -145,7 +140,6 @@ def flag_names(flags: int) -> str:
     return ", ".join(str(flag.name)[3:].lower().replace("ns", "mount") for flag in CLONE if flags & flag) or "none"
 
 
-@dataclass(frozen=True, slots=True)
 class OomScoreAdj(Step):
     """Set oom_score_adj; where lowering it is not allowed the nearest allowed value stays, with a warning."""
 
@@ -166,7 +160,6 @@ class OomScoreAdj(Step):
         return f"oom_score_adj {self.value}"
 
 
-@dataclass(frozen=True, slots=True)
 class Rlimits(Step):
     """Set resource limits, as (resource number, soft, hard); 2^64-1 is infinity.
 
@@ -194,7 +187,6 @@ def _limit(value: int) -> int:
     return resource.RLIM_INFINITY if value >= 1 << 63 else value
 
 
-@dataclass(frozen=True, slots=True)
 class OpenTerminal(Step):
     """Open a terminal of the container's own devpts: its slave becomes stdin, stdout and stderr.
 
@@ -221,7 +213,6 @@ class OpenTerminal(Step):
         return "open a terminal from the container's devpts"
 
 
-@dataclass(frozen=True, slots=True)
 class WorkingDirectory(Step):
     """Make the working directory if it is missing, and enter it. Runs inside the root."""
 
@@ -245,7 +236,6 @@ class WorkingDirectory(Step):
         return f"enter {self.path}"
 
 
-@dataclass(frozen=True, slots=True)
 class FindExecutable(Step):
     """Find what execve will run: `name` itself if it has a slash, else along `path` as execvp does."""
 
@@ -272,7 +262,6 @@ class FindExecutable(Step):
         return f"find {self.name}"
 
 
-@dataclass(frozen=True, slots=True)
 class Execute(Step):
     """Become the process: descriptors, seccomp, identity, execve. Never returns on success.
 
@@ -338,7 +327,6 @@ class Execute(Step):
         return f"execute {self.args[0] if self.args else ''} as {who}{' with ' + ', '.join(extra) if extra else ''}"
 
 
-@dataclass(frozen=True, slots=True)
 class OpenLabel(Step):
     """Open the kernel's attribute file for the security label of the next execve, on the host's /proc."""
 

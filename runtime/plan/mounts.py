@@ -5,9 +5,10 @@ directory (RESOLVE_IN_ROOT) and mounted on by descriptor; a source is opened bef
 anything of the container's.
 """
 
+from __future__ import annotations
+
 import os
 import stat
-from dataclasses import dataclass
 from errno import ENOENT, ENOTDIR
 
 from runtime.linux import files
@@ -33,7 +34,6 @@ def attributes(set_: int) -> str:
     return ",".join("ro" if name == "rdonly" else name for name in names) or "rw"
 
 
-@dataclass(frozen=True, slots=True)
 class OpenSource(Step):
     """Open a bind's source as a detached mount, still in its peer group, while the host's tree is at hand.
 
@@ -58,7 +58,6 @@ class OpenSource(Step):
         return f"open source {self.path}{' with what is mounted below' if self.recursive else ''}"
 
 
-@dataclass(frozen=True, slots=True)
 class CloneSource(Step):
     """A copy of a mount that the parent handed in as descriptor `name` (the pod's /dev/shm)."""
 
@@ -72,7 +71,6 @@ class CloneSource(Step):
         return f"clone the pod's {self.name}"
 
 
-@dataclass(frozen=True, slots=True)
 class Propagation(Step):
     """Change how mounts at and below / of this mount namespace propagate."""
 
@@ -85,7 +83,6 @@ class Propagation(Step):
         return f"make / recursively {_PROPAGATION[MS(self.flag)]}"
 
 
-@dataclass(frozen=True, slots=True)
 class MountOverlay(Step):
     """Mount the root file system from its layers, at a directory that only this mount namespace sees covered.
 
@@ -108,7 +105,6 @@ class MountOverlay(Step):
         return f"mount overlay of {len(self.lowers)} layers from {self.base}, writable part {self.upper}"
 
 
-@dataclass(frozen=True, slots=True)
 class Mount(Step):
     """Mount a new file system at `target` below the root, which is made if missing."""
 
@@ -134,7 +130,6 @@ class Mount(Step):
         return f"mount {self.fstype} on {self.target}{f' ({options})' if options else ''}"
 
 
-@dataclass(frozen=True, slots=True)
 class Attach(Step):
     """Attach the opened source `key` at `target` below the root; a missing target is made to fit the source.
 
@@ -174,7 +169,6 @@ class Attach(Step):
         return f"bind {self.source} on {self.target} ({how}{kind})"
 
 
-@dataclass(frozen=True, slots=True)
 class MakeDevices(Step):
     """Device nodes in one directory below the root, as (name, kind, major, minor, mode, uid, gid).
 
@@ -205,7 +199,6 @@ class MakeDevices(Step):
         return f"make devices in {self.directory}: {' '.join(node[0] for node in self.nodes)}"
 
 
-@dataclass(frozen=True, slots=True)
 class MakeLinks(Step):
     """Symbolic links in the directory `directory` below the root, as (name, target) pairs."""
 
@@ -224,7 +217,6 @@ class MakeLinks(Step):
         return f"link {', '.join(name for name, _ in self.links)} in {self.directory}"
 
 
-@dataclass(frozen=True, slots=True)
 class MaskPaths(Step):
     """Hide paths below the root: a file under the host's null device, a directory under an empty tmpfs.
 
@@ -268,7 +260,6 @@ class MaskPaths(Step):
         return f"mask {' '.join(self.paths)}"
 
 
-@dataclass(frozen=True, slots=True)
 class ReadOnlyPaths(Step):
     """Make paths below the root read-only, each with all that is mounted below it; missing ones are skipped."""
 
@@ -296,7 +287,6 @@ class ReadOnlyPaths(Step):
         return f"make read-only {' '.join(self.paths)}"
 
 
-@dataclass(frozen=True, slots=True)
 class ReadOnlyRoot(Step):
     """Make the root mount read-only; what is mounted on it is not."""
 
@@ -307,7 +297,6 @@ class ReadOnlyRoot(Step):
         return "make the root read-only"
 
 
-@dataclass(frozen=True, slots=True)
 class RemountReadOnly(Step):
     """Make the mount at `target` below the root read-only, now that what lies on it is made."""
 
@@ -324,7 +313,6 @@ class RemountReadOnly(Step):
         return f"make {self.target} read-only"
 
 
-@dataclass(frozen=True, slots=True)
 class PivotRoot(Step):
     """Make the root file system / and let go of the host's tree (pivot_root(2), with "." for both)."""
 

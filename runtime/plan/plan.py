@@ -1,14 +1,24 @@
 """A plan is data: steps that describe themselves, go over a wire as JSON, and run one after the other."""
 
-import dataclasses
+from __future__ import annotations
+
 import json
 import os
 import time
-from typing import Any, ClassVar, Final
 
 from runtime.linux.lib import SyscallError
 
-KINDS: Final[dict[str, type["Step"]]] = {}
+# Neither typing nor dataclasses at run time: what they import would cost every monitor memory.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Final, dataclass_transform
+else:
+
+    def dataclass_transform(**_):
+        return lambda cls: cls
+
+
+KINDS: Final[dict[str, type[Step]]] = {}
 
 
 class Context:
@@ -31,11 +41,21 @@ class Context:
         return self.fds.pop(name)
 
 
+@dataclass_transform(frozen_default=True)
 class Step:
-    """One act on the kernel: a frozen dataclass of strings, numbers, booleans and tuples of them."""
+    """One act on the kernel: a record of strings, numbers, booleans and tuples of them, declared like a dataclass's."""
 
-    __slots__ = ()
-    __dataclass_fields__: ClassVar[dict[str, Any]]
+    fields: tuple[str, ...] = ()
+
+    def __init_subclass__(cls) -> None:
+        cls.fields = tuple(cls.__annotations__) if "__annotations__" in vars(cls) else ()
+        KINDS[cls.__name__] = cls
+
+    def __init__(self, *values: Any, **named: Any) -> None:
+        given = dict(zip(self.fields, values, strict=False)) | named
+        if len(given) != len(values) + len(named) or given.keys() != set(self.fields):
+            raise TypeError(f"{type(self).__name__} takes {', '.join(self.fields)}")
+        self.__dict__.update(given)
 
     def run(self, context: Context) -> None:
         """Do it. Raises OSError."""
@@ -45,9 +65,6 @@ class Step:
         """One line for a person: verb, object, options. Never a secret."""
         raise NotImplementedError
 
-    def __init_subclass__(cls) -> None:
-        KINDS[cls.__name__] = cls
-
 
 Plan = tuple[Step, ...]
 
@@ -55,7 +72,7 @@ Plan = tuple[Step, ...]
 def encode(plan: Plan) -> bytes:
     """The plan as JSON: `[[kind, field, …], …]`."""
     return json.dumps(
-        [[type(step).__name__, *(getattr(step, name) for name in step.__dataclass_fields__)] for step in plan],
+        [[type(step).__name__, *(getattr(step, name) for name in step.fields)] for step in plan],
         separators=(",", ":"),
     ).encode("ascii")
 
@@ -70,18 +87,20 @@ def decode(data: bytes) -> Plan:
     return tuple(plan)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
 class Outcome:
     """How far a plan came: the time of each step that ran in ns, and the failure if there was one.
 
     `failed` is the index of the step that failed, or -1; `errno` is 0 where no system call failed.
     """
 
-    started_ns: int
-    durations_ns: list[int]
-    failed: int
-    errno: int
-    detail: str
+    __slots__ = ("detail", "durations_ns", "errno", "failed", "started_ns")
+
+    def __init__(self, started_ns: int, durations_ns: list[int], failed: int, errno: int, detail: str) -> None:
+        self.started_ns = started_ns
+        self.durations_ns = durations_ns
+        self.failed = failed
+        self.errno = errno
+        self.detail = detail
 
 
 def run(plan: Plan, context: Context) -> Outcome:

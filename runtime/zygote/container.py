@@ -1,5 +1,7 @@
 """A container, or an exec'd process, as its monitor sees it: descriptors, log, state, the record of its end."""
 
+from __future__ import annotations
+
 import fcntl
 import json
 import os
@@ -7,9 +9,12 @@ import socket
 import struct
 import termios
 import time
-from typing import Any, Final
 
 from runtime.zygote.log import Log, Stream
+
+TYPE_CHECKING = False  # typing costs a monitor memory
+if TYPE_CHECKING:
+    from typing import Any, Final
 
 _READ_BYTES: Final = 65536
 _DRAIN_BYTES: Final = 16 << 20

@@ -5,13 +5,18 @@ larger than a datagram may be goes as a sealed memfd, the last descriptor. Both 
 comes from a monitor is still checked (size, JSON, kind) before it is used.
 """
 
+from __future__ import annotations
+
 import array
 import fcntl
 import json
 import os
 import socket
 from enum import StrEnum
-from typing import Any, Final
+
+TYPE_CHECKING = False  # typing costs a monitor memory
+if TYPE_CHECKING:
+    from typing import Any, Final
 
 VERSION: Final = 1
 LIMIT_BYTES: Final = 4 << 20

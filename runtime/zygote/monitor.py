@@ -5,13 +5,13 @@ read, writes logs, and records each exit on disk before it tells anybody. Reques
 path socket (and on the socket pair that cribd made it with); what happens is told on all of them.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import select
 import signal
 import socket
-from collections.abc import Callable
-from typing import Any, Final
 
 from runtime.cgroup import files as cgroup_files
 from runtime.linux import mount, namespaces
@@ -24,6 +24,11 @@ from runtime.zygote.log import Log
 from runtime.zygote.messages import Kind, ProtocolError, close_all, receive, send
 from runtime.zygote.podinit import reap_for_ever
 from runtime.zygote.tree import kill_tree
+
+TYPE_CHECKING = False  # typing costs a monitor memory
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, Final
 
 SOCKET_NAME: Final = "monitor.sock"
 _PLAN_LIMIT_BYTES: Final = 4 << 20
@@ -307,8 +312,8 @@ class Monitor:
         for stream in container.streams:
             self._watch_stream(container, stream)
         self._send(
-            connection, Kind.OK, re=container.n, pid=container.pid, started_ns=container.report["s"], running_ns=container.started_ns,
-            durations_ns=container.report["d"], warnings=container.report["w"],
+            connection, Kind.OK, re=container.n, pid=container.pid, started_ns=container.report["s"],
+            running_ns=container.started_ns, durations_ns=container.report["d"], warnings=container.report["w"],
         )  # fmt: skip
         if container.ended:
             self._announce(container)

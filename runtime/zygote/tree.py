@@ -1,10 +1,15 @@
 """Killing one exec'd process with all that descends from it, inside a container that goes on."""
 
+from __future__ import annotations
+
 import os
 import signal
-from typing import Final
 
 from runtime.cgroup.files import procs
+
+TYPE_CHECKING = False  # typing costs a monitor memory
+if TYPE_CHECKING:
+    from typing import Final
 
 _PASSES: Final = 64
 
