@@ -146,5 +146,5 @@ def test_sandbox_refused(modes: dict[str, Any], said: str) -> None:
 
 
 def test_user_namespaces_need_a_host_that_has_them() -> None:
-    with pytest.raises(Unsupported, match="userns_options.mode POD"):
+    with pytest.raises(Unsupported, match=r"userns_options\.mode POD"):
         sandbox_to_pod(pod(userns_options=OWN_USER), defaults=DEFAULTS, host=type(HOST)(user_namespaces=False))

@@ -15,13 +15,14 @@ from cri.translate import (
     PodPlan,
     container_key,
     difference,
+    etc,
     fingerprint,
     hosts,
     log_path,
     sandbox_key,
     sandbox_to_pod,
+    sysctls,
 )
-from cri.translate import etc, sysctls
 from runtime.errors import InvalidSpec
 from tests.cri.translate.given import DEFAULTS, HOST, container, sandbox, sandbox_with
 

@@ -32,7 +32,7 @@ STRICT = pb.SupplementalGroupsPolicy.Strict
 
 
 def context(**fields: Any) -> pb.LinuxContainerSecurityContext:
-    numbers = {
+    numbers: dict[str, Any] = {
         key: pb.Int64Value(value=value) if key in ("run_as_user", "run_as_group") else value
         for key, value in fields.items()
     }
