@@ -2,7 +2,6 @@
 
 import binascii
 import os.path
-import resource
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -35,6 +34,13 @@ _DEFAULT_LINKS: Final = (
     ("core", "/proc/kcore"),
     ("ptmx", "pts/ptmx"),
 )
+# asm-generic/resource.h; the standard library's `resource` lacks LOCKS
+_RLIMITS: Final = {
+    f"RLIMIT_{name}": number
+    for number, name in enumerate(
+        "CPU FSIZE DATA STACK CORE RSS NPROC NOFILE MEMLOCK AS LOCKS SIGPENDING MSGQUEUE NICE RTPRIO RTTIME".split()
+    )
+}
 _DEFAULT_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _CGROUP_ROOT: Final = "/sys/fs/cgroup"
 
@@ -275,9 +281,9 @@ def _inherited(process: Process) -> list[Step]:
     if process.rlimits:
         limits = []
         for limit in process.rlimits:
-            if not hasattr(resource, limit.type):
+            if limit.type not in _RLIMITS:
                 raise InvalidSpec(f"rlimit {limit.type!r} is unknown")
-            limits.append((int(getattr(resource, limit.type)), limit.soft, limit.hard))
+            limits.append((_RLIMITS[limit.type], limit.soft, limit.hard))
         steps.append(identity.Rlimits(tuple(limits)))
     return steps
 
