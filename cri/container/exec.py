@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from cri.container.start import cgroup, spec_of
+from cri.container.start import spec_of
 from cri.state.records import ContainerState
 from cri.translate.process import STRING_LIMIT_BYTES, TOTAL_LIMIT_BYTES
 from runtime.engine import Exec, ExecStart
@@ -153,12 +153,11 @@ def _request(node: Node, container: Container, command: list[str]) -> ExecStart:
     if container.state is not ContainerState.RUNNING or container.pod.running is None:
         raise WrongState(f"{container.title} is not running")
     spec = spec_of(node, container)
-    where = cgroup(node, container.record.cgroup_path)
     return ExecStart(
         id=node.new_id()[:16],
         container_id=container.id,
         process=msgspec.structs.replace(spec.process, args=tuple(command), terminal=False, console_size=None),
         linux=spec.linux or Linux(),
-        join_files=where.join_files,
-        clone_dir=where.clone_dir,
+        join_files=node.cgroups.join_files(container.record.cgroup_path),
+        clone_dir=node.cgroups.clone_dir(container.record.cgroup_path) or "",
     )

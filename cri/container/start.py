@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from typing import TYPE_CHECKING, Final
 
@@ -74,7 +73,7 @@ async def _run(node: Node, container: Container, timing: Timing) -> Started:
         id=container.id,
         spec=spec_of(node, container),
         rootfs=rootfs,
-        cgroup=cgroup(node, record.cgroup_path),
+        cgroup=Cgroup.of(node.cgroups, record.cgroup_path),
         log_path=record.log_path or None,
         stdin=container.config.stdin,
     )
@@ -103,16 +102,3 @@ def spec_of(node: Node, container: Container) -> Spec:
         raise NotFound(f"{container.title}: its OCI spec is not recorded any more")
     container.spec = _decode_spec(body)
     return container.spec
-
-
-def cgroup(node: Node, path: str) -> Cgroup:
-    """A container's cgroup as the engine is told of it."""
-    join_files = node.cgroups.join_files(path)
-    return Cgroup(
-        path=path,
-        join_files=join_files,
-        clone_dir=node.cgroups.clone_dir(path) or "",
-        kill_dirs=tuple(dict.fromkeys(os.path.dirname(file) for file in join_files)),
-        memory_events=node.cgroups.memory_events(path) or "",
-        mounts=node.cgroups.mounts_in_container(path),
-    )

@@ -68,14 +68,10 @@ def main() -> int:
 
 def _own_cgroup(config: Config, cgroups: Cgroups) -> tuple[str, ...]:
     """The cgroup of the zygote and the monitors, made if need be: their memory is crib's own and no pod's."""
-    path = monitors_cgroup(config, cgroups)
-    cgroups.create(path, None)
+    path = cgroups.join_path(config.cgroup.parent or cgroups.default_parent(config.instance), "monitors")
+    if not cgroups.exists(path):  # it does, with monitors in it, when cribd is started again
+        cgroups.create(path, None)
     return cgroups.join_files(path)
-
-
-def monitors_cgroup(config: Config, cgroups: Cgroups) -> str:
-    """Where the zygote and the monitors live."""
-    return cgroups.join_path(config.cgroup.parent or cgroups.default_parent(config.instance), "monitors")
 
 
 def _parser() -> argparse.ArgumentParser:

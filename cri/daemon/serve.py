@@ -86,6 +86,11 @@ async def _serve(config: Config, cgroups: Cgroups, zygote: Zygote) -> int:
         keeper.cancel()
         await server.stop(_GRACE_S)
         config.socket.unlink(missing_ok=True)
+        left = len(node.pods)
+        if not left:
+            await node.work(network.teardown)
+    if not left:  # the zygote has ended, too
+        cgroups.remove(node.cgroup_parent)
     return 0
 
 

@@ -1,0 +1,127 @@
+"""The command line: what may be said, and which function does it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import Final, NoReturn
+
+from cri.cli import failure
+
+ENDPOINT: Final = "unix:///run/crib/crib.sock"
+LOG_DIR: Final = "/var/log/crib"
+_EPILOG: Final = """\
+Wherever a pod or container is asked for, its id, its name or a prefix of the id that fits nothing else will do.
+
+exit codes: 0 done, 1 it failed, 2 not a valid command line, 3 no such object, 4 cribd can't be reached;
+exec and run (not detached): the container's exit code.
+
+environment: CRIB_ENDPOINT, CRIB_LOG_DIR (defaults of --endpoint and of run's --log-dir).
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, and where to read on."""
+        print(f"{self.prog}: {message[:1].lower()}{message[1:]}: see {self.prog} --help", file=sys.stderr)
+        raise SystemExit(failure.USAGE)
+
+
+def parser() -> argparse.ArgumentParser:
+    """`handler` of what it returns is "module:function" below cri.cli."""
+    common = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
+    common.add_argument("--endpoint", metavar="unix:///PATH", help=f"cribd's socket (default {ENDPOINT})")
+    common.add_argument("-o", "--output", choices=("table", "json"), help="for people or for programs")
+    top = _Parser(
+        prog="crib",
+        description="Run and look at pods, containers and images through cribd.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[common],
+        allow_abbrev=False,
+    )
+    top.add_argument("--version", action="store_true", help="this command's own version")
+    top.set_defaults(endpoint=os.environ.get("CRIB_ENDPOINT") or ENDPOINT, output="table", handler=None)
+    commands = top.add_subparsers(metavar="COMMAND", parser_class=_Parser)
+
+    def command(name: str, handler: str, text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text, parents=[common], allow_abbrev=False)
+        added.set_defaults(handler=handler)
+        return added
+
+    pull = command("pull", "image:pull", "fetch an image")
+    pull.add_argument("image", metavar="IMAGE")
+    pull.add_argument("-q", "--quiet", action="store_true", help="no progress")
+    pull.add_argument("--username", default="", help="for the registry")
+    pull.add_argument("--password-stdin", action="store_true", help="read the password from standard input")
+    load = command("load", "image:load", "store the images of an OCI or docker archive")
+    load.add_argument("file", metavar="FILE", help="- for standard input")
+    images = command("images", "image:images", "list images")
+    images.add_argument("-q", "--quiet", action="store_true", help="ids only")
+    rmi = command("rmi", "image:rmi", "remove images with all their tags")
+    rmi.add_argument("images", metavar="IMAGE", nargs="+")
+    rmi.add_argument("-f", "--force", action="store_true", help="even if containers were made from it")
+
+    _run(command("run", "run:run", "run a pod with one container"))
+
+    ps = command("ps", "listing:ps", "list running containers")
+    ps.add_argument("-a", "--all", action="store_true", help="those that don't run as well")
+    ps.add_argument("-q", "--quiet", action="store_true", help="ids only")
+    pods = command("pods", "listing:pods", "list pods")
+    pods.add_argument("-q", "--quiet", action="store_true", help="ids only")
+    logs = command("logs", "log:logs", "print a container's log")
+    logs.add_argument("container", metavar="CONTAINER")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on until the container ends")
+    logs.add_argument("-n", "--tail", metavar="N", type=_count, help="of what is there, only the last N lines")
+    logs.add_argument("-t", "--timestamps", action="store_true", help="begin each line with its time")
+    execute = command("exec", "container:exec_", "run a command in a container")
+    execute.add_argument("--timeout", metavar="SECONDS", type=_count, default=0, help="kill it after this time")
+    execute.add_argument("container", metavar="CONTAINER")
+    execute.add_argument("command", metavar="CMD", nargs=argparse.REMAINDER)
+    inspect = command("inspect", "container:inspect", "all about containers, pods and images, as JSON")
+    inspect.add_argument("things", metavar="ID", nargs="+")
+    stop = command("stop", "remove:stop", "stop containers or pods")
+    stop.add_argument("things", metavar="ID", nargs="+")
+    stop.add_argument("-t", "--time", metavar="SECONDS", type=_count, default=10, help="grace before the kill (10)")
+    stop.set_defaults(all=False)
+    rm = command("rm", "remove:rm", "remove containers or pods")
+    rm.add_argument("things", metavar="ID", nargs="*")
+    rm.add_argument("-f", "--force", action="store_true", help="even if running")
+    rm.add_argument("-a", "--all", action="store_true", help="every pod on the node")
+    plan = command("plan", "node:plan", "the steps that a pod or container was built with, and what each cost")
+    plan.add_argument("things", metavar="ID", nargs="+")
+    command("doctor", "node:doctor", "whether cribd is ready, and what this kernel offers it")
+    command("version", "node:version", "versions of crib and cribd")
+    return top
+
+
+def _run(run: argparse.ArgumentParser) -> None:
+    run.add_argument("-d", "--detach", action="store_true", help="print its id and don't wait for its end")
+    run.add_argument("--rm", action="store_true", help="remove the pod when the container has ended")
+    run.add_argument("--name", default="", help="of the pod and the container")
+    run.add_argument("--net", choices=("pod", "host"), default="pod", help="its own network, or the host's")
+    run.add_argument("-e", "--env", metavar="KEY[=VALUE]", action="append", default=[], help="without a value: yours")
+    run.add_argument("-v", "--volume", metavar="SOURCE:TARGET[:ro]", action="append", default=[], help="bind mount")
+    run.add_argument("-u", "--user", metavar="USER[:GID]", default="", help="a number, or a name of the image's")
+    run.add_argument("-w", "--workdir", metavar="DIR", default="", help="instead of the image's")
+    run.add_argument("-m", "--memory", metavar="SIZE", default="", help="limit, like 512Mi")
+    run.add_argument("--cpus", metavar="N", type=float, help="limit, like 0.5")
+    run.add_argument("-l", "--label", metavar="KEY=VALUE", action="append", default=[], help="of the pod")
+    run.add_argument("--entrypoint", metavar="PROGRAM", default="", help="instead of the image's")
+    run.add_argument("--read-only", action="store_true", help="read-only root file system")
+    run.add_argument("--privileged", action="store_true", help="all capabilities and devices, nothing hidden")
+    run.add_argument(
+        "--pull", choices=("missing", "always", "never"), default="missing", help="when to fetch the image"
+    )
+    run.add_argument("-q", "--quiet", action="store_true", help="no progress of a pull")
+    run.add_argument("--cgroup-parent", metavar="PATH", default="", help="instead of cribd's")
+    run.add_argument("--log-dir", metavar="DIR", default=os.environ.get("CRIB_LOG_DIR") or LOG_DIR, help="for its log")
+    run.add_argument("image", metavar="IMAGE")
+    run.add_argument("command", metavar="CMD", nargs=argparse.REMAINDER)
+
+
+def _count(text: str) -> int:
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
+    return int(text)
