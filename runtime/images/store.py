@@ -52,7 +52,10 @@ class _Index:
 
 
 class Images:
-    """The store below one directory. Thread-safe. Opened by one process at a time."""
+    """The store below one directory, which it may share: its own are layers/, rootfs/, spool/, images.* and rootfs.db*.
+
+    Thread-safe. Opened by one process at a time.
+    """
 
     def __init__(self, root: Path, config: ImagesConfig) -> None:
         self._root = root
@@ -75,7 +78,7 @@ class Images:
         for directory in (self._root, self._base, self._containers, self._spool):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             directory.chmod(0o700)
-        self._lock_file = os.open(self._root / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        self._lock_file = os.open(self._root / "images.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -329,10 +332,9 @@ class Images:
     def fs_info(self) -> list[FsUsage]:
         """What the images occupy: their layers and the records."""
         bytes_used, inodes = self._shelf.usage()
-        for entry in os.scandir(self._root):
-            if entry.is_file(follow_symlinks=False):
-                bytes_used += entry.stat(follow_symlinks=False).st_blocks * 512
-                inodes += 1
+        for path in (*self._root.glob("images.*"), *self._root.glob("rootfs.db*")):
+            bytes_used += path.lstat().st_blocks * 512
+            inodes += 1
         return [FsUsage(str(self._root), bytes_used, inodes)]
 
     def _reindex(self, names: dict[str, str]) -> None:
