@@ -26,6 +26,7 @@ from cri.api import cri_pb2 as pb
 from cri.api import crib_pb2
 
 T = TypeVar("T")
+TIME = b"2026-11-22T10:00:00.000000000Z"
 IMAGE = "busybox:latest"
 REMOTE = "registry.invalid/app:1"
 LAYERS = ("sha256:" + "1" * 64, "sha256:" + "2" * 64)
@@ -69,7 +70,7 @@ class Process:
             start_new_session=True,
         )
         assert self._process.stdout and self._process.stderr
-        log = open(self.log_path, "ab", buffering=0)
+        log = open(self.log_path, "ab", buffering=0)  # noqa: SIM115 - closed by the thread that sees the end
         writers = [
             threading.Thread(target=self._copy, args=(pipe, name, log))
             for pipe, name in ((self._process.stdout, b"stdout"), (self._process.stderr, b"stderr"))
@@ -84,7 +85,9 @@ class Process:
             for line in pipe:
                 tag = b"F" if line.endswith(b"\n") else b"P"
                 with self._lock:
-                    log.write(b"2026-11-22T10:00:00.000000000Z " + stream + b" " + tag + b" " + line.rstrip(b"\n") + b"\n")
+                    log.write(
+                        b"2026-11-22T10:00:00.000000000Z " + stream + b" " + tag + b" " + line.rstrip(b"\n") + b"\n"
+                    )
 
     def _end(self, writers: list[threading.Thread], log: IO[bytes]) -> None:
         assert self._process is not None
@@ -143,8 +146,8 @@ class Fake:
             service.full_name, {method.name: self._method(method) for method in service.methods}
         )
 
-    def _method(self, method: MethodDescriptor) -> grpc.RpcMethodHandler:
-        kinds: dict[tuple[bool, bool], Callable[..., grpc.RpcMethodHandler]] = {
+    def _method(self, method: MethodDescriptor) -> grpc.RpcMethodHandler[Any, Any]:
+        kinds: dict[tuple[bool, bool], Callable[..., grpc.RpcMethodHandler[Any, Any]]] = {
             (False, False): grpc.unary_unary_rpc_method_handler,
             (False, True): grpc.unary_stream_rpc_method_handler,
             (True, False): grpc.stream_unary_rpc_method_handler,
@@ -327,9 +330,7 @@ class Fake:
         if self._container(request.container_id).status.state != pb.CONTAINER_RUNNING:
             raise Refused(grpc.StatusCode.FAILED_PRECONDITION, f"container {request.container_id} is not running")
         try:
-            done = subprocess.run(
-                list(request.cmd), capture_output=True, timeout=request.timeout or None, check=False
-            )
+            done = subprocess.run(list(request.cmd), capture_output=True, timeout=request.timeout or None, check=False)
         except subprocess.TimeoutExpired:
             raise Refused(grpc.StatusCode.DEADLINE_EXCEEDED, f"exec timed out after {request.timeout} s") from None
         return pb.ExecSyncResponse(stdout=done.stdout, stderr=done.stderr, exit_code=done.returncode)
@@ -353,7 +354,12 @@ class Fake:
     def on_Pull(self, request: crib_pb2.PullRequest) -> Iterator[crib_pb2.PullProgress]:
         if request.image != REMOTE:
             raise Refused(grpc.StatusCode.UNAVAILABLE, f"RegistryUnavailable: pull {request.image}: connection refused")
-        for state in (crib_pb2.LAYER_WAITING, crib_pb2.LAYER_DOWNLOADING, crib_pb2.LAYER_UNPACKING, crib_pb2.LAYER_DONE):
+        for state in (
+            crib_pb2.LAYER_WAITING,
+            crib_pb2.LAYER_DOWNLOADING,
+            crib_pb2.LAYER_UNPACKING,
+            crib_pb2.LAYER_DONE,
+        ):
             for number, digest in enumerate(LAYERS):
                 total = 0 if state == crib_pb2.LAYER_WAITING else 1_000_000 * (number + 1)
                 yield crib_pb2.PullProgress(digest=digest, state=state, current_bytes=total // 2, total_bytes=total)

@@ -1,0 +1,392 @@
+"""The `crib` command against the fake: what it prints, its JSON, its exit codes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+from cri.api import cri_pb2 as pb
+from tests.cri.cli.conftest import Crib
+from tests.cri.cli.fake import IMAGE, LAYERS, REMOTE, Fake
+
+Start = Callable[..., str]
+
+
+def requests_of(fake: Fake, method: str) -> list[object]:
+    return [request for name, request in fake.requests if name == method]
+
+
+# ---- run ---------------------------------------------------------------------------------------------------------
+
+
+def test_run_prints_both_streams_and_ends_with_the_containers_code(crib: Crib) -> None:
+    done = crib.full("run", "--name", "t", "busybox", "sh", "-c", "echo out; echo err >&2; printf end; exit 7", code=7)
+    assert (done.stdout, done.stderr) == (b"out\nend", b"err\n")
+
+
+def test_run_keeps_the_stopped_pod_for_a_look_but_not_its_address(crib: Crib) -> None:
+    crib("run", "--name", "t", "busybox", "true")
+    [pod] = crib.json("pods")
+    assert (pod["name"], pod["state"], pod["addresses"]) == ("t", "not-ready", [])
+    [container] = crib.json("ps", "-a")
+    assert (container["name"], container["state"], container["exit_code"]) == ("t", "exited", 0)
+    assert crib.json("ps") == []
+
+
+def test_run_rm_leaves_nothing(crib: Crib, fake: Fake) -> None:
+    crib("run", "--rm", "busybox", "sh", "-c", "exit 3", code=3)
+    assert not fake.pods
+    assert os.listdir(crib.log_dir) == []
+
+
+def test_run_detached_prints_the_id_alone(crib: Crib, running: Start) -> None:
+    identifier = running("web")
+    assert [row["id"] for row in crib.json("ps")] == [identifier]
+
+
+def test_run_asks_for_what_a_kubelet_asks_for(fake: Fake, crib: Crib, tmp_path: Path) -> None:
+    crib(
+        "run", "--name", "t", "--net", "host", "-e", "A=b=c", "-e", "HOME", "-v", f"{tmp_path}:/data:ro,rslave",
+        "-m", "64Mi", "--cpus", "0.5", "-u", "1000:100", "-w", "/tmp", "--read-only", "-l", "x=y", "busybox", "true",
+    )  # fmt: skip
+    [request] = requests_of(fake, "CreateContainer")
+    assert isinstance(request, pb.CreateContainerRequest)
+    config, pod = request.config, request.sandbox_config
+    assert {one.key: one.value for one in config.envs} == {"A": b"b=c", "HOME": os.environ["HOME"].encode()}
+    mount = pb.Mount(
+        host_path=str(tmp_path), container_path="/data", readonly=True, propagation=pb.PROPAGATION_HOST_TO_CONTAINER
+    )
+    assert list(config.mounts) == [mount]
+    assert config.linux.resources.memory_limit_in_bytes == 64 << 20
+    assert (config.linux.resources.cpu_quota, config.linux.resources.cpu_period) == (50_000, 100_000)
+    context = config.linux.security_context
+    assert (context.run_as_user.value, context.run_as_group.value) == (1000, 100)
+    assert context.readonly_rootfs and context.HasField("seccomp") and "/proc/kcore" in context.masked_paths
+    assert (config.working_dir, list(config.args), list(config.command)) == ("/tmp", ["true"], [])
+    assert config.image.image.startswith("sha256:") and config.image.user_specified_image == "busybox"
+    assert pod.linux.security_context.namespace_options.network == pb.NODE and not pod.hostname
+    assert pod.labels["x"] == "y"
+
+
+def test_run_passes_options_after_the_image_on(fake: Fake, crib: Crib) -> None:
+    assert crib("run", "busybox", "echo", "-o", "json", "--rm") == "-o json --rm\n"
+
+
+def test_run_fetches_a_missing_image(fake: Fake, crib: Crib) -> None:
+    done = crib.full("run", REMOTE, "echo", "hello")
+    assert done.stdout == b"hello\n"
+    assert len(requests_of(fake, "Pull")) == 1
+    crib("run", REMOTE, "true")
+    assert len(requests_of(fake, "Pull")) == 1
+    assert "no image 'nosuch'" in crib.error("run", "--pull", "never", "nosuch", "true", code=3)
+
+
+def test_run_that_fails_leaves_nothing(fake: Fake, crib: Crib) -> None:
+    error = crib.error("run", "busybox", "/no/such/program", code=1)
+    assert error == "crib: step 29/31: execve /no/such/program: no such file or directory"
+    assert not fake.pods and not fake.containers
+
+
+def test_run_refuses_a_name_that_is_taken(crib: Crib, running: Start) -> None:
+    identifier = running("web")
+    error = crib.error("run", "--name", "web", "busybox", "true", code=1)
+    assert "there is a pod web already" in error and "crib rm -f web" in error
+    assert [row["id"] for row in crib.json("ps")] == [identifier]
+
+
+def test_run_json_collects_the_output(crib: Crib) -> None:
+    told = crib.json(
+        "run", "--name", "t", "-o", "json", "busybox", "sh", "-c", "echo out; echo err >&2; exit 2", code=2
+    )
+    assert told.keys() == {"id", "name", "pod_id", "exit_code", "reason", "stdout", "stderr"}
+    assert (told["exit_code"], told["reason"], told["stdout"], told["stderr"]) == (2, "Error", "out\n", "err\n")
+
+
+def test_run_interrupted_stops_the_container(crib: Crib, fake: Fake) -> None:
+    with crib.popen("run", "--rm", "busybox", "sh", "-c", "echo up; exec sleep 1000") as process:
+        assert process.stdout is not None and process.stdout.readline() == b"up\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    assert not fake.pods
+
+
+# ---- lists and names ---------------------------------------------------------------------------------------------
+
+
+def test_tables_without_a_terminal_are_plain_columns(crib: Crib, running: Start) -> None:
+    identifier = running("web")
+    titles, line = crib("ps").splitlines()
+    assert titles.split() == ["CONTAINER", "NAME", "POD", "IMAGE", "STATE", "CREATED"]
+    assert line.split()[:5] == [identifier[:12], "web", "web", "busybox", "running"]
+    titles, line = crib("pods").splitlines()
+    assert line.split()[1:5] == ["web", "default", "ready", "10.88.0.2"]
+    assert crib("ps", "-q") == f"{identifier}\n"
+
+
+def test_json_of_lists_keeps_its_shape(crib: Crib, running: Start) -> None:
+    running("web")
+    [container], [pod], [image] = crib.json("ps"), crib.json("pods"), crib.json("images")
+    assert container.keys() == {
+        "id", "name", "attempt", "pod_id", "pod", "namespace", "image", "image_id", "state", "exit_code", "reason",
+        "created_ns", "labels",
+    }  # fmt: skip
+    assert pod.keys() == {
+        "id", "name", "namespace", "uid", "attempt", "state", "network", "addresses", "containers", "created_ns",
+        "labels",
+    }  # fmt: skip
+    assert image.keys() == {"id", "tags", "digests", "size_bytes", "pinned"}
+
+
+def test_table_on_a_terminal(crib: Crib, running: Start) -> None:
+    running("web")
+    shown = crib.on_terminal("ps")
+    assert "\x1b[" in shown and "web" in shown and "running" in shown
+
+
+def test_a_name_an_id_and_a_prefix_mean_the_same(crib: Crib, running: Start) -> None:
+    identifier = running("web")
+    pod_id = crib.json("pods")[0]["id"]
+    for given in ("web", "web/web", "default/web/web", identifier, identifier[:8]):
+        assert crib.json("inspect", given)[0]["status"]["id"] == identifier
+    for given in ("default/web", pod_id, pod_id[:8]):
+        assert crib.json("inspect", given)[0]["status"]["id"] == pod_id
+    assert crib("exec", pod_id, "echo", "in") == "in\n"
+
+
+def test_what_fits_several_is_refused(crib: Crib, fake: Fake, running: Start) -> None:
+    running("web")
+    config = pb.PodSandboxConfig(metadata=pb.PodSandboxMetadata(name="other", uid="u", namespace="n"))
+    pod_id = fake.on_RunPodSandbox(pb.RunPodSandboxRequest(config=config)).pod_sandbox_id
+    for name in ("web", "side"):
+        request = pb.CreateContainerRequest(
+            pod_sandbox_id=pod_id,
+            config=pb.ContainerConfig(metadata=pb.ContainerMetadata(name=name), image=pb.ImageSpec(image=IMAGE)),
+        )
+        fake.on_CreateContainer(request)
+    error = crib.error("inspect", "web", code=1)
+    assert "'web' fits 2" in error and "container other/web" in error and "container web/web" in error
+    assert crib.json("inspect", "other/web")[0]["status"]["state"] == "CONTAINER_CREATED"
+    assert "pod other has 2 containers: say which (side, web)" in crib.error("logs", "other", code=1)
+
+
+# ---- logs, exec, inspect -----------------------------------------------------------------------------------------
+
+
+def test_logs_are_the_containers_own_bytes(crib: Crib, running: Start) -> None:
+    identifier = running("t", r"echo a; echo b; echo err >&2; printf '\377partial'")
+    assert crib.full("logs", "-f", identifier).stdout == b"a\nb\n\xffpartial"
+    assert crib.full("logs", "-f", identifier).stderr == b"err\n"
+    running("u", "echo a; echo b")
+    crib("logs", "-f", "u")
+    assert crib("logs", "-t", "--tail", "1", "u") == "2026-11-22T10:00:00.000000000Z b\n"
+    lines = crib("logs", "-o", "json", "t").splitlines()
+    assert '"stream":"stdout"' in lines[0] and lines[0].startswith('{"time":"2026-11-22T10:00:00.000000000Z"')
+
+
+def test_logs_follow_until_the_end(crib: Crib, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    script = f"echo first; read line <{gate}; echo $line; exit 1"
+    crib("run", "-d", "--name", "t", "busybox", "sh", "-c", script)
+    with crib.popen("logs", "-f", "t") as process:
+        assert process.stdout is not None and process.stdout.readline() == b"first\n"
+        gate.write_text("second\n")
+        assert process.stdout.read() == b"second\n"
+        assert process.wait(60) == 0
+
+
+def test_exec_passes_everything_through(crib: Crib, running: Start) -> None:
+    running("web")
+    done = crib.full("exec", "web", "sh", "-c", "echo out; echo err >&2; exit 42", code=42)
+    assert (done.stdout, done.stderr) == (b"out\n", b"err\n")
+    assert crib("exec", "-o", "json", "web", "echo", "x").split() == [
+        "{", '"exit_code":', "0,", '"stdout":', '"x\\n",', '"stderr":', '""', "}",
+    ]  # fmt: skip
+    assert "exec timed out after 1 s" in crib.error("exec", "--timeout", "1", "web", "sleep", "100", code=1)
+
+
+def test_exec_in_a_container_that_has_ended(crib: Crib) -> None:
+    crib("run", "--name", "t", "busybox", "true")
+    assert "is not running" in crib.error("exec", "t", "true", code=1)
+
+
+def test_inspect_tells_no_environment_values(crib: Crib, running: Start) -> None:
+    running("web", "exec sleep 1000", "-e", "TOKEN=hunter2")
+    text = crib("inspect", "web", "busybox")
+    assert "hunter2" not in text and "secret" not in text
+    container, image = crib.json("inspect", "web", "busybox")
+    assert container["info"]["runtimeSpec"]["process"]["env"] == ["TOKEN=<redacted>", "PATH=<redacted>"]
+    assert container["info"]["config"]["envs"] == [{"key": "TOKEN", "value": "<redacted>"}]
+    assert container["info"]["pid"] == 7 and container["kind"] == "container"
+    assert image["kind"] == "image" and image["info"]["imageSpec"]["config"]["Env"] == ["KEY=<redacted>"]
+
+
+# ---- stop and rm -------------------------------------------------------------------------------------------------
+
+
+def test_stop_and_rm_of_what_run_made(crib: Crib, fake: Fake, running: Start) -> None:
+    running("web", "trap 'exit 5' TERM; echo ready; while :; do sleep 0.05; done")
+    crib("logs", "web")
+    assert "is running: crib stop it, or crib rm -f" in crib.error("rm", "web", code=1)
+    assert crib("stop", "web") == "web\n"
+    assert crib.json("pods")[0]["state"] == "not-ready"
+    assert crib.json("ps", "-a")[0]["state"] == "exited"
+    assert crib("stop", "web") == "web\n"
+    assert crib("rm", "web") == "web\n"
+    assert not fake.pods and os.listdir(crib.log_dir) == []
+
+
+def test_rm_of_many_goes_on_after_a_failure(crib: Crib, fake: Fake, running: Start) -> None:
+    running("a")
+    running("b")
+    done = crib.full("rm", "-f", "a", "nosuch", "b", code=3)
+    assert done.stdout == b"a\nb\n" and b"no container or pod 'nosuch'" in done.stderr
+    assert not fake.pods
+
+
+def test_rm_all(crib: Crib, fake: Fake, running: Start) -> None:
+    running("a")
+    running("b")
+    assert sorted(crib("rm", "-f", "--all").split()) == ["a", "b"]
+    assert not fake.pods
+    crib("rm", code=2)
+
+
+def test_rm_never_touches_logs_that_run_did_not_choose(crib: Crib, fake: Fake, tmp_path: Path) -> None:
+    uid = "0" * 32
+    config = pb.PodSandboxConfig(
+        metadata=pb.PodSandboxMetadata(name="p", uid=uid, namespace="n"),
+        log_directory=str(tmp_path),
+        labels={"crib/run": "p"},
+    )
+    pod_id = fake.on_RunPodSandbox(pb.RunPodSandboxRequest(config=config)).pod_sandbox_id
+    container = pb.ContainerConfig(
+        metadata=pb.ContainerMetadata(name="c"), image=pb.ImageSpec(image=IMAGE), args=["true"], log_path="c.log"
+    )
+    answer = fake.on_CreateContainer(pb.CreateContainerRequest(pod_sandbox_id=pod_id, config=container))
+    fake.on_StartContainer(pb.StartContainerRequest(container_id=answer.container_id))
+    crib("logs", "-f", "c")
+    crib("rm", "-f", "p")
+    assert stat.S_ISREG((tmp_path / "c.log").stat().st_mode)
+
+
+# ---- images ------------------------------------------------------------------------------------------------------
+
+
+def test_pull_prints_lines_to_stderr_and_the_id_to_stdout(crib: Crib) -> None:
+    done = crib.full("pull", REMOTE)
+    identifier = done.stdout.decode().strip()
+    assert identifier.startswith("sha256:")
+    assert done.stderr.decode().splitlines()[-1] == f"{LAYERS[1][7:19]}: done 1.9 MiB"
+    assert crib.full("pull", "-q", REMOTE).stderr == b""
+    assert crib.json("pull", "-q", REMOTE) == {"image": REMOTE, "id": identifier}
+
+
+def test_pull_shows_bars_on_a_terminal(crib: Crib) -> None:
+    shown = crib.on_terminal("pull", REMOTE)
+    assert "111111111111" in shown and "\N{BOX DRAWINGS HEAVY HORIZONTAL}" in shown and "done" in shown
+
+
+def test_pull_from_a_registry_that_is_away_is_not_a_cribd_that_is_away(crib: Crib) -> None:
+    assert crib.error("pull", "nowhere/x", code=1) == "crib: RegistryUnavailable: pull nowhere/x: connection refused"
+
+
+def test_pull_sends_a_password_from_stdin(crib: Crib, fake: Fake) -> None:
+    crib("pull", "-q", "--username", "me", "--password-stdin", REMOTE, stdin=b"hunter2\n")
+    [request] = requests_of(fake, "Pull")
+    assert "hunter2" in str(getattr(request, "password", ""))
+
+
+def test_load(crib: Crib, tmp_path: Path) -> None:
+    archive = tmp_path / "a.tar"
+    archive.write_bytes(b"archive of local/app:3\0" + bytes(3 << 20))
+    assert crib("load", str(archive)) == "local/app:3\n"
+    assert crib.json("load", str(archive))[0]["tags"] == ["local/app:3"]
+    assert crib("load", "-", stdin=archive.read_bytes()) == "local/app:3\n"
+    assert crib.error("load", str(tmp_path / "no"), code=3).endswith("/no: no such file or directory")
+    archive.write_bytes(b"junk")
+    assert crib.error("load", str(archive), code=1) == "crib: the archive is no tar file"
+
+
+def test_images_and_rmi(crib: Crib, running: Start) -> None:
+    assert crib("images").splitlines()[1].split()[0] == "busybox:latest"
+    running("web")
+    assert "is what container web" in crib.error("rmi", "busybox", code=1)
+    crib("rmi", "-f", "busybox")
+    assert crib.json("images") == []
+    assert "no image 'busybox' here" in crib.error("rmi", "busybox", code=3)
+
+
+# ---- the node ----------------------------------------------------------------------------------------------------
+
+
+def test_plan(crib: Crib, running: Start) -> None:
+    identifier = running("web")
+    lines = crib("plan", "web").splitlines()
+    assert lines[0] == f"container web ({identifier[:12]}): 3.00 ms, 2 steps"
+    assert [line.split() for line in lines[1:]] == [
+        ["#", "PHASE", "AT", "TOOK", "STEP"],
+        ["1", "rootfs", "0.00", "ms", "0.25", "ms", "overlay", "on", "/"],
+        ["2", "exec", "1.00", "ms", "1.50", "ms", "execve", "sh"],
+        ["total", "3.00", "ms", "from", "call", "to", "answer"],
+    ]
+    [plan] = crib.json("plan", "default/web")
+    assert plan.keys() == {"id", "kind", "name", "total_ns", "steps"} and plan["kind"] == "pod"
+    assert plan["steps"][1] == {
+        "index": 2, "phase": "exec", "text": "execve sh", "at_ns": 1_000_000, "duration_ns": 1_500_000, "error": "",
+    }  # fmt: skip
+
+
+def test_doctor(crib: Crib, fake: Fake) -> None:
+    told = crib.json("doctor")
+    assert told["ok"] and [probe["ok"] for probe in told["probes"]] == [True, False]
+    assert crib("doctor").splitlines()[-1].split() == ["idmap", "no", "EINVAL", "chown"]
+    fake.network_ready = False
+    assert not crib.json("doctor", code=1)["ok"]
+
+
+def test_version(crib: Crib, fake: Fake) -> None:
+    told = crib.json("version")
+    assert told["server"] == told["client"] == "0.1.0" and told["api"] == "v1"
+    assert crib("--version") == "crib 0.1.0\n"
+    fake.close()
+    away = crib.full("version", code=4)
+    assert away.stdout == b"crib 0.1.0\n"
+
+
+# ---- errors ------------------------------------------------------------------------------------------------------
+
+
+def test_no_daemon(tmp_path: Path) -> None:
+    crib = Crib(f"unix://{tmp_path}/none.sock", tmp_path)
+    assert crib.error("ps", code=4) == (
+        f"crib: cannot reach cribd at unix://{tmp_path}/none.sock: no such file or directory: is it running?"
+    )
+
+
+def test_usage(crib: Crib) -> None:
+    assert "invalid choice: 'nosuch'" in crib.error("nosuch", code=2)
+    assert "see crib exec --help" in crib.error("exec", code=2)
+    assert "--rm and --detach exclude each other" in crib.error("run", "-d", "--rm", "busybox", code=2)
+    assert "not SOURCE:/TARGET" in crib.error("run", "-v", "x", "busybox", code=2)
+    assert crib.full(code=2).stderr.startswith(b"usage: crib")
+    assert "is not unix:///PATH" in Crib("tcp://x", crib.log_dir).error("ps", code=2)
+
+
+def test_unknown_things_are_exit_code_3(crib: Crib) -> None:
+    for command in (["logs"], ["inspect"], ["stop"], ["rm"], ["plan"], ["rmi"]):
+        assert "nosuch" in crib.error(*command, "nosuch", code=3)
+    assert "nosuch" in crib.error("exec", "nosuch", "true", code=3)
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(crib: Crib, running: Start) -> None:
+    running("t", "seq 1 100000; exec sleep 1000")
+    with crib.popen("logs", "-f", "t") as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == b"1\n"
+        process.stdout.close()
+        assert process.wait(60) == 141
+        assert process.stderr.read() == b""
