@@ -337,7 +337,7 @@ def _become(process: Process, linux: Linux, last_cap: int) -> list[Step]:
             umask=0o022 if user.umask is None else user.umask,
             no_new_privileges=process.no_new_privileges,
             seccomp=_filter(linux) if filtered else "",
-            seccomp_flags=0,
+            seccomp_flags=0 if linux.seccomp is None else seccomp_compiler.flags(linux.seccomp),
             label=label,
         )
     )
