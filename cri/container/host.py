@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Final
 
 from cri.api import cri_pb2 as pb
 from cri.state.records import ContainerState
-from cri.translate import seccomp
+from cri.translate import propagation, seccomp
 from cri.translate.devices import HostDevice, paths
 from cri.translate.namespaces import TARGET
 from runtime.errors import InvalidSpec
+from runtime.spec import Mount
 
 if TYPE_CHECKING:
     from cri.container.container import Container
@@ -78,6 +79,13 @@ def seccomp_file(security: pb.LinuxContainerSecurityContext) -> bytes | None:
         return None
     except OSError as error:
         raise InvalidSpec(f"seccomp profile {path!r}: {error.strerror}") from error
+
+
+def check_propagation(mounts: tuple[Mount, ...]) -> None:
+    """Refuses mounts whose source can't propagate as asked. Raises InvalidSpec."""
+    if wanted := propagation.wanted(mounts):
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
+            propagation.check(wanted, file.read(), os.path.realpath)
 
 
 def target_pid(node: Node, container: Container) -> str | None:
