@@ -27,7 +27,8 @@ from runtime.errors import Exhausted, InvalidSpec, Unsupported
 
 MESSAGE_LIMIT_BYTES: Final = 16 << 20  # what the kubelet's client accepts
 _NO_DEADLINE_S: Final = 1e9  # grpcio reports about 9.2e18 seconds where the caller set none
-_READS: Final = re.compile(r"^(List|Stream|Get)|(Status|Stats|Info)$|^(Version|RuntimeConfig|Plan|Doctor)$")
+_READS: Final = re.compile(r"^(List|Stream|Get)|(Status|Stats|Info)$|^(Version|RuntimeConfig|Plan|Doctor|ExecSync)$")
+"""Calls that change nothing, or, as probes do with ExecSync, come every second: their lines are DEBUG."""
 _logger = logging.getLogger(__name__)
 
 
@@ -146,7 +147,7 @@ def _remaining_s(context: _Context) -> float | None:
 
 
 def _write(name: str, code: grpc.StatusCode, text: str, failure: BaseException | None, seconds: float) -> None:
-    """The call's one line: INFO for a change, DEBUG for a read; worse for what went wrong."""
+    """The call's one line: INFO for a change, DEBUG for `_READS`; worse for what went wrong."""
     extra: dict[str, object] = {"code": code.name, "ms": f"{seconds * 1e3:.1f}"}
     if text:
         extra["error"] = text

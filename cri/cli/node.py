@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from argparse import Namespace
 from importlib.metadata import version as installed_version
@@ -16,6 +17,7 @@ from cri.cli.failure import Failure, printable
 from cri.cli.inventory import Inventory
 from cri.cli.output import milliseconds, short, show, show_json
 
+_ID: Final = re.compile(r"\b[0-9a-f]{32,64}\b")
 _CONDITIONS: Final = ("RuntimeReady", "NetworkReady")
 
 
@@ -78,7 +80,7 @@ def plan(client: Client, options: Namespace) -> int:
             "PHASE": lambda row: row.phase,
             "AT": lambda row: milliseconds(row.at_ns) if row.index else "total",
             "TOOK": lambda row: milliseconds(row.duration_ns),
-            "STEP": lambda row: f"{row.text}: failed: {row.error}" if row.error else row.text,
+            "STEP": lambda row: _shorter(f"{row.text}: failed: {row.error}" if row.error else row.text),
         }
         show([*table.steps, total], columns, as_json=False)
     return 0
@@ -99,6 +101,11 @@ def _table(client: Client, thing: pb.Container | pb.PodSandbox) -> PlanTable:
         for step in answer.steps
     ]
     return PlanTable(id=answer.id, kind=answer.kind, name=thing.metadata.name, total_ns=answer.total_ns, steps=steps)
+
+
+def _shorter(text: str) -> str:
+    """A step's text for a table: ids as far as one needs them."""
+    return _ID.sub(lambda match: f"{short(match[0])}…", text)
 
 
 def doctor(client: Client, options: Namespace) -> int:

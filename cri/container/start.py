@@ -51,7 +51,7 @@ async def _start(node: Node, container: Container) -> None:
             finish(node, container, START_ERROR_EXIT, "StartError", str(error), time.time_ns())
         raise
     for warning in started.warnings:
-        _logger.warning("started without", extra={"fields": {"container": container.id, "what": warning}})
+        _logger.debug("started without", extra={"fields": {"container": container.id, "what": warning}})
     if not container.alive:  # killed, and given up on, meanwhile
         await node.work(node.cgroups.kill, container.record.cgroup_path)
         raise WrongState(f"{container.title} was killed while it was starting")

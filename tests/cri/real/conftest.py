@@ -1,0 +1,116 @@
+"""A real cribd, real rooms, one image."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from cri.api import cri_pb2 as pb
+from tests.cri.client import Client
+from tests.cri.real.daemon import IMAGE, REPOSITORY, Daemon, load_image
+from tests.requires import need
+
+
+@dataclass
+class Real:
+    """A cribd and a client of it. `logs` is a directory for containers' logs."""
+
+    daemon: Daemon
+    client: Client
+    logs: Path
+
+    def pod_config(self, name: str = "pod", *, network: bool = True, **fields: object) -> pb.PodSandboxConfig:
+        """A pod whose containers have pid namespaces of their own, as the kubelet's have."""
+        modes = pb.NamespaceOption(pid=pb.CONTAINER, network=pb.POD if network else pb.NODE)
+        linux = pb.LinuxPodSandboxConfig(security_context=pb.LinuxSandboxSecurityContext(namespace_options=modes))
+        metadata = pb.PodSandboxMetadata(name=name, namespace="tests", uid=f"uid-{name}")
+        config = pb.PodSandboxConfig(
+            metadata=metadata, hostname=name if network else "", log_directory=str(self.logs), linux=linux
+        )
+        config.MergeFrom(pb.PodSandboxConfig(**fields))  # type: ignore[arg-type]
+        return config
+
+    async def pod(self, config: pb.PodSandboxConfig | None = None) -> str:
+        request = pb.RunPodSandboxRequest(config=config or self.pod_config())
+        return str((await self.client.RunPodSandbox(request)).pod_sandbox_id)
+
+    async def create(self, pod: str, *command: str, name: str = "c", **fields: object) -> str:
+        base: dict[str, object] = {
+            "metadata": pb.ContainerMetadata(name=name),
+            "image": pb.ImageSpec(image=IMAGE),
+            "log_path": f"{name}.log",
+            "linux": pb.LinuxContainerConfig(),
+        }
+        config = pb.ContainerConfig(command=command, **(base | fields))  # type: ignore[arg-type]
+        request = pb.CreateContainerRequest(pod_sandbox_id=pod, config=config)
+        return str((await self.client.CreateContainer(request)).container_id)
+
+    async def start(self, container: str) -> None:
+        await self.client.StartContainer(pb.StartContainerRequest(container_id=container))
+
+    async def run(self, pod: str, *command: str, name: str = "c", **fields: object) -> str:
+        container = await self.create(pod, *command, name=name, **fields)
+        await self.start(container)
+        return container
+
+    async def sh(self, container: str, script: str, timeout: int = 20) -> pb.ExecSyncResponse:
+        request = pb.ExecSyncRequest(container_id=container, cmd=["sh", "-c", script], timeout=timeout)
+        answer: pb.ExecSyncResponse = await self.client.ExecSync(request)
+        return answer
+
+    async def status(self, container: str) -> pb.ContainerStatus:
+        answer = await self.client.ContainerStatus(pb.ContainerStatusRequest(container_id=container))
+        found: pb.ContainerStatus = answer.status
+        return found
+
+    async def ended(self, container: str) -> pb.ContainerStatus:
+        """The status once the container has ended by itself; a stop without a signal in sight waits for it."""
+        import asyncio
+
+        async with asyncio.timeout(30):
+            while (found := await self.status(container)).state != pb.CONTAINER_EXITED:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        return found
+
+    async def remove(self, *pods: str) -> None:
+        for pod in pods:
+            await self.client.RemovePodSandbox(pb.RemovePodSandboxRequest(pod_sandbox_id=pod))
+
+
+@pytest.fixture(scope="session")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    need("busybox")
+    path = tmp_path_factory.mktemp("image") / "busybox.tar"
+    command = [sys.executable, str(REPOSITORY / "hack/busybox-image"), str(path)]
+    subprocess.run([*command, "--busybox", str(shutil.which("busybox"))], check=True)
+    return path.read_bytes()
+
+
+@pytest.fixture
+def daemon(run_dir: Path) -> Iterator[Daemon]:
+    """A cribd that a test may end and start again; whatever pods are left at the end are its failure."""
+    made = Daemon(run_dir)
+    made.start()
+    yield made
+    if made.process is not None:
+        assert made.stop() == 0, made.log()
+
+
+@pytest_asyncio.fixture
+async def real(daemon: Daemon, archive: bytes, tmp_path: Path) -> AsyncIterator[Real]:
+    client = daemon.client()
+    await load_image(client, archive)
+    made = Real(daemon, client, tmp_path / "logs")
+    yield made
+    try:
+        for item in (await made.client.ListPodSandbox(pb.ListPodSandboxRequest())).items:
+            await made.remove(item.id)
+    finally:
+        await made.client.close()

@@ -1,0 +1,129 @@
+"""cribd dies, and is started again: pods notice nothing, and it knows them all."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import grpc
+import pytest
+
+from cri.api import cri_pb2 as pb
+from tests.cri.real.conftest import Real
+from tests.cri.real.daemon import REPOSITORY
+from tests.requires import requires
+
+pytestmark = [pytest.mark.asyncio, requires("root", "busybox", "bridge", "overlay", "nft")]
+
+
+async def again(real: Real) -> None:
+    """Start cribd and connect anew."""
+    await real.client.close()
+    real.daemon.start()
+    real.client = real.daemon.client()
+
+
+async def pid_of(real: Real, container: str) -> int:
+    import json
+
+    answer = await real.client.ContainerStatus(pb.ContainerStatusRequest(container_id=container, verbose=True))
+    return int(json.loads(answer.info["info"])["pid"])
+
+
+async def test_a_crash(real: Real) -> None:
+    pod = await real.pod()
+    ticking = await real.run(pod, "sh", "-c", "while :; do echo tick; sleep 0.05; done", name="ticking")
+    waiting = await real.run(pod, "sh", "-c", "while [ ! -e /go ]; do sleep 0.02; done; exit 9", name="waiting")
+    created = await real.create(pod, "sleep", "1000", name="created")
+    pid = await pid_of(real, ticking)
+    ip = (await real.client.PodSandboxStatus(pb.PodSandboxStatusRequest(pod_sandbox_id=pod))).status.network.ip
+    waiting_pid = await pid_of(real, waiting)
+    real.daemon.kill()
+
+    Path(f"/proc/{waiting_pid}/root/go").touch()
+    with open(os.pidfd_open(waiting_pid), "rb") as pidfd:
+        await asyncio.to_thread(__import__("select").select, [pidfd], [], [], 20)
+    lines = (real.logs / "ticking.log").read_text().count("\n")
+    async with asyncio.timeout(20):
+        while (real.logs / "ticking.log").read_text().count("\n") <= lines:
+            await asyncio.sleep(0.01)
+
+    await again(real)
+    assert (await real.status(ticking)).state == pb.CONTAINER_RUNNING
+    assert await pid_of(real, ticking) == pid
+    found = await real.status(waiting)
+    assert (found.state, found.exit_code, found.reason) == (pb.CONTAINER_EXITED, 9, "Error")
+    assert 0 < found.started_at <= found.finished_at
+    answer = await real.client.PodSandboxStatus(pb.PodSandboxStatusRequest(pod_sandbox_id=pod))
+    assert answer.status.state == pb.SANDBOX_READY
+    assert answer.status.network.ip == ip
+    assert (await real.sh(ticking, "echo still here")).stdout == b"still here\n"
+    await real.start(created)
+    assert (await real.sh(created, "echo and here")).stdout == b"and here\n"
+    assert await real.pod(real.pod_config("other"))
+    await real.client.StopContainer(pb.StopContainerRequest(container_id=ticking, timeout=0))
+    assert (await real.status(ticking)).exit_code == 137
+
+
+async def test_a_clean_stop_leaves_pods_running(real: Real) -> None:
+    pod = await real.pod()
+    container = await real.run(pod, "sleep", "1000")
+    pid = await pid_of(real, container)
+    assert real.daemon.stop() == 0
+    assert Path(f"/proc/{pid}").exists()
+    assert not (real.daemon.directory / "s").exists()
+    await again(real)
+    assert (await real.status(container)).state == pb.CONTAINER_RUNNING
+
+
+async def test_a_lost_monitor(real: Real) -> None:
+    pod = await real.pod()
+    container = await real.run(pod, "sleep", "1000")
+    pid = await pid_of(real, container)
+    import json
+
+    answer = await real.client.PodSandboxStatus(pb.PodSandboxStatusRequest(pod_sandbox_id=pod, verbose=True))
+    os.kill(json.loads(answer.info["info"])["pid"], signal.SIGKILL)
+    found = await real.ended(container)
+    assert (found.exit_code, found.reason) == (255, "Unknown")
+    async with asyncio.timeout(20):
+        while Path(f"/proc/{pid}").exists():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    answer = await real.client.PodSandboxStatus(pb.PodSandboxStatusRequest(pod_sandbox_id=pod))
+    assert answer.status.state == pb.SANDBOX_NOTREADY
+
+
+async def test_a_stop_goes_on_over_a_crash(real: Real) -> None:
+    pod = await real.pod()
+    script = 'trap "echo TERM" TERM; echo up; while :; do sleep 0.02; done'
+    container = await real.run(pod, "sh", "-c", script)
+    call = asyncio.ensure_future(
+        real.client.StopContainer(pb.StopContainerRequest(container_id=container, timeout=1000))
+    )
+    async with asyncio.timeout(20):
+        while "TERM" not in (real.logs / "c.log").read_text():
+            await asyncio.sleep(0.01)
+    real.daemon.kill()
+    with pytest.raises(grpc.aio.AioRpcError):
+        await call
+    await again(real)
+    await real.client.StopContainer(pb.StopContainerRequest(container_id=container, timeout=1))
+    assert (await real.status(container)).exit_code == 137
+    assert (real.logs / "c.log").read_text().count("TERM") == 1
+
+
+async def test_one_cribd_per_directory(real: Real) -> None:
+    second = await asyncio.create_subprocess_exec(
+        *real.daemon.arguments, cwd=REPOSITORY, stderr=asyncio.subprocess.PIPE
+    )
+    _, text = await asyncio.wait_for(second.communicate(), 20)
+    assert second.returncode == 1
+    assert b"another cribd" in text
+    assert (await real.client.Version(pb.VersionRequest())).runtime_name == "crib"
+
+
+async def test_its_files_are_for_root_alone(real: Real) -> None:
+    for path, mode in ((real.daemon.root, 0o700), (real.daemon.state, 0o700), (real.daemon.directory / "s", 0o600)):
+        assert path.stat().st_mode & 0o777 == mode
