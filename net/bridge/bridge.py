@@ -10,7 +10,6 @@ import errno
 import hashlib
 import logging
 import re
-import socket
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from net import rtnetlink
 from net.bridge import nat, pair, subnet, sysctl
 from net.bridge.ipam import Lease, Leases
 from net.bridge.pair import Bridge
-from net.errors import CribError, DeadlineExceeded, Exhausted, InvalidSpec, Unavailable, WrongState
+from net.errors import CribError, DeadlineExceeded, Exhausted, InvalidSpec, Unavailable, Unsupported, WrongState
 from net.netlink import Channel, NetlinkError
 from net.network import Attachment, NetNs, NetworkStatus, PodIdentity
 from net.rtnetlink import IpNetwork, Link
@@ -31,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 _DEFAULT_MTU: Final = 1500
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}")
+_NO_MASQUERADE: Final = "NoMasquerade"
+_FIREWALL: Final = "FirewallDropsForwarded"
 _SWEEP_LIMIT: Final = 32  # released leases looked at per detach: bounds what one pod pays for others
 
 
@@ -64,7 +65,7 @@ class BridgeNetwork:
         self._mac = f"{pair.MAC_BRIDGE}:{hashlib.sha256(instance.encode()).digest()[:4].hex(':')}"
         self._setup_lock = threading.Lock()
         self._ready: Bridge | None = None
-        self._warning = ""
+        self._found = NetworkStatus(ready=True)
         self._leases = Leases(root / "leases.db")
 
     def close(self) -> None:
@@ -91,21 +92,31 @@ class BridgeNetwork:
             sysctl.write("net.ipv4.ip_forward", "1")
             if self._subnet6:
                 sysctl.forward_ipv6()
-            if self._config.masquerade:
-                nat.install(self._instance, made.subnets)
-            self._warning = self._find_warning()
+            self._found = self._masquerade(made.subnets)
             self._ready = made
             return made
 
-    def _find_warning(self) -> str:
-        """What another firewall table does to pods' traffic that no table of crib's can undo; empty for nothing."""
-        drops = nat.forward_drops() if self._config.masquerade else []
+    def _masquerade(self, subnets: Sequence[IpNetwork]) -> NetworkStatus:
+        """Masquerade what leaves the node. A kernel that can't is told; pods get their addresses all the same."""
+        if not self._config.masquerade:
+            return NetworkStatus(ready=True)
+        try:
+            nat.install(self._instance, subnets)
+        except Unsupported as error:
+            message = f"{error}: pods reach nothing beyond this node; network.masquerade = false if that is meant"
+            return NetworkStatus(ready=False, reason=_NO_MASQUERADE, message=message)
+        return self._firewall()
+
+    def _firewall(self) -> NetworkStatus:
+        """What another table does to pods' traffic, which no table of crib's can undo."""
+        drops = nat.forward_drops()
         if not drops:
-            return ""
-        return (
+            return NetworkStatus(ready=True)
+        message = (
             f"the firewall drops forwarded packets by default (chain {', '.join(drops)}): pods may reach nothing "
             f"beyond this node until it accepts what comes from and goes to {self.bridge}"
         )
+        return NetworkStatus(ready=True, reason=_FIREWALL, message=message)
 
     def _make_bridge(self, channel: Channel) -> Bridge:
         """The bridge, up and with the gateways' addresses."""
@@ -127,7 +138,7 @@ class BridgeNetwork:
         elif sysctl.exists("net.ipv6"):
             sysctl.write(f"net.ipv6.conf.{self.bridge}.disable_ipv6", "1")
         channel.do(rtnetlink.up(self.bridge))
-        index = socket.if_nametoindex(self.bridge)
+        index = next(rtnetlink.links(channel.get(rtnetlink.one_link(self.bridge)))).index
         self._set_gateways(channel, index, subnets)
         if not bridge:
             self._reconnect(channel, index, links.values())
@@ -188,21 +199,22 @@ class BridgeNetwork:
         try:
             ready = self._ready
             if not ready or not self._intact(ready):
-                ready = self._set_up(ready)
-            self._sweep()
+                self._set_up(ready)
+            self._sweep(self._leases.released())
             self._leases.checkpoint()
-            with _explained("nftables"):
-                self._warning = self._warning and self._find_warning()
+            if self._found.reason == _FIREWALL:
+                with _explained("nftables"):
+                    self._found = self._firewall()
         except CribError as error:
             return NetworkStatus(ready=False, reason="BridgeNotReady", message=str(error))
-        reason = "FirewallDropsForwarded" if self._warning else ""
-        return NetworkStatus(ready=True, reason=reason, message=self._warning)
+        return self._found
 
     def _intact(self, ready: Bridge) -> bool:
         """Whether what setup made is still there."""
-        with _explained("nftables"):
-            if pair.index(self.bridge) != ready.index:
-                return False
+        with _explained(f"bridge {self.bridge}"):
+            with Channel() as channel:
+                if not _present(channel, ready):
+                    return False
             return not self._config.masquerade or nat.installed(self._instance)
 
     def teardown(self) -> None:
@@ -229,7 +241,7 @@ class BridgeNetwork:
             lease = self._lease(pod, ready)
             try:
                 with Channel() as host, Channel(opened=netns.rtnl) as inside:
-                    if pair.index(self.bridge) != ready.index:  # removed behind our back
+                    if not _present(host, ready):  # removed behind our back
                         ready = self._set_up(ready)
                     pair.connect(lease, netns, ready, host, inside)
             except BaseException:
@@ -244,7 +256,7 @@ class BridgeNetwork:
                 return self._leases.take(pod, last)
             except Exhausted as error:
                 if retry:
-                    self._sweep()
+                    self._sweep(self._leases.released())
                     continue
                 waiting = len(self._leases.released())
                 more = f" ({waiting} of them by pods whose namespaces still exist)" if waiting else ""
@@ -261,11 +273,9 @@ class BridgeNetwork:
             logger.warning("sandbox=%s attach was not undone: %s", lease.sandbox_id, error)
 
     def detach(self, sandbox_id: str, netns_path: str | None) -> None:
-        self._leases.release(sandbox_id)
-        lease = self._leases.find(sandbox_id)
-        if lease and not pair.index(pair.host_interface(sandbox_id)):
-            self._leases.free(lease.sandbox_id)
-        self._sweep(_SWEEP_LIMIT)
+        lease = self._leases.release(sandbox_id)
+        if lease:
+            self._sweep([lease, *self._leases.released(_SWEEP_LIMIT)])
 
     def attachment(self, sandbox_id: str) -> Attachment | None:
         lease = self._leases.find(sandbox_id)
@@ -285,7 +295,7 @@ class BridgeNetwork:
                 if lease.sandbox_id not in known:
                     self._leases.release(lease.sandbox_id)
                     pair.remove(channel, lease, self._recorded())
-            self._sweep()
+            self._sweep(self._leases.released())
             bridge = pair.find(channel, self.bridge)
             if not bridge or not self._ours(bridge):
                 return
@@ -295,10 +305,10 @@ class BridgeNetwork:
                     logger.warning("interface=%s no record speaks of it: removing", link.name)
                     pair.remove_link(channel, link.name)
 
-    def _sweep(self, limit: int = -1) -> None:
-        """Free the leases that were given up and whose links have gone."""
-        for lease in self._leases.released(limit):
-            if not pair.index(pair.host_interface(lease.sandbox_id)):
+    def _sweep(self, leases: Sequence[Lease]) -> None:
+        """Free those of the leases, all given up, whose links have gone."""
+        for lease in leases:
+            if pair.gone(lease):
                 self._leases.free(lease.sandbox_id)
 
 
@@ -314,6 +324,11 @@ def _explained(subject: str) -> Iterator[None]:
         raise kind(f"{subject}: {error}") from error
     except OSError as error:
         raise Unavailable(f"{subject}: {error}") from error
+
+
+def _present(channel: Channel, bridge: Bridge) -> bool:
+    found = pair.find(channel, bridge.name)
+    return bool(found and found.index == bridge.index)
 
 
 def _uplink_mtu(channel: Channel, links: dict[int, Link]) -> int:

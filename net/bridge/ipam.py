@@ -143,10 +143,11 @@ class Leases:
             query = f"SELECT {_COLUMNS} FROM lease WHERE released ORDER BY created_ns LIMIT ?"
             return [_lease(row) for row in database.execute(query, (limit,)).fetchall()]
 
-    def release(self, sandbox_id: str) -> None:
-        """Give the lease up; its offset stays taken until `free`."""
+    def release(self, sandbox_id: str) -> Lease | None:
+        """Give the lease up, if there is one; its offset stays taken until `free`."""
         with self._transaction() as database:
             database.execute("UPDATE lease SET released = 1 WHERE sandbox_id = ?", (sandbox_id,))
+            return _one(database, sandbox_id)
 
     def free(self, sandbox_id: str) -> None:
         """Forget the lease if it is still given up; the caller has seen that its link is gone."""

@@ -35,6 +35,8 @@ _NEW_CHAIN: Final = 3
 _GET_CHAIN: Final = 4
 _NEW_RULE: Final = 6
 
+_PARTS: Final = {_NEW_CHAIN: "nat chain", _NEW_RULE: "masquerade rule"}
+
 _INET: Final = 1
 _FAMILIES: Final = {1: "inet", 2: "ip", 10: "ip6"}
 _NFPROTO: Final = {4: 2, 6: 10}
@@ -117,9 +119,12 @@ def remove(table: str) -> None:
 
 
 def installed(table: str) -> bool:
-    """Whether the table is there (another program may flush the whole ruleset)."""
-    with _channel() as channel:
-        return bool(channel.get(_request(_GET_TABLE, 0, text(_TABLE_NAME, table))))
+    """Whether the table is there (another program may flush the whole ruleset); why it can't be, `install` tells."""
+    try:
+        with _channel() as channel:
+            return bool(channel.get(_request(_GET_TABLE, 0, text(_TABLE_NAME, table))))
+    except (NetlinkError, Unsupported):
+        return False
 
 
 def forward_drops() -> list[str]:
@@ -148,9 +153,10 @@ def _commit(table: str, requests: Sequence[Request]) -> None:
                 raise Unsupported(f"the kernel has no nftables: {error}") from error
             raise Unavailable(f"nftables table inet {table}: {error}") from error
     for refused in errors:
-        if refused.errno == errno.EAFNOSUPPORT:
-            raise Unsupported(f"the kernel has no nftables for the inet family: {refused}")
-        raise Unavailable(f"nftables table inet {table}: {_part(requests[refused.index])}: {refused}")
+        part = _PARTS.get(requests[refused.index].kind & 0xFF, "table")
+        if refused.errno in (errno.EAFNOSUPPORT, errno.EOPNOTSUPP, errno.ENOENT):  # ENOENT: a module is missing
+            raise Unsupported(f"the kernel has no nftables with masquerading: {part}: {refused}")
+        raise Unavailable(f"nftables table inet {table}: {part}: {refused}")
 
 
 def _channel() -> Channel:
@@ -166,10 +172,6 @@ def _request(kind: int, flags: int, *values: bytes) -> Request:
 
 def _delete(table: str) -> Request:
     return _request(_DEL_TABLE, 0, text(_TABLE_NAME, table))
-
-
-def _part(request: Request) -> str:
-    return {_NEW_CHAIN: "nat chain", _NEW_RULE: "masquerade rule"}.get(request.kind & 0xFF, "table")
 
 
 def _expression(name: str, *values: bytes) -> bytes:

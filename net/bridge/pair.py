@@ -1,7 +1,7 @@
 """One pod's veth pair: how its ends are named, made, configured and, where nobody waits for it, deleted."""
 
 import errno
-import socket
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -117,12 +117,12 @@ def find(channel: Channel, name: str) -> Link | None:
     return next(rtnetlink.links(channel.get(rtnetlink.one_link(name))), None)
 
 
-def index(name: str) -> int:
-    """The index of an interface of this namespace, 0 when there is none."""
-    try:
-        return socket.if_nametoindex(name)
-    except OSError:
-        return 0
+def gone(lease: Lease) -> bool:
+    """Whether the lease's pair is no more, told without the kernel's lock on links, which a dying namespace holds long.
+
+    Looks for the link's parameters. if_nametoindex(3) won't do: for a missing name it has the kernel run modprobe.
+    """
+    return not os.path.exists(f"/proc/sys/net/ipv4/conf/{host_interface(lease.sandbox_id)}")
 
 
 def _running(channel: Channel, name: str) -> Link | None:

@@ -15,6 +15,7 @@ from net.errors import CribError
 from net.netns import Pins
 from runtime.linux.mount import mount, umount
 from tests.net.namespaces import Maker, Namespace
+from tests.requires import missing
 
 _SYSCTLS = ("net/ipv4/ip_forward", "net/ipv6/conf/all/forwarding")
 
@@ -51,10 +52,14 @@ def sysctls() -> Iterator[None]:
 
 @pytest.fixture
 def new_network(tmp_path: Path, sysctls: None) -> Iterator[NewNetwork]:
-    """Opens networks: `new_network(instance="crib-t", root=..., **config)`; the same arguments are the same network."""
+    """Opens networks: `new_network(instance="crib-t", **config)`; the same instance has the same records.
+
+    They masquerade where the kernel can.
+    """
     opened: list[BridgeNetwork] = []
 
     def new(instance: str = "crib-t", **config: object) -> BridgeNetwork:
+        config.setdefault("masquerade", missing("nft") is None)
         network = BridgeNetwork(instance, tmp_path / instance, BridgeConfig(**config))  # type: ignore[arg-type]
         opened.append(network)
         return network

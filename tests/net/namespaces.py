@@ -22,6 +22,7 @@ from net.network import NetNs
 
 _PROGRAM = Path(__file__).with_name("namespace_program.py")
 _RTMGRP_LINK = 1
+_SO_RCVBUFFORCE = 33
 _DEADLINE_S = 10.0
 
 
@@ -91,7 +92,7 @@ class LinkWatch:
 
     def __enter__(self) -> Self:
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8 << 20)
+        self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 8 << 20)
         self._socket.bind((0, _RTMGRP_LINK))
         self._socket.settimeout(_DEADLINE_S)
         return self
