@@ -27,6 +27,8 @@ PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
 CLOSE_RANGE_CLOEXEC: Final = 4
 KEYCTL_JOIN_SESSION_KEYRING: Final = 1
 SIGCHLD: Final = 17
+_PIDFD: Final = int(CLONE.PIDFD)
+_INTO_CGROUP: Final = int(CLONE.INTO_CGROUP)
 
 
 def prctl(option: int, *args: int) -> int:
@@ -61,7 +63,7 @@ def clone3(flags: int, cgroup: int = -1) -> tuple[int, int]:
     one thread: none of the interpreter's after-fork work is done in the child.
     """
     pidfd = ctypes.c_int(-1)
-    flags |= CLONE.PIDFD | (CLONE.INTO_CGROUP if cgroup >= 0 else 0)
+    flags |= _PIDFD | (_INTO_CGROUP if cgroup >= 0 else 0)
     args = struct.pack("11Q", flags, ctypes.addressof(pidfd), 0, 0, SIGCHLD, 0, 0, 0, 0, 0, max(cgroup, 0))
     pid: int = libc_with_gil.syscall(ctypes.c_long(NR["clone3"]), args, ctypes.c_size_t(len(args)))
     if pid == -1:

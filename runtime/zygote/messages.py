@@ -47,15 +47,25 @@ class Kind(StrEnum):
     WARNING = "warning"
 
 
+_KINDS: Final = {kind.value: kind for kind in Kind}
+# Made once: what a monitor touches for the first time is a page of memory of its own.
+_encode: Final = json.JSONEncoder(separators=(",", ":")).encode
+
+
 class ProtocolError(Exception):
     """A message that is none of ours."""
 
 
 def send(sock: socket.socket, kind: Kind, fds: tuple[int, ...] = (), **fields: Any) -> None:
     """Send one message. Raises OSError (BlockingIOError when the peer's buffer is full)."""
-    data = json.dumps({"v": VERSION, "k": kind.value, **fields}, separators=(",", ":")).encode("ascii")
+    fields["v"] = VERSION
+    fields["k"] = kind
+    data = _encode(fields).encode("ascii")
     if len(data) <= _INLINE_BYTES:
-        socket.send_fds(sock, [data], fds)
+        if fds:
+            socket.send_fds(sock, [data], fds)
+        else:
+            sock.send(data)
         return
     memfd = os.memfd_create("crib-message", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
@@ -63,7 +73,7 @@ def send(sock: socket.socket, kind: Kind, fds: tuple[int, ...] = (), **fields: A
         while view:
             view = view[os.write(memfd, view) :]
         fcntl.fcntl(memfd, fcntl.F_ADD_SEALS, _SEALS)
-        big = json.dumps({"v": VERSION, "k": kind.value, "big": len(data)}).encode("ascii")
+        big = _encode({"v": VERSION, "k": kind, "big": len(data)}).encode("ascii")
         socket.send_fds(sock, [big], (*fds, memfd))
     finally:
         os.close(memfd)
@@ -88,7 +98,7 @@ def receive(sock: socket.socket) -> tuple[Kind, dict[str, Any], list[int]] | Non
         fields = _decode(data)
         if "big" in fields:
             fields = _decode(_read_memfd(received.pop(), fields["big"]))
-        return Kind(fields.pop("k")), fields, received
+        return _KINDS[fields.pop("k")], fields, received
     except (ValueError, KeyError, IndexError, TypeError) as error:
         close_all(received)
         raise ProtocolError(f"bad message: {error}") from error

@@ -30,6 +30,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, Final
 
+# As plain numbers: an enum's arithmetic is Python code, and what it touches is memory of each monitor's own.
+_NEWNET: Final = int(CLONE.NEWNET)
+_NEWIPC: Final = int(CLONE.NEWIPC)
+_NEWUTS: Final = int(CLONE.NEWUTS)
+_NEWPID: Final = int(CLONE.NEWPID)
+_SHM_ATTRIBUTES: Final = int(mount.MountAttr.NOSUID | mount.MountAttr.NODEV | mount.MountAttr.NOEXEC)
 SOCKET_NAME: Final = "monitor.sock"
 _PLAN_LIMIT_BYTES: Final = 4 << 20
 
@@ -51,6 +57,7 @@ class Monitor:
         self._pod_pid_ns = -1
         self._pod_init: tuple[int, int] | None = None  # pid, pidfd
         self._shm = -1
+        self._wake = -1
         self._made: dict[str, Any] = {}  # what the pod was made with, for the next cribd
         self._ending: tuple[socket.socket, int] | None = None
         self._listener = self._listen()
@@ -76,16 +83,35 @@ class Monitor:
         prctl(PR_SET_CHILD_SUBREAPER, 1)
         set_name("crib-monitor")
         set_title(f"crib-monitor {self._id}")
-        wake_read, wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
-        self._watch(wake_read, lambda: self._reap(wake_read))
+        self.wake_on_signals()
         while self._ending is None or self._alive():
-            for fd, _ in self._epoll.poll():
-                handler = self._handlers.get(fd)
-                if handler:
-                    handler()
+            self.turn()
         self._finish()
+
+    def wake_on_signals(self) -> int:
+        """Have a child's end wake `turn`; returns the descriptor that the signal handler writes to."""
+        read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+        self._wake = read
+        self._watch(read, lambda: self._reap(read))
+        return write
+
+    def turn(self) -> None:
+        """Wait until something happens, and handle it."""
+        for fd, _ in self._epoll.poll():
+            handler = self._handlers.get(fd)
+            if handler:
+                handler()
+
+    def close(self) -> None:
+        """Let go of everything without ending anything: for the zygote's warm-up."""
+        os.unlink(SOCKET_NAME, dir_fd=self._directory)
+        self._listener.close()
+        self._epoll.close()
+        for connection in self._connections:
+            connection.close()
+        for fd in (self._directory, self._null, self._own_pid_ns, self._shm, self._wake):
+            os.close(fd)
 
     def _watch(self, fd: int, handler: Callable[[], None]) -> None:
         self._handlers[fd] = handler
@@ -184,11 +210,11 @@ class Monitor:
         fds: list[int] = []
         sockets: list[socket.socket] = []
         if fields["net"]:
-            namespaces.unshare(CLONE.NEWNET)
+            namespaces.unshare(_NEWNET)
             # Opened inside, so that cribd can configure the namespace without ever entering it.
             sockets.append(socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0))
             fds = [os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC), sockets[0].fileno()]
-        flags = (CLONE.NEWIPC if fields["ipc"] else 0) | (CLONE.NEWUTS if fields["hostname"] is not None else 0)
+        flags = (_NEWIPC if fields["ipc"] else 0) | (_NEWUTS if fields["hostname"] is not None else 0)
         if flags:
             namespaces.unshare(flags)
         if fields["hostname"] is not None:
@@ -198,8 +224,7 @@ class Monitor:
                 file.write(value.encode())
         if fields["shm_bytes"]:
             options = {"size": str(fields["shm_bytes"]), "mode": "1777"}
-            attributes = mount.MountAttr.NOSUID | mount.MountAttr.NODEV | mount.MountAttr.NOEXEC
-            self._shm = mount.detached("tmpfs", options, attributes)
+            self._shm = mount.detached("tmpfs", options, _SHM_ATTRIBUTES)
             if fields["shm_path"]:  # this kernel can't clone a detached mount: it has to be somewhere
                 target = os.open(fields["shm_path"], os.O_PATH | os.O_CLOEXEC)
                 mount.move_mount(self._shm, target, fields["shm_path"])
@@ -213,7 +238,7 @@ class Monitor:
             sockets[0].close()
 
     def _start_pod_init(self, cgroup: tuple[str, ...]) -> None:
-        pid, pidfd = clone3(CLONE.NEWPID)
+        pid, pidfd = clone3(_NEWPID)
         if pid == 0:
             reap_for_ever(cgroup)
         self._pod_init = (pid, pidfd)
@@ -225,7 +250,7 @@ class Monitor:
         try:
             if pid_ns < 0:
                 return clone3(flags, cgroup)
-            namespaces.setns(pid_ns, CLONE.NEWPID)
+            namespaces.setns(pid_ns, _NEWPID)
             try:
                 pid, pidfd = clone3(flags, cgroup)
             except SyscallError:
@@ -240,7 +265,7 @@ class Monitor:
 
     def _restore_pid_ns(self) -> None:
         # If this fails every later child would be born in a container: better no monitor than that one.
-        namespaces.setns(self._own_pid_ns, CLONE.NEWPID)
+        namespaces.setns(self._own_pid_ns, _NEWPID)
 
     # Starting
 
@@ -258,7 +283,7 @@ class Monitor:
         child |= {"stdout": ends[0][1], "stderr": ends[1][1]} if ends else {}
         child |= {"shm": self._shm} if self._shm >= 0 else {}
         plan = os.pread(fds[0], _PLAN_LIMIT_BYTES, 0)
-        flags = CLONE.NEWPID if fields["pid"] == "new" else 0
+        flags = _NEWPID if fields["pid"] == "new" else 0
         try:
             pid, pidfd = self._clone(pid_ns, flags, fields["clone_dir"])
             if pid == 0:

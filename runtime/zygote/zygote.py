@@ -1,16 +1,39 @@
-"""The zygote: a lean interpreter with everything loaded, which forks monitors and does nothing else."""
+"""The zygote: a lean interpreter with everything loaded, which forks monitors and does nothing else.
+
+A monitor's memory is what it touches after the fork: reference counts are written, so every object that is used is
+a page of its own. Hence the warm-up: what fills caches by being used once (the interpreter specializes code, types
+remember lookups) is used here, before the fork.
+"""
+
+from __future__ import annotations
 
 import array  # noqa: F401 - loaded now: socket.recv_fds imports it when called
 import codecs
 import gc
 import os
+import select
 import signal
 import socket
 import sys
 
+from runtime.linux.mount import detached
 from runtime.linux.process import PR_SET_DUMPABLE, prctl, set_name, set_title
 from runtime.zygote.messages import Kind, close_all, receive, send
 from runtime.zygote.monitor import Monitor
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+_WARM_UP_ROUNDS = 12  # the interpreter specializes a function at its eighth call
+_FAILING_PLAN = b'[["FindExecutable","nothing","/"]]'
+_POD: dict[str, Any] = {"net": False, "ipc": False, "pid": False, "hostname": None, "sysctls": {}, "shm_bytes": 4096, "shm_path": ""}
+_START = {"pid": "host", "pid_ns": "", "own_pid": True, "terminal": False, "stdin": False, "log": "", "cgroup": ""}
+_WARM_UP: tuple[tuple[Kind, bool, dict[str, Any]], ...] = (
+    (Kind.POD, False, {"n": 1, "init_cgroup": [], **_POD}),
+    (Kind.START, True, {"n": 2, "id": "c", "clone_dir": "", "kill_dirs": [], "memory_events": "", **_START}),
+    (Kind.FACTS, False, {"n": 3}),
+)
 
 
 class Zygote:
@@ -43,7 +66,6 @@ class Zygote:
         set_title("crib-zygote")
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
             signal.signal(number, signal.SIG_IGN)
-        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # monitors are reaped by the kernel
         for encoding in ("ascii", "utf-8", "latin-1"):
             codecs.lookup(encoding)
         sys.path.clear()
@@ -51,11 +73,51 @@ class Zygote:
         sys.path_hooks.clear()
         sys.path_importer_cache.clear()
         prctl(PR_SET_DUMPABLE, 0)
+        os.chdir("/")
+        directory = detached("tmpfs", {})
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        for _ in range(_WARM_UP_ROUNDS):
+            _warm_up(f"/proc/self/fd/{directory}")
+        os.close(directory)
+        signal.signal(signal.SIGCHLD, _reap)
         gc.collect()
         gc.freeze()
         gc.disable()
-        os.chdir("/")
         send(self._control, Kind.OK, re=0, pid=os.getpid())
+
+
+_zygote_pid = os.getpid()
+
+
+def _reap(*_: object) -> None:
+    """The zygote waits for monitors that end. A monitor inherits this handler, and reaps in its own loop."""
+    while os.getpid() == _zygote_pid:
+        try:
+            if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                return
+        except ChildProcessError:
+            return
+
+
+def _warm_up(directory: str) -> None:
+    """Go through a monitor's life, in this process and without making anything that lasts."""
+    cribd, monitors = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0).close()
+    plan = os.memfd_create("warm-up", os.MFD_CLOEXEC)
+    os.write(plan, _FAILING_PLAN)
+    with cribd:
+        monitor = Monitor("warm-up", directory, monitors)
+        wake = monitor.wake_on_signals()
+        for kind, fds, fields in _WARM_UP:
+            send(cribd, kind, (plan,) if fds else (), **fields)
+            monitor.turn()
+            while select.select([cribd], [], [], 0)[0] == []:
+                monitor.turn()
+            receive(cribd)
+        signal.set_wakeup_fd(-1)
+        os.close(wake)
+        monitor.close()
+    os.close(plan)
 
 
 def _become_monitor(pod_id: str, directory: str, connection: socket.socket) -> None:
