@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from cri.api import cri_pb2 as pb
 from cri.translate.field import show
-from runtime.errors import InvalidSpec
+from runtime.errors import InvalidSpec, Unsupported
 from runtime.spec import Capabilities
 
 ALL = tuple(
@@ -60,7 +60,12 @@ def parse(field: str, names: Sequence[str]) -> tuple[tuple[str, ...], bool]:
 
 
 def capabilities(
-    requested: pb.Capability, *, default: Sequence[str] = DEFAULT, privileged: bool = False, uid: int = 0
+    requested: pb.Capability,
+    *,
+    default: Sequence[str] = DEFAULT,
+    privileged: bool = False,
+    uid: int = 0,
+    host: Collection[str] = ALL,
 ) -> Capabilities:
     """The sets a container starts with.
 
@@ -70,6 +75,12 @@ def capabilities(
 
     Inheritable holds the ambient ones only (CVE-2022-24769). A user who is not root gets no effective or permitted
     capability but the ambient ones: execve would take them away anyhow, and until then they would be a risk.
+
+    `host` are those that can be given at all; the default and ALL are cut down to them.
+
+    Raises:
+        InvalidSpec: no such capability, or a contradiction.
+        Unsupported: one added by name that the host can't give.
     """
     add, add_all = parse("add_capabilities", requested.add_capabilities)
     drop, drop_all = parse("drop_capabilities", requested.drop_capabilities)
@@ -77,9 +88,13 @@ def capabilities(
     for name in raised:
         if name in drop:
             raise InvalidSpec(f"add_ambient_capabilities {name}: drop_capabilities names it as well")
-    held = set(default)
+    for field, names in (("add_capabilities", add), ("add_ambient_capabilities", raised)):
+        for name in names:
+            if name not in host:
+                raise Unsupported(f"{field} {name}: this host doesn't have it to give")
+    held = set(default) & set(host)
     if add_all or privileged:
-        held = set(ALL)
+        held = set(host)
     if drop_all and not privileged:
         held = set()
     held |= {*add, *raised}

@@ -103,7 +103,13 @@ def container_to_spec(given: ContainerInput) -> Spec:
     context = config.linux.security_context
     privileged = context.privileged
     pid_mode = container_pid_mode(context.namespace_options, pod.modes)
-    caps = capabilities(context.capabilities, default=defaults.capabilities, privileged=privileged, uid=given.user.uid)
+    caps = capabilities(
+        context.capabilities,
+        default=defaults.capabilities,
+        privileged=privileged,
+        uid=given.user.uid,
+        host=host.capabilities,
+    )
     masked, readonly = _paths(config)
     nodes, rules = container_devices(
         config.devices,

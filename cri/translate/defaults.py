@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
-from cri.translate.capabilities import DEFAULT
+from cri.translate.capabilities import ALL, DEFAULT
 from runtime.spec import Rlimit
 
 UNLIMITED = (1 << 64) - 1
@@ -56,11 +56,18 @@ def _kernel() -> tuple[int, int]:
     return int(major), int(minor.split("-")[0])
 
 
+def _capabilities() -> tuple[str, ...]:
+    """Those that this process may pass on: a container host may lack some itself."""
+    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+        sets = [int(line.split()[1], 16) for line in file if line.startswith(("CapPrm:", "CapBnd:"))]
+    return tuple(name for number, name in enumerate(ALL) if all(held >> number & 1 for held in sets))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Host:
     """What this host can do, from the probes made at start; a request for what it can't is refused.
 
-    `apparmor_profiles` are the loaded ones, None where that isn't known.
+    `apparmor_profiles` are the loaded ones, None where that isn't known. `capabilities` are all that it can give.
     """
 
     user_namespaces: bool = False
@@ -69,6 +76,7 @@ class Host:
     apparmor: bool = False
     apparmor_profiles: Set[str] | None = None
     selinux: bool = False
+    capabilities: tuple[str, ...] = field(default_factory=_capabilities)
     machine: str = field(default_factory=lambda: os.uname().machine)
     kernel: tuple[int, int] = field(default_factory=_kernel)
 

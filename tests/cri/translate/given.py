@@ -8,6 +8,7 @@ from typing import Any
 
 from cri.api import cri_pb2 as pb
 from cri.translate import ContainerInput, Defaults, Handler, Host, HostDevice, PodPaths, ResolvedUser, container_to_spec
+from cri.translate.capabilities import ALL
 from runtime.images import Image, ImageConfig
 from runtime.spec import Linux, Mount, Spec
 
@@ -17,6 +18,7 @@ HOST = Host(
     recursive_read_only=True,
     apparmor=False,
     selinux=False,
+    capabilities=ALL,
     machine="x86_64",
     kernel=(6, 18),
 )

@@ -199,6 +199,22 @@ def test_capabilities_refused(lists: dict[str, Any], said: str) -> None:
     assert said in str(error.value)
 
 
+def test_a_host_gives_no_more_than_it_has() -> None:
+    small = type(HOST)(capabilities=("CAP_CHOWN", "CAP_SYS_ADMIN"))
+
+    def bounding(**lists: Any) -> tuple[str, ...]:
+        made = spec(secured(capabilities=pb.Capability(**lists)), host=small)
+        assert made.process.capabilities is not None
+        return made.process.capabilities.bounding
+
+    assert bounding() == ("CAP_CHOWN",)
+    assert bounding(add_capabilities=["ALL"]) == ("CAP_CHOWN", "CAP_SYS_ADMIN")
+    with pytest.raises(Unsupported, match="add_capabilities CAP_SYS_TIME: this host"):
+        bounding(add_capabilities=["SYS_TIME"])
+    with pytest.raises(Unsupported, match="add_ambient_capabilities CAP_KILL"):
+        bounding(add_ambient_capabilities=["KILL"])
+
+
 def test_the_capability_table_is_the_kernel_s() -> None:
     assert len(ALL) == 41
     assert ALL.index("CAP_SYS_ADMIN") == 21
