@@ -331,6 +331,33 @@ def test_other_devices_in_the_namespace(new_network: NewNetwork, new_namespace: 
         pins.unpin(path)
 
 
+def test_a_pod_cannot_be_anothers_ipv6_router(new_network: NewNetwork, new_namespace: NewNamespace, pins: Pins) -> None:
+    network = new_network(subnet6="fd00:99::/64")
+    namespace = new_namespace()
+    path = pins.pin(namespace.fd, "guarded")
+    try:
+        for name, value in network.pod_sysctls.items():
+            inside(path, f"echo {value} > /proc/sys/{name.replace('.', '/')}")
+        network.attach(pod(1), namespace.netns())
+        assert inside(path, "cat /proc/sys/net/ipv6/conf/eth0/accept_ra") == "0\n"
+        accepts = Path("/proc/sys/net/ipv6/conf", network.bridge, "accept_ra")
+        assert accepts.read_text() == "0\n", "nor the host's"
+    finally:
+        pins.unpin(path)
+
+
+def inside(path: str, command: str) -> str:
+    arguments = ["nsenter", f"--net={path}", "sh", "-euc", command]
+    return subprocess.run(arguments, check=True, capture_output=True, text=True).stdout
+
+
+def test_a_bridges_name_with_a_dot(new_network: NewNetwork) -> None:
+    network = new_network(bridge="cr.ib")
+    network.setup()
+    assert network.status().ready
+    assert ip("link", "show", "cr.ib")
+
+
 @pytest.mark.parametrize("kind", ["bridge", "veth"])
 def test_a_bridge_that_is_someone_elses(new_network: NewNetwork, kind: str) -> None:
     subprocess.run(["ip", "link", "add", "theirs", "type", kind], check=True)
