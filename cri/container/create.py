@@ -135,6 +135,7 @@ def _given(node: Node, container: Container, image: Image, user: ResolvedUser) -
     directory = node.directory(pod.id)
     return ContainerInput(
         sandbox=pod.config,
+        sandbox_id=pod.id,
         config=config,
         image=image,
         paths=PodPaths(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from cri.api import cri_pb2 as pb
@@ -50,7 +51,8 @@ class ContainerInput:
 
     `target_pid` is the path of the pid namespace that pid mode TARGET joins. `seccomp_file` holds the bytes of
     the file that `seccomp.localhost_file` names. `devices` has what each of `devices.paths` is, `host_devices` every
-    device of the host by path (for a privileged container).
+    device of the host by path (for a privileged container). `image_volumes` has the host's directory for each target
+    of `mounts.image_volumes`.
     """
 
     sandbox: pb.PodSandboxConfig
@@ -65,8 +67,10 @@ class ContainerInput:
     host: Host = field(default_factory=Host)
     handler: Handler = field(default_factory=Handler)
     pod: PodPlan | None = None
+    sandbox_id: str = ""
     target_pid: str | None = None
     seccomp_file: bytes | None = None
+    image_volumes: Mapping[str, str] = field(default_factory=dict)
     devices: Mapping[str, Sequence[HostDevice]] = field(default_factory=dict)
     host_devices: Mapping[str, HostDevice] = field(default_factory=dict)
 
@@ -127,6 +131,7 @@ def container_to_spec(given: ContainerInput) -> Spec:
             writable_cgroup=given.handler.writable_cgroup,
             recursive_read_only=host.recursive_read_only,
             idmapped=host.idmapped_mounts,
+            volumes=given.image_volumes,
         ),
     )
     label = security.selinux(
@@ -165,6 +170,7 @@ def container_to_spec(given: ContainerInput) -> Spec:
         ),
         root=Root(path="rootfs", readonly=context.readonly_rootfs),
         mounts=mounts,
+        annotations=_annotations(given),
         linux=Linux(
             namespaces=container_namespaces(
                 pid_mode, pod.modes, given.namespaces, target_pid=given.target_pid, own_cgroup=not privileged
@@ -201,3 +207,21 @@ def _paths(config: pb.ContainerConfig) -> tuple[tuple[str, ...], tuple[str, ...]
     masked = tuple(absolute("masked_paths", path) for path in context.masked_paths)
     readonly = tuple(absolute("readonly_paths", path) for path in context.readonly_paths)
     return ((), ()) if context.privileged else (masked, readonly)
+
+
+def _annotations(given: ContainerInput) -> dict[str, str]:
+    """Who the container is, in the words of containerd, which OCI runtimes like runsc, hooks and plugins look for,
+    and of the request's own annotations those that the handler lets through (CVE-2024-3154: none by default)."""
+    pod, prefix = given.sandbox.metadata, "io.kubernetes.cri"
+    own = {
+        f"{prefix}.container-type": "container",
+        f"{prefix}.container-name": given.config.metadata.name,
+        f"{prefix}.image-name": given.config.image.user_specified_image or given.config.image.image,
+        f"{prefix}.sandbox-id": given.sandbox_id,
+        f"{prefix}.sandbox-name": pod.name,
+        f"{prefix}.sandbox-namespace": pod.namespace,
+        f"{prefix}.sandbox-uid": pod.uid,
+    }
+    asked = {**given.sandbox.annotations, **given.config.annotations}
+    patterns = given.handler.annotations
+    return {key: value for key, value in asked.items() if any(fnmatchcase(key, each) for each in patterns)} | own

@@ -83,7 +83,9 @@ class Host:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Handler:
-    """Options of a RuntimeClass handler."""
+    """Options of a RuntimeClass handler. `annotations` are patterns, as for a shell, of those annotations of pods and
+    containers that reach the OCI spec."""
 
+    annotations: tuple[str, ...] = ()
     privileged_without_host_devices: bool = False
     writable_cgroup: bool = False

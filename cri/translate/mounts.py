@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from cri.api import cri_pb2 as pb
-from cri.translate.field import absolute, on_host, show
+from cri.translate.field import PATH_LIMIT_BYTES, absolute, bounded, no_backsteps, on_host, show
 from runtime.errors import InvalidSpec, Unsupported
 from runtime.spec import IDMapping, Mount
 
@@ -55,7 +55,8 @@ class MountRules:
     """What the mounts depend on besides the request.
 
     `host_ipc`: /dev/shm is the host's. `bind_sys`: sysfs can't be mounted (own user namespace, host's network).
-    `recursive_read_only`, `idmapped`: what this host can do.
+    `recursive_read_only`, `idmapped`: what this host can do. `volumes`: the directory that stands for each of the
+    request's image volumes, by target.
     """
 
     readonly_root: bool
@@ -65,6 +66,16 @@ class MountRules:
     writable_cgroup: bool = False
     recursive_read_only: bool = True
     idmapped: bool = True
+    volumes: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageVolume:
+    """An image to mount once per pod, read-only; `sub_path` is the part of it that the container sees, or ""."""
+
+    target: str
+    image: pb.ImageSpec
+    sub_path: str
 
 
 def container_mounts(requested: Sequence[pb.Mount], paths: PodPaths, rules: MountRules) -> tuple[Mount, ...]:
@@ -131,18 +142,18 @@ def user_mount(mount: pb.Mount, rules: MountRules) -> Mount:
     target = absolute("mounts.container_path", mount.container_path)
     where = f"mounts {show(target)}"
     _check_target(where, target, mount)
-    if mount.HasField("image"):
-        if not mount.readonly:
-            raise InvalidSpec(f"{where}: an image volume has to be readonly")
-        if mount.host_path:
-            raise InvalidSpec(f"{where}: host_path {show(mount.host_path)} and image exclude each other")
-        raise Unsupported(f"ImageVolumeMountFailed: {where}: image volumes are not supported yet")
+    if _is_image(mount):
+        _image_volume(mount)
+        if target not in rules.volumes:
+            raise Unsupported(f"ImageVolumeMountFailed: {where}: image volumes are not supported yet")
+        options = ("rbind", "rprivate", "ro", *_mount_options(where, mount.mount_options))
+        return Mount(destination=target, type="bind", source=rules.volumes[target], options=options)
     if mount.image_sub_path:
         raise InvalidSpec(f"{where}: image_sub_path {show(mount.image_sub_path)} without an image")
     source = on_host(f"{where}: host_path", mount.host_path)
     if mount.propagation not in _PROPAGATION:
         raise InvalidSpec(f"{where}: propagation {mount.propagation} is not a mode")
-    options = ["rbind", _PROPAGATION[mount.propagation], "ro" if mount.readonly else "rw"]
+    flags = ["rbind", _PROPAGATION[mount.propagation], "ro" if mount.readonly else "rw"]
     if mount.recursive_read_only:
         if not mount.readonly:
             raise InvalidSpec(f"{where}: recursive_read_only needs readonly")
@@ -151,19 +162,49 @@ def user_mount(mount: pb.Mount, rules: MountRules) -> Mount:
             raise InvalidSpec(f"{where}: recursive_read_only needs PROPAGATION_PRIVATE, not {name}")
         if not rules.recursive_read_only:
             raise Unsupported(f"RROUnsupported: {where}: recursive read-only mounts are not supported on this host")
-        options.append("rro")
-    options += _mount_options(where, mount.mount_options)
+        flags.append("rro")
+    flags += _mount_options(where, mount.mount_options)
     uids, gids = _mappings(where, "uidMappings", mount.uidMappings), _mappings(where, "gidMappings", mount.gidMappings)
     if bool(uids) != bool(gids):
         raise InvalidSpec(f"{where}: uidMappings and gidMappings only go together")
     if uids:
         if not rules.idmapped:
             raise Unsupported(f"{where}: idmapped mounts are not supported on this host")
-        options.append("ridmap")
-    options.append(MKDIR)
+        flags.append("ridmap")
+    flags.append(MKDIR)
     return Mount(
-        destination=target, type="bind", source=source, options=tuple(options), uid_mappings=uids, gid_mappings=gids
+        destination=target, type="bind", source=source, options=tuple(flags), uid_mappings=uids, gid_mappings=gids
     )
+
+
+def image_volumes(requested: Iterable[pb.Mount]) -> tuple[ImageVolume, ...]:
+    """The image volumes of a request, which have to be mounted on the host before it can be translated.
+
+    The sub path is relative and stays inside by its text; its symlinks are for whoever resolves it below the image.
+    """
+    return tuple(_image_volume(mount) for mount in requested if _is_image(mount))
+
+
+def _is_image(mount: pb.Mount) -> bool:
+    return bool(mount.image.image or mount.image.image_ref)
+
+
+def _image_volume(mount: pb.Mount) -> ImageVolume:
+    target = absolute("mounts.container_path", mount.container_path)
+    where = f"mounts {show(target)}"
+    if not mount.readonly:
+        raise InvalidSpec(f"{where}: an image volume has to be readonly")
+    if mount.host_path:
+        raise InvalidSpec(f"{where}: host_path {show(mount.host_path)} and image exclude each other")
+    if mount.propagation != pb.MountPropagation.PROPAGATION_PRIVATE:
+        name = pb.MountPropagation.Name(mount.propagation)
+        raise InvalidSpec(f"{where}: an image volume can't have propagation {name}")
+    sub_path = mount.image_sub_path
+    if sub_path:
+        no_backsteps(f"{where}: image_sub_path", bounded(f"{where}: image_sub_path", sub_path, PATH_LIMIT_BYTES))
+        if sub_path.startswith("/"):
+            raise InvalidSpec(f"{where}: image_sub_path {show(sub_path)}: not a relative path")
+    return ImageVolume(target, mount.image, "" if posixpath.normpath(sub_path) == "." else posixpath.normpath(sub_path))
 
 
 def _check_target(where: str, target: str, mount: pb.Mount) -> None:

@@ -9,6 +9,7 @@ import pytest
 from cri.api import cri_pb2 as pb
 from cri.translate import Handler, HostDevice
 from cri.translate.devices import paths as device_paths
+from cri.translate.mounts import ImageVolume, image_volumes
 from cri.translate.resources import ALL_DEVICE_RULES, DEFAULT_DEVICE_RULES
 from runtime.errors import InvalidSpec, Unsupported
 from runtime.spec import Device, DeviceCgroup, IDMapping, Mount
@@ -183,6 +184,38 @@ def test_unsupported() -> None:
     idmapped = pb.Mount(container_path="/d", host_path="/s", uidMappings=ONE, gidMappings=ONE)
     with pytest.raises(Unsupported, match="idmapped"):
         spec(container(mounts=[idmapped]), host=old)
+
+
+def test_image_volumes() -> None:
+    one = pb.Mount(container_path="/v//1", image=pb.ImageSpec(image="i"), image_sub_path="a/./b", readonly=True)
+    two = pb.Mount(container_path="/v/2", image=pb.ImageSpec(image_ref="i@x"), readonly=True, mount_options=["noexec"])
+    assert image_volumes([one, pb.Mount(container_path="/x", host_path="/y"), two]) == (
+        ImageVolume("/v/1", pb.ImageSpec(image="i"), "a/b"),
+        ImageVolume("/v/2", pb.ImageSpec(image_ref="i@x"), ""),
+    )
+    made = spec(container(mounts=[one, two]), image_volumes={"/v/1": "/run/1/a/b", "/v/2": "/run/2"})
+    assert mount_at(made, "/v/1") == Mount(
+        destination="/v/1", type="bind", source="/run/1/a/b", options=("rbind", "rprivate", "ro")
+    )
+    assert mount_at(made, "/v/2").options == ("rbind", "rprivate", "ro", "noexec")
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"readonly": False}, "has to be readonly"),
+        ({"host_path": "/x"}, "host_path '/x' and image exclude each other"),
+        ({"propagation": RSHARED}, "can't have propagation PROPAGATION_BIDIRECTIONAL"),
+        ({"image_sub_path": "../x"}, "image_sub_path '../x'"),
+        ({"image_sub_path": "/x"}, "image_sub_path '/x': not a relative path"),
+        ({"image_sub_path": "x\0"}, "image_sub_path 'x\\x00'"),
+    ],
+)
+def test_image_volumes_refused(fields: dict[str, Any], said: str) -> None:
+    fields = {"container_path": "/v", "image": pb.ImageSpec(image="i"), "readonly": True, **fields}
+    with pytest.raises(InvalidSpec) as error:
+        image_volumes([pb.Mount(**fields)])
+    assert said in str(error.value)
 
 
 def test_too_many() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cri.api import cri_pb2 as pb
-from cri.translate import Defaults, ResolvedUser
+from cri.translate import Defaults, Handler, ResolvedUser
 from cri.translate.capabilities import ALL, DEFAULT
 from cri.translate.process import DEFAULT_PATH
 from runtime.errors import InvalidSpec, Unsupported
@@ -330,6 +330,23 @@ def test_config_refused(config: pb.ContainerConfig, said: str) -> None:
         spec(config)
     assert said in str(error.value)
     assert len(str(error.value)) < 300
+
+
+def test_annotations_are_who_it_is_and_what_the_handler_lets_through() -> None:
+    pod = sandbox(annotations={"dev.x/a": "pod", "dev.x/b": "pod", "y": "no"})
+    config = container(annotations={"dev.x/a": "own", "io.kubernetes.cri.sandbox-id": "forged"})
+    plain = {
+        "io.kubernetes.cri.container-type": "container",
+        "io.kubernetes.cri.container-name": "main",
+        "io.kubernetes.cri.image-name": "sha256:1",
+        "io.kubernetes.cri.sandbox-id": "5" * 64,
+        "io.kubernetes.cri.sandbox-name": "pod",
+        "io.kubernetes.cri.sandbox-namespace": "default",
+        "io.kubernetes.cri.sandbox-uid": "u-1",
+    }
+    assert spec(config, pod=pod).annotations == plain
+    open_handler = Handler(annotations=("dev.x/*", "io.kubernetes.cri.*"))
+    assert spec(config, pod=pod, handler=open_handler).annotations == {**plain, "dev.x/a": "own", "dev.x/b": "pod"}
 
 
 def test_spec_is_complete() -> None:
