@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.cri.cli.fake import Fake
+from tests.cri.cli.fake import IMAGE, Fake
 
 LIMIT_S = 60
 
@@ -100,6 +100,6 @@ def running(crib: Crib) -> Callable[..., str]:
     """Starts a named container in the background; its id."""
 
     def start(name: str, script: str = "exec sleep 1000", *options: str) -> str:
-        return crib("run", "-d", "--name", name, *options, "busybox", "sh", "-c", script).strip()
+        return crib("run", "-d", "--name", name, *options, IMAGE, "sh", "-c", script).strip()
 
     return start

@@ -27,7 +27,7 @@ from cri.api import crib_pb2
 
 T = TypeVar("T")
 TIME = b"2026-11-22T10:00:00.000000000Z"
-IMAGE = "busybox:latest"
+IMAGE = "localhost/crib/busybox:latest"
 REMOTE = "registry.invalid/app:1"
 LAYERS = ("sha256:" + "1" * 64, "sha256:" + "2" * 64)
 _SERVICES = (

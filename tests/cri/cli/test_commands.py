@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -22,35 +21,10 @@ def requests_of(fake: Fake, method: str) -> list[object]:
 # ---- run ---------------------------------------------------------------------------------------------------------
 
 
-def test_run_prints_both_streams_and_ends_with_the_containers_code(crib: Crib) -> None:
-    done = crib.full("run", "--name", "t", "busybox", "sh", "-c", "echo out; echo err >&2; printf end; exit 7", code=7)
-    assert (done.stdout, done.stderr) == (b"out\nend", b"err\n")
-
-
-def test_run_keeps_the_stopped_pod_for_a_look_but_not_its_address(crib: Crib) -> None:
-    crib("run", "--name", "t", "busybox", "true")
-    [pod] = crib.json("pods")
-    assert (pod["name"], pod["state"], pod["addresses"]) == ("t", "not-ready", [])
-    [container] = crib.json("ps", "-a")
-    assert (container["name"], container["state"], container["exit_code"]) == ("t", "exited", 0)
-    assert crib.json("ps") == []
-
-
-def test_run_rm_leaves_nothing(crib: Crib, fake: Fake) -> None:
-    crib("run", "--rm", "busybox", "sh", "-c", "exit 3", code=3)
-    assert not fake.pods
-    assert os.listdir(crib.log_dir) == []
-
-
-def test_run_detached_prints_the_id_alone(crib: Crib, running: Start) -> None:
-    identifier = running("web")
-    assert [row["id"] for row in crib.json("ps")] == [identifier]
-
-
 def test_run_asks_for_what_a_kubelet_asks_for(fake: Fake, crib: Crib, tmp_path: Path) -> None:
     crib(
         "run", "--name", "t", "--net", "host", "-e", "A=b=c", "-e", "HOME", "-v", f"{tmp_path}:/data:ro,rslave",
-        "-m", "64Mi", "--cpus", "0.5", "-u", "1000:100", "-w", "/tmp", "--read-only", "-l", "x=y", "busybox", "true",
+        "-m", "64Mi", "--cpus", "0.5", "-u", "1000:100", "-w", "/tmp", "--read-only", "-l", "x=y", IMAGE, "true",
     )  # fmt: skip
     [request] = requests_of(fake, "CreateContainer")
     assert isinstance(request, pb.CreateContainerRequest)
@@ -66,13 +40,9 @@ def test_run_asks_for_what_a_kubelet_asks_for(fake: Fake, crib: Crib, tmp_path: 
     assert (context.run_as_user.value, context.run_as_group.value) == (1000, 100)
     assert context.readonly_rootfs and context.HasField("seccomp") and "/proc/kcore" in context.masked_paths
     assert (config.working_dir, list(config.args), list(config.command)) == ("/tmp", ["true"], [])
-    assert config.image.image.startswith("sha256:") and config.image.user_specified_image == "busybox"
+    assert config.image.image.startswith("sha256:") and config.image.user_specified_image == IMAGE
     assert pod.linux.security_context.namespace_options.network == pb.NODE and not pod.hostname
     assert pod.labels["x"] == "y"
-
-
-def test_run_passes_options_after_the_image_on(fake: Fake, crib: Crib) -> None:
-    assert crib("run", "busybox", "echo", "-o", "json", "--rm") == "-o json --rm\n"
 
 
 def test_run_fetches_a_missing_image(fake: Fake, crib: Crib) -> None:
@@ -84,76 +54,13 @@ def test_run_fetches_a_missing_image(fake: Fake, crib: Crib) -> None:
     assert "no image 'nosuch'" in crib.error("run", "--pull", "never", "nosuch", "true", code=3)
 
 
-def test_run_that_fails_leaves_nothing(fake: Fake, crib: Crib) -> None:
-    error = crib.error("run", "busybox", "/no/such/program", code=1)
-    assert error == "crib: step 29/31: execve /no/such/program: no such file or directory"
-    assert not fake.pods and not fake.containers
-
-
-def test_run_refuses_a_name_that_is_taken(crib: Crib, running: Start) -> None:
-    identifier = running("web")
-    error = crib.error("run", "--name", "web", "busybox", "true", code=1)
-    assert "there is a pod web already" in error and "crib rm -f web" in error
-    assert [row["id"] for row in crib.json("ps")] == [identifier]
-
-
-def test_run_json_collects_the_output(crib: Crib) -> None:
-    told = crib.json(
-        "run", "--name", "t", "-o", "json", "busybox", "sh", "-c", "echo out; echo err >&2; exit 2", code=2
-    )
-    assert told.keys() == {"id", "name", "pod_id", "exit_code", "reason", "stdout", "stderr"}
-    assert (told["exit_code"], told["reason"], told["stdout"], told["stderr"]) == (2, "Error", "out\n", "err\n")
-
-
-def test_run_interrupted_stops_the_container(crib: Crib, fake: Fake) -> None:
-    with crib.popen("run", "--rm", "busybox", "sh", "-c", "echo up; exec sleep 1000") as process:
-        assert process.stdout is not None and process.stdout.readline() == b"up\n"
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
-    assert not fake.pods
-
-
 # ---- lists and names ---------------------------------------------------------------------------------------------
-
-
-def test_tables_without_a_terminal_are_plain_columns(crib: Crib, running: Start) -> None:
-    identifier = running("web")
-    titles, line = crib("ps").splitlines()
-    assert titles.split() == ["CONTAINER", "NAME", "POD", "IMAGE", "STATE", "CREATED"]
-    assert line.split()[:5] == [identifier[:12], "web", "web", "busybox", "running"]
-    titles, line = crib("pods").splitlines()
-    assert line.split()[1:5] == ["web", "default", "ready", "10.88.0.2"]
-    assert crib("ps", "-q") == f"{identifier}\n"
-
-
-def test_json_of_lists_keeps_its_shape(crib: Crib, running: Start) -> None:
-    running("web")
-    [container], [pod], [image] = crib.json("ps"), crib.json("pods"), crib.json("images")
-    assert container.keys() == {
-        "id", "name", "attempt", "pod_id", "pod", "namespace", "image", "image_id", "state", "exit_code", "reason",
-        "created_ns", "labels",
-    }  # fmt: skip
-    assert pod.keys() == {
-        "id", "name", "namespace", "uid", "attempt", "state", "network", "addresses", "containers", "created_ns",
-        "labels",
-    }  # fmt: skip
-    assert image.keys() == {"id", "tags", "digests", "size_bytes", "pinned"}
 
 
 def test_table_on_a_terminal(crib: Crib, running: Start) -> None:
     running("web")
     shown = crib.on_terminal("ps")
     assert "\x1b[" in shown and "web" in shown and "running" in shown
-
-
-def test_a_name_an_id_and_a_prefix_mean_the_same(crib: Crib, running: Start) -> None:
-    identifier = running("web")
-    pod_id = crib.json("pods")[0]["id"]
-    for given in ("web", "web/web", "default/web/web", identifier, identifier[:8]):
-        assert crib.json("inspect", given)[0]["status"]["id"] == identifier
-    for given in ("default/web", pod_id, pod_id[:8]):
-        assert crib.json("inspect", given)[0]["status"]["id"] == pod_id
-    assert crib("exec", pod_id, "echo", "in") == "in\n"
 
 
 def test_what_fits_several_is_refused(crib: Crib, fake: Fake, running: Start) -> None:
@@ -175,84 +82,7 @@ def test_what_fits_several_is_refused(crib: Crib, fake: Fake, running: Start) ->
 # ---- logs, exec, inspect -----------------------------------------------------------------------------------------
 
 
-def test_logs_are_the_containers_own_bytes(crib: Crib, running: Start) -> None:
-    identifier = running("t", r"echo a; echo b; echo err >&2; printf '\377partial'")
-    assert crib.full("logs", "-f", identifier).stdout == b"a\nb\n\xffpartial"
-    assert crib.full("logs", "-f", identifier).stderr == b"err\n"
-    running("u", "echo a; echo b")
-    crib("logs", "-f", "u")
-    assert crib("logs", "-t", "--tail", "1", "u") == "2026-11-22T10:00:00.000000000Z b\n"
-    lines = crib("logs", "-o", "json", "t").splitlines()
-    assert '"stream":"stdout"' in lines[0] and lines[0].startswith('{"time":"2026-11-22T10:00:00.000000000Z"')
-
-
-def test_logs_follow_until_the_end(crib: Crib, tmp_path: Path) -> None:
-    gate = tmp_path / "gate"
-    os.mkfifo(gate)
-    script = f"echo first; read line <{gate}; echo $line; exit 1"
-    crib("run", "-d", "--name", "t", "busybox", "sh", "-c", script)
-    with crib.popen("logs", "-f", "t") as process:
-        assert process.stdout is not None and process.stdout.readline() == b"first\n"
-        gate.write_text("second\n")
-        assert process.stdout.read() == b"second\n"
-        assert process.wait(60) == 0
-
-
-def test_exec_passes_everything_through(crib: Crib, running: Start) -> None:
-    running("web")
-    done = crib.full("exec", "web", "sh", "-c", "echo out; echo err >&2; exit 42", code=42)
-    assert (done.stdout, done.stderr) == (b"out\n", b"err\n")
-    assert crib("exec", "-o", "json", "web", "echo", "x").split() == [
-        "{", '"exit_code":', "0,", '"stdout":', '"x\\n",', '"stderr":', '""', "}",
-    ]  # fmt: skip
-    assert "exec timed out after 1 s" in crib.error("exec", "--timeout", "1", "web", "sleep", "100", code=1)
-
-
-def test_exec_in_a_container_that_has_ended(crib: Crib) -> None:
-    crib("run", "--name", "t", "busybox", "true")
-    assert "is not running" in crib.error("exec", "t", "true", code=1)
-
-
-def test_inspect_tells_no_environment_values(crib: Crib, running: Start) -> None:
-    running("web", "exec sleep 1000", "-e", "TOKEN=hunter2")
-    text = crib("inspect", "web", "busybox")
-    assert "hunter2" not in text and "secret" not in text
-    container, image = crib.json("inspect", "web", "busybox")
-    assert container["info"]["runtimeSpec"]["process"]["env"] == ["TOKEN=<redacted>", "PATH=<redacted>"]
-    assert container["info"]["config"]["envs"] == [{"key": "TOKEN", "value": "<redacted>"}]
-    assert container["info"]["pid"] == 7 and container["kind"] == "container"
-    assert image["kind"] == "image" and image["info"]["imageSpec"]["config"]["Env"] == ["KEY=<redacted>"]
-
-
 # ---- stop and rm -------------------------------------------------------------------------------------------------
-
-
-def test_stop_and_rm_of_what_run_made(crib: Crib, fake: Fake, running: Start) -> None:
-    running("web", "trap 'exit 5' TERM; echo ready; while :; do sleep 0.05; done")
-    crib("logs", "web")
-    assert "is running: crib stop it, or crib rm -f" in crib.error("rm", "web", code=1)
-    assert crib("stop", "web") == "web\n"
-    assert crib.json("pods")[0]["state"] == "not-ready"
-    assert crib.json("ps", "-a")[0]["state"] == "exited"
-    assert crib("stop", "web") == "web\n"
-    assert crib("rm", "web") == "web\n"
-    assert not fake.pods and os.listdir(crib.log_dir) == []
-
-
-def test_rm_of_many_goes_on_after_a_failure(crib: Crib, fake: Fake, running: Start) -> None:
-    running("a")
-    running("b")
-    done = crib.full("rm", "-f", "a", "nosuch", "b", code=3)
-    assert done.stdout == b"a\nb\n" and b"no container or pod 'nosuch'" in done.stderr
-    assert not fake.pods
-
-
-def test_rm_all(crib: Crib, fake: Fake, running: Start) -> None:
-    running("a")
-    running("b")
-    assert sorted(crib("rm", "-f", "--all").split()) == ["a", "b"]
-    assert not fake.pods
-    crib("rm", code=2)
 
 
 def test_rm_never_touches_logs_that_run_did_not_choose(crib: Crib, fake: Fake, tmp_path: Path) -> None:
@@ -312,12 +142,12 @@ def test_load(crib: Crib, tmp_path: Path) -> None:
 
 
 def test_images_and_rmi(crib: Crib, running: Start) -> None:
-    assert crib("images").splitlines()[1].split()[0] == "busybox:latest"
+    assert crib("images").splitlines()[1].split()[0] == IMAGE
     running("web")
-    assert "is what container web" in crib.error("rmi", "busybox", code=1)
-    crib("rmi", "-f", "busybox")
+    assert "is what container web" in crib.error("rmi", IMAGE, code=1)
+    crib("rmi", "-f", IMAGE)
     assert crib.json("images") == []
-    assert "no image 'busybox' here" in crib.error("rmi", "busybox", code=3)
+    assert f"no image '{IMAGE}' here" in crib.error("rmi", IMAGE, code=3)
 
 
 # ---- the node ----------------------------------------------------------------------------------------------------
@@ -340,6 +170,46 @@ def test_plan(crib: Crib, running: Start) -> None:
     }  # fmt: skip
 
 
+# ---- errors ------------------------------------------------------------------------------------------------------
+
+
+def test_no_daemon(tmp_path: Path) -> None:
+    crib = Crib(f"unix://{tmp_path}/none.sock", tmp_path)
+    assert crib.error("ps", code=4) == (
+        f"crib: cannot reach cribd at unix://{tmp_path}/none.sock: no such file or directory: is it running?"
+    )
+
+
+def test_usage(crib: Crib) -> None:
+    assert "invalid choice: 'nosuch'" in crib.error("nosuch", code=2)
+    assert "see crib exec --help" in crib.error("exec", code=2)
+    assert "--rm and --detach exclude each other" in crib.error("run", "-d", "--rm", IMAGE, code=2)
+    assert "not SOURCE:/TARGET" in crib.error("run", "-v", "x", IMAGE, code=2)
+    assert crib.full(code=2).stderr.startswith(b"usage: crib")
+    assert "is not unix:///PATH" in Crib("tcp://x", crib.log_dir).error("ps", code=2)
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(crib: Crib, running: Start) -> None:
+    running("t", "seq 1 100000; exec sleep 1000")
+    with crib.popen("logs", "-f", "t") as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == b"1\n"
+        process.stdout.close()
+        assert process.wait(60) == 141
+        assert process.stderr.read() == b""
+
+
+def test_inspect_tells_no_environment_values(crib: Crib, running: Start) -> None:
+    running("web", "exec sleep 1000", "-e", "TOKEN=hunter2")
+    text = crib("inspect", "web", IMAGE)
+    assert "hunter2" not in text and "secret" not in text
+    container, image = crib.json("inspect", "web", IMAGE)
+    assert container["info"]["runtimeSpec"]["process"]["env"] == ["TOKEN=<redacted>", "PATH=<redacted>"]
+    assert container["info"]["config"]["envs"] == [{"key": "TOKEN", "value": "<redacted>"}]
+    assert container["info"]["pid"] == 7 and container["kind"] == "container"
+    assert image["kind"] == "image" and image["info"]["imageSpec"]["config"]["Env"] == ["KEY=<redacted>"]
+
+
 def test_doctor(crib: Crib, fake: Fake) -> None:
     told = crib.json("doctor")
     assert told["ok"] and [probe["ok"] for probe in told["probes"]] == [True, False]
@@ -355,38 +225,3 @@ def test_version(crib: Crib, fake: Fake) -> None:
     fake.close()
     away = crib.full("version", code=4)
     assert away.stdout == b"crib 0.1.0\n"
-
-
-# ---- errors ------------------------------------------------------------------------------------------------------
-
-
-def test_no_daemon(tmp_path: Path) -> None:
-    crib = Crib(f"unix://{tmp_path}/none.sock", tmp_path)
-    assert crib.error("ps", code=4) == (
-        f"crib: cannot reach cribd at unix://{tmp_path}/none.sock: no such file or directory: is it running?"
-    )
-
-
-def test_usage(crib: Crib) -> None:
-    assert "invalid choice: 'nosuch'" in crib.error("nosuch", code=2)
-    assert "see crib exec --help" in crib.error("exec", code=2)
-    assert "--rm and --detach exclude each other" in crib.error("run", "-d", "--rm", "busybox", code=2)
-    assert "not SOURCE:/TARGET" in crib.error("run", "-v", "x", "busybox", code=2)
-    assert crib.full(code=2).stderr.startswith(b"usage: crib")
-    assert "is not unix:///PATH" in Crib("tcp://x", crib.log_dir).error("ps", code=2)
-
-
-def test_unknown_things_are_exit_code_3(crib: Crib) -> None:
-    for command in (["logs"], ["inspect"], ["stop"], ["rm"], ["plan"], ["rmi"]):
-        assert "nosuch" in crib.error(*command, "nosuch", code=3)
-    assert "nosuch" in crib.error("exec", "nosuch", "true", code=3)
-
-
-def test_a_reader_that_has_seen_enough_is_no_error(crib: Crib, running: Start) -> None:
-    running("t", "seq 1 100000; exec sleep 1000")
-    with crib.popen("logs", "-f", "t") as process:
-        assert process.stdout is not None and process.stderr is not None
-        assert process.stdout.readline() == b"1\n"
-        process.stdout.close()
-        assert process.wait(60) == 141
-        assert process.stderr.read() == b""
