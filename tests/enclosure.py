@@ -32,8 +32,9 @@ def enter() -> None:
     if libc.unshare(CLONE_NEWNS | CLONE_NEWNET) != 0:
         _refusal = f"unshare: {os.strerror(ctypes.get_errno())}"
         return
-    # Nothing goes out to the host's mounts; within all is shared, as systemd has it on a node.
-    commands = ["mount --make-rslave /", "mount --make-rshared /", "mkdir -p /run/netns"]
+    # Nothing goes out to the host's mounts or comes in from there (the pins of a cribd outside would look like leaks);
+    # within all is shared, as systemd has it on a node.
+    commands = ["mount --make-rprivate /", "mount --make-rshared /", "mkdir -p /run/netns"]
     commands += ["mount -t tmpfs -o mode=755 tmpfs /run/netns", "mount --make-rshared /run/netns", "ip link set lo up"]
     for command in commands:
         done = subprocess.run(command.split(), capture_output=True, text=True, check=False)
