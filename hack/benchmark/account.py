@@ -124,6 +124,11 @@ class Account:
     _cgroups: list[Path] = field(default_factory=list)
     _moved: dict[int, Path] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Make the pods' parent, as a kubelet does: what ended pods used is counted there after they are gone."""
+        if not self.systemd:
+            self._pods.mkdir(exist_ok=True)
+
     @property
     def pod_parent(self) -> str:
         """The cgroup_parent to ask for."""
