@@ -131,7 +131,7 @@ async def _start(node: Node, pod: Pod, timing: Timing) -> None:
                     ipc=plan.ipc,
                     pid=plan.pid,
                     shm_bytes=plan.shm_bytes if plan.ipc else 0,
-                    sysctls=plan.sysctls,
+                    sysctls={**node.network.pod_sysctls, **plan.sysctls} if plan.network else plan.sysctls,
                     init_cgroup=node.cgroups.join_files(init) if init else (),
                 )
             )

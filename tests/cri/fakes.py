@@ -380,6 +380,7 @@ class FakeNetwork:
     def __init__(self, world: World) -> None:
         self.world = world
         self.ready = NetworkStatus(ready=True)
+        self.pod_sysctls: dict[str, str] = {}
 
     def setup(self) -> None:
         pass
