@@ -116,7 +116,7 @@ def _build(node: Node, container: Container) -> _Made:
     config = container.config
     image = node.images.get(config.image.image)
     user = _user(node, config.linux.security_context, image)
-    spec = container_to_spec(_given(node, container, image, user))
+    spec = host.with_cdi_devices(config, container_to_spec(_given(node, container, image, user)))
     host.check_propagation(spec.mounts)
     rootfs = node.images.prepare(container.id, image.id)
     if container.record.log_path:

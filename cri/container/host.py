@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
 from cri.api import cri_pb2 as pb
 from cri.state.records import ContainerState
-from cri.translate import propagation, seccomp
+from cri.translate import cdi, propagation, seccomp
 from cri.translate.devices import HostDevice, paths
 from cri.translate.namespaces import TARGET
 from runtime.errors import InvalidSpec
-from runtime.spec import Mount
+from runtime.spec import Mount, Spec
 
 if TYPE_CHECKING:
     from cri.container.container import Container
@@ -79,6 +80,30 @@ def seccomp_file(security: pb.LinuxContainerSecurityContext) -> bytes | None:
         return None
     except OSError as error:
         raise InvalidSpec(f"seccomp profile {path!r}: {error.strerror}") from error
+
+
+def with_cdi_devices(config: pb.ContainerConfig, spec: Spec, directories: tuple[str, ...] = cdi.DIRECTORIES) -> Spec:
+    """The spec with the CDI devices that the request names. Their files are read each time: they may have changed."""
+    names = cdi.requested(config)
+    if not names:
+        return spec
+    edits = cdi.resolve(names, list(_cdi_files(directories)))
+    found = {path: tuple(device for _, device in _devices(path)) for path in cdi.paths(edits)}
+    return cdi.apply(spec, edits, found, hooks=False)
+
+
+def _cdi_files(directories: tuple[str, ...]) -> Iterator[cdi.Source]:
+    for priority, directory in enumerate(directories):
+        try:
+            names = sorted(os.listdir(directory))
+        except OSError:
+            continue
+        for path in (os.path.join(directory, name) for name in names if name.endswith((".json", ".yaml"))):
+            try:
+                with open(path, "rb") as file:
+                    yield cdi.parse(path, priority, file.read(cdi.FILE_LIMIT_BYTES + 1))
+            except OSError as error:
+                yield cdi.Source(path, priority, None, str(error.strerror))
 
 
 def check_propagation(mounts: tuple[Mount, ...]) -> None:
