@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from urllib.parse import urljoin, urlsplit
 
 import urllib3
-from urllib3.exceptions import HTTPError, ReadTimeoutError, SSLError
+from urllib3.exceptions import HTTPError, InsecureRequestWarning, ReadTimeoutError, SSLError
 from urllib3.response import BaseHTTPResponse
 
 from runtime.errors import Cancelled, CribError, Exhausted, NotFound
@@ -28,6 +28,9 @@ from runtime.images.manifest import ACCEPT, Descriptor, digest_of
 from runtime.images.reference import Reference
 
 log = logging.getLogger(__name__)
+
+# `skip_verify` is the administrator's decision, and written in their own hosts.toml.
+urllib3.disable_warnings(InsecureRequestWarning)
 
 _REDIRECTS = (301, 302, 303, 307, 308)
 _REDIRECT_LIMIT = 5
@@ -84,8 +87,12 @@ class Registry:
                     pass  # it has just ended
 
     def close(self) -> None:
-        for pool in self._pools.values():
-            pool.clear()
+        """Close every connection; urllib3 by itself would leave that to the garbage collector."""
+        for manager in self._pools.values():
+            for key in list(manager.pools.keys()):
+                if (pool := manager.pools.get(key)) is not None:
+                    pool.close()
+            manager.clear()
 
     def resolve(self) -> Document:
         """The document that the reference names. Raises NotFound, RegistryDenied, RegistryUnavailable, BadContent."""
@@ -316,9 +323,12 @@ class Registry:
         """Give a response's connection back, or close it when there is more to come."""
         with self._lock:
             self._open.discard(response)
-        if getattr(response, "length_remaining", None) == 0:
-            response.release_conn()
-        else:
+        remaining = getattr(response, "length_remaining", None)
+        try:
+            if remaining is not None and remaining <= _READ_BYTES and not self._cancelled.is_set():
+                response.drain_conn()  # also what tells the connection that nothing remains
+                response.release_conn()
+        finally:
             response.close()
 
     def _read(self, response: BaseHTTPResponse, limit: int) -> bytes:

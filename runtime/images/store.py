@@ -68,6 +68,7 @@ class Images:
         self._stored: dict[str, StoredImage] = {}
         self._pulls: dict[object, Pull] = {}
         self._threads: set[threading.Thread] = set()
+        self._lock_file = -1
 
     def open(self) -> None:
         """Read the records and make the disk agree with them. Raises WrongState if another process has the store.
@@ -83,6 +84,7 @@ class Images:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             os.close(self._lock_file)
+            self._lock_file = -1
             raise WrongState(f"image store {self._root} is in use by another process") from error
         self._records = ImageRecords(self._root)
         self._rootfs_records = RootFsRecords(self._root)
@@ -129,7 +131,9 @@ class Images:
         self._shelf.remove(layers)
 
     def close(self) -> None:
-        """End every pull and wait until nothing writes to the store any more."""
+        """End every pull and wait until nothing writes to the store any more. Closing again does nothing."""
+        if self._lock_file < 0:
+            return
         with self._lock:
             pulls = list(self._pulls.values())
             threads = list(self._threads)
@@ -141,6 +145,7 @@ class Images:
         self._rootfs_records.checkpoint()
         self._rootfs_records.close()
         os.close(self._lock_file)
+        self._lock_file = -1
 
     def get(self, ref: str) -> Image:
         """The image that `ref` names: an id or a unique prefix of one, a tag, a digest, or both (the digest decides).
@@ -180,6 +185,8 @@ class Images:
         tenth of a second, and the transfer when nobody else waits for it. Raises CribError; nothing is left then.
         """
         reference = parse(ref)
+        if cancelled is not None and cancelled.is_set():
+            raise Cancelled(f"pull of {reference} was cancelled")
         pull = self._join(reference, auth, progress)
         while True:
             try:

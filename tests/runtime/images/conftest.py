@@ -32,11 +32,10 @@ def open_store(run_dir: Path) -> Iterator[OpenStore]:
         images = Images(root or run_dir / "store", replace(SETTINGS, **settings))  # type: ignore[arg-type]
         images.open()
         opened.append(images)
-        close, images.close = images.close, lambda: (opened.remove(images), close())[1]  # type: ignore[method-assign]
         return images
 
     yield open_one
-    for images in list(opened):
+    for images in opened:
         images.close()
 
 

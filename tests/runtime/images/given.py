@@ -213,6 +213,8 @@ class Request(BaseHTTPRequestHandler):
     """One request to a Liar; `reply` sends a whole answer."""
 
     protocol_version = "HTTP/1.1"
+    # A client that leaves connections open makes its test slow, not endless.
+    timeout = 20
     server: Liar
 
     def reply(self, status: int, body: bytes = b"", length: int | None = None, **headers: str) -> None:
