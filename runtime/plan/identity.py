@@ -31,6 +31,17 @@ from runtime.linux.process import (
 from runtime.linux.seccomp import Filter
 from runtime.plan.plan import Context, Step
 
+# Python ignores the first two, the zygote and monitors the next four (they handle SIGCHLD), and what is ignored stays
+# ignored after execve.
+INHERITED_DISPOSITIONS = (
+    signal.SIGPIPE,
+    signal.SIGXFSZ,
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGQUIT,
+    signal.SIGCHLD,
+)
 TIOCSPTLCK = 0x40045431
 TIOCGPTN = 0x80045430
 TIOCSWINSZ = 0x5414
@@ -51,10 +62,8 @@ class Detach(Step):
         prctl(PR_SET_PDEATHSIG, 0)
         os.umask(0)
         os.chdir("/")
-        # Python ignores SIGPIPE and SIGXFSZ, and ignored signals stay ignored after execve.
-        for number in signal.valid_signals():
-            if signal.getsignal(number) not in (signal.SIG_DFL, None):
-                signal.signal(number, signal.SIG_DFL)
+        for number in INHERITED_DISPOSITIONS:
+            signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
     def describe(self) -> str:
