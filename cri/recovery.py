@@ -23,11 +23,14 @@ from cri.sandbox.pod import Pod
 from cri.sandbox.release import release
 from cri.state.records import ContainerRecord, ContainerState, SandboxRecord, SandboxState
 from cri.translate.sandbox import sandbox_to_pod
+from runtime.errors import CribError
 
 if TYPE_CHECKING:
     from cri.node import Node
 
 _AT_ONCE: Final = 32
+_ANSWER_S: Final = 1.5
+_AGAIN_S: Final = 5.0
 _logger = logging.getLogger(__name__)
 
 
@@ -88,14 +91,13 @@ async def _pod(node: Node, pod: Pod) -> None:
     if record.boot_id != node.boot_id:
         _rebooted(node, pod)
     elif record.state is not SandboxState.MAKING and "monitor" in record.owes:
-        pod.running = await node.engine.connect(pod.id)
-        if pod.running is None and record.state is SandboxState.READY:
-            orphan(node, pod, "the pod's monitor ended while cribd was down")
-            node.save(pod, state=SandboxState.NOTREADY, message="the pod's monitor was lost", ips=())
-            pod.stopping = True
-    if pod.running is not None:
-        watch(node, pod)
-        await _compare(node, pod)
+        task = asyncio.create_task(_connect(node, pod))
+        done, _ = await asyncio.wait((task,), timeout=_ANSWER_S)
+        if not done:  # it may still come: a monitor that is held up is no reason to kill what it watches
+            _logger.warning("a monitor takes long to answer", extra={"fields": {"sandbox": pod.id}})
+            node.spawn(task)
+            return
+        await task
     for container in tuple(pod.containers.values()):
         await _container(node, container)
     if record.state is SandboxState.MAKING:
@@ -105,9 +107,27 @@ async def _pod(node: Node, pod: Pod) -> None:
         node.pods.discard(pod.id)
         node.names.release(pod.name, pod.id)
     elif pod.record.state is SandboxState.NOTREADY and pod.record.owes:
-        if pod.running is None:
-            orphan(node, pod, "the pod was being stopped")
         await end.stop(node, pod)
+
+
+async def _connect(node: Node, pod: Pod) -> None:
+    """Find the pod's monitor and hear what it has to tell, however long it takes to answer."""
+    while True:
+        try:
+            found = await node.engine.connect(pod.id)
+            break
+        except (CribError, OSError) as error:
+            _logger.warning("monitor does not answer", extra={"fields": {"sandbox": pod.id, "error": str(error)}})
+            await asyncio.sleep(_AGAIN_S)
+    if found is None:
+        orphan(node, pod, "the pod's monitor ended while cribd was down")
+        if pod.record.state is SandboxState.READY:
+            node.save(pod, state=SandboxState.NOTREADY, message="the pod's monitor was lost", ips=())
+        pod.stopping = True
+        return
+    pod.running = found
+    watch(node, pod)
+    await _compare(node, pod)
 
 
 def _rebooted(node: Node, pod: Pod) -> None:
@@ -120,8 +140,7 @@ def _rebooted(node: Node, pod: Pod) -> None:
 
 async def _compare(node: Node, pod: Pod) -> None:
     """Bring the containers' records up to what the monitor knows."""
-    assert pod.running is not None
-    facts = {fact.id: fact for fact in await pod.running.containers()}
+    facts = {fact.id: fact for fact in await pod.monitor.containers()}
     for container in pod.containers.values():
         fact = facts.pop(container.id, None)
         if container.state is ContainerState.STARTING and fact is not None and fact.started_ns:
@@ -135,7 +154,7 @@ async def _compare(node: Node, pod: Pod) -> None:
             on_exit(node, fact.exited)
     for stranger in facts.values():  # its record is gone: the removal was cut short
         _logger.warning("container without a record", extra={"fields": {"container": stranger.id, "sandbox": pod.id}})
-        await pod.running.kill(stranger.id)
+        await pod.monitor.kill(stranger.id)
 
 
 async def _container(node: Node, container: Container) -> None:

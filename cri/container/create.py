@@ -129,7 +129,6 @@ def _build(node: Node, container: Container) -> _Made:
 def _given(node: Node, container: Container, image: Image, user: ResolvedUser) -> ContainerInput:
     """What the translation needs to know."""
     pod, config = container.pod, container.config
-    assert pod.running is not None
     handler = node.handlers[pod.record.handler]
     security = config.linux.security_context
     directory = node.directory(pod.id)
@@ -142,9 +141,9 @@ def _given(node: Node, container: Container, image: Image, user: ResolvedUser) -
             hosts=str(directory / "hosts"),
             resolv_conf=str(directory / "resolv.conf"),
             hostname=str(directory / "hostname"),
-            shm=pod.running.shm_path,
+            shm=pod.monitor.shm_path,
         ),
-        namespaces=pod.running.namespaces,
+        namespaces=pod.monitor.namespaces,
         user=user,
         cgroup_path=container.record.cgroup_path,
         cgroup_version=node.cgroups.version,

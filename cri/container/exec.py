@@ -110,13 +110,11 @@ async def exec_sync(node: Node, container: Container, command: list[str], timeou
     for what a command that ended by itself has left running.
     """
     request = _request(node, container, command)
-    pod = container.pod
-    assert pod.running is not None
     output = Output()
     try:
         null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
         try:
-            process = pod.running.exec(request, null, *output.write_ends)
+            process = container.pod.monitor.exec(request, null, *output.write_ends)
         finally:
             os.close(null)
             output.release_write_ends()
@@ -150,7 +148,7 @@ def _request(node: Node, container: Container, command: list[str]) -> ExecStart:
     sizes = [len(word.encode()) for word in command]
     if max(sizes) > STRING_LIMIT_BYTES or sum(sizes) > TOTAL_LIMIT_BYTES or any("\0" in word for word in command):
         raise InvalidSpec("cmd is longer than the kernel takes, or holds a NUL character")
-    if container.state is not ContainerState.RUNNING or container.pod.running is None:
+    if container.state is not ContainerState.RUNNING:
         raise WrongState(f"{container.title} is not running")
     spec = spec_of(node, container)
     return ExecStart(

@@ -65,7 +65,6 @@ async def _start(node: Node, container: Container) -> None:
 
 async def _run(node: Node, container: Container, timing: Timing) -> Started:
     pod, record = container.pod, container.record
-    assert pod.running is not None
     rootfs = container.rootfs
     if rootfs is None:  # made by an earlier cribd
         rootfs = await node.work(node.images.prepare, container.id, record.image_id)
@@ -79,7 +78,7 @@ async def _run(node: Node, container: Container, timing: Timing) -> Started:
     )
     try:
         async with asyncio.timeout(node.config.limits.start_timeout_s):
-            started = await pod.running.start(request)
+            started = await pod.monitor.start(request)
     except TimeoutError:
         await node.work(node.cgroups.kill, record.cgroup_path)
         limit_s = node.config.limits.start_timeout_s

@@ -11,7 +11,7 @@ from cri.api import cri_pb2 as pb
 from cri.state.records import SandboxRecord, SandboxState
 from cri.translate.sandbox import PodPlan
 from runtime import engine
-from runtime.errors import WrongState
+from runtime.errors import Unavailable, WrongState
 
 if TYPE_CHECKING:
     from cri.container.container import Container
@@ -57,6 +57,13 @@ class Pod:
         """The pod for people: "namespace/name (id)"."""
         meta = self.config.metadata
         return f"pod {meta.namespace}/{meta.name} ({self.id[:12]})"
+
+    @property
+    def monitor(self) -> engine.Pod:
+        """The engine's pod. Raises Unavailable while there is none to talk to."""
+        if self.running is None:
+            raise Unavailable(f"{self.title}: its monitor does not answer")
+        return self.running
 
     @property
     def ready(self) -> bool:

@@ -95,7 +95,7 @@ def _missing(cgroups: Cgroups, path: str) -> tuple[str, ...]:
 async def _make(node: Node, pod: Pod, timing: Timing) -> None:
     try:
         await _start(node, pod, timing)
-        node.save(pod, state=SandboxState.READY, monitor_pid=pod.running.monitor_pid if pod.running else 0)
+        node.save(pod, state=SandboxState.READY, monitor_pid=pod.monitor.monitor_pid)
     except Exception as error:
         await _abandon(node, pod, error)
         raise
@@ -147,21 +147,19 @@ async def _start(node: Node, pod: Pod, timing: Timing) -> None:
     if late := tuple(path for path in made if path not in pod.record.cgroups):  # another pod removed a common parent
         node.save(pod, cgroups=(*late, *pod.record.cgroups))
     if plan.network:
-        assert pod.running is not None
         ips = await node.work(_connect, node, pod, timing)
-        pod.running.release_network()
+        pod.monitor.release_network()
         node.save(pod, ips=ips)
 
 
 def _connect(node: Node, pod: Pod, timing: Timing) -> tuple[str, ...]:
     """Give the pod its address, and its hosts file: the part of a start that waits for the network. Blocks."""
-    assert pod.running is not None
     meta, path = pod.config.metadata, pod.record.netns_path
     with timing.step("network", f"pin the network namespace at {path}"):
-        node.pins.pin(pod.running.netns_fd, os.path.basename(path))
+        node.pins.pin(pod.monitor.netns_fd, os.path.basename(path))
     identity = PodIdentity(sandbox_id=pod.id, name=meta.name, namespace=meta.namespace, uid=meta.uid)
     with timing.step("network", "attach to the pod network"):
-        attachment = node.network.attach(identity, NetNs(path=path, fd=pod.running.netns_fd, rtnl=pod.running.rtnl))
+        attachment = node.network.attach(identity, NetNs(path=path, fd=pod.monitor.netns_fd, rtnl=pod.monitor.rtnl))
     with timing.step("files", "write hosts"):
         files.add_hosts(node.directory(pod.id), pod.plan.hostname or node.defaults.node_name, attachment.ips)
     return attachment.ips

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import grpc
@@ -37,13 +39,22 @@ class Client:
         await self.channel.close()
 
 
+async def until(condition: Callable[[], object], timeout_s: float = 20) -> None:
+    """Wait for what has no event to wait for."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
 def _serialize(request: Message | bytes) -> bytes:
     return request if isinstance(request, bytes) else request.SerializeToString()
 
 
 def pod_config(name: str = "pod", **fields: Any) -> pb.PodSandboxConfig:
     """A request that any runtime takes."""
-    metadata = pb.PodSandboxMetadata(name=name, namespace="default", uid=f"uid-{name}", attempt=fields.pop("attempt", 0))
+    metadata = pb.PodSandboxMetadata(
+        name=name, namespace="default", uid=f"uid-{name}", attempt=fields.pop("attempt", 0)
+    )
     return pb.PodSandboxConfig(metadata=metadata, hostname=name, **fields)
 
 

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -58,8 +58,18 @@ def cribd(tmp_path: Path, world: World, images: FakeImages) -> Start:
         limits = LimitsSection(workers=8, pulls=2, kill_timeout_s=0.4, exec_drain_s=0.2, start_timeout_s=5)
         config = Config(listen=f"unix://{tmp_path}/s", root=str(root), state=str(state), limits=limits)
         engine, network = FakeEngine(world), FakeNetwork(world)
-        rooms: tuple[Any, ...] = (engine, images, network, FakeCgroups(world), FakePins(world))
-        node = Node(config, Store(root / "state.db"), *rooms, Host(), cast(Any, FakeZygote()))
+        made: Any = Node  # which takes the real rooms' classes, or what has their methods
+        node = made(
+            config,
+            Store(root / "state.db"),
+            engine,
+            images,
+            network,
+            FakeCgroups(world),
+            FakePins(world),
+            Host(),
+            FakeZygote(),
+        )
         await recover(node)
         server = make_server(node, Probes(**dict.fromkeys(Probes.__dataclass_fields__, True)))
         await listen(server, config)

@@ -1,8 +1,8 @@
 """The rooms below the API room, without a kernel: they keep their contracts, and what they hold can be looked at.
 
 A `World` is the machine: it outlives a `FakeEngine` as pods outlive cribd. A container's command decides what its
-process does: `true` and `false` end at once, `exit N` too, `stubborn` ignores every signal but SIGKILL, `undead` SIGKILL
-as well, `missing` can't be executed, `stuck` hangs in its start until it is killed; anything else runs until signalled.
+process does: `true` and `false` end at once, `exit N` too; `stubborn` ignores every signal but SIGKILL, `undead` that
+one too; `missing` can't be executed, `stuck` hangs in its start until it is killed; anything else runs on.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ class FakePod:
             raise StepFailed(f"execve {command[0]}", 3, 3, 2, "no such file or directory")
         self._monitor.processes[request.id] = process
         if command[0] == "stuck":
-            while process.exit is None:
+            while process.exit is None:  # noqa: ASYNC110
                 await asyncio.sleep(0)
             del self._monitor.processes[request.id]
             raise StepFailed("open the volume", 1, 3, 0, "the process died before it could start")

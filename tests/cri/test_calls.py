@@ -49,7 +49,9 @@ async def test_a_request_beyond_the_limit(served: Served) -> None:
 
 async def test_a_bug_is_unknown_and_logged(served: Served, caplog: pytest.LogCaptureFixture) -> None:
     served.world.fail("start_pod", ZeroDivisionError("a bug"))
-    request = pb.RunPodSandboxRequest(config=pb.PodSandboxConfig(metadata=pb.PodSandboxMetadata(name="p", uid="u", namespace="n")))
+    request = pb.RunPodSandboxRequest(
+        config=pb.PodSandboxConfig(metadata=pb.PodSandboxMetadata(name="p", uid="u", namespace="n"))
+    )
     code, text = await code_of(served.client.RunPodSandbox(request))
     assert code == grpc.StatusCode.UNKNOWN
     assert "a bug" in text

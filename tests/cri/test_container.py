@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import threading
 
@@ -11,7 +12,7 @@ import pytest
 
 from cri.api import cri_pb2 as pb
 from runtime.errors import Exhausted, InvalidSpec, Unavailable
-from tests.cri.client import container_config, create, pod_config, run, run_pod, status
+from tests.cri.client import container_config, create, pod_config, run, run_pod, status, until
 from tests.cri.conftest import Served, Start
 from tests.cri.fakes import SIGTERM, FakeProcess
 from tests.cri.test_sandbox import code_of
@@ -35,16 +36,16 @@ def process(served: Served, container: str) -> FakeProcess:
     return next(one for one in served.world.processes() if one.id == container)
 
 
-async def until(condition: object) -> None:
-    async with asyncio.timeout(10):
-        while not condition():  # type: ignore[operator]
-            await asyncio.sleep(0.005)
+def _gone(served: Served, cgroup: str) -> bool:
+    return cgroup not in served.world.cgroups
 
 
 async def test_from_created_to_removed(served: Served) -> None:
     client = served.client
     pod = await run_pod(client, pod_config(log_directory=str(served.node.directory("logs"))))
-    config = container_config("c", labels={"a": "b"}, annotations={"c": "d"}, log_path="c/0.log", stop_signal=pb.SIGNAL_SIGINT)
+    config = container_config(
+        "c", labels={"a": "b"}, annotations={"c": "d"}, log_path="c/0.log", stop_signal=pb.SIGNAL_SIGINT
+    )
     container = await create(client, pod, config)
     found = await status(client, container)
     assert found.state == pb.CONTAINER_CREATED
@@ -205,12 +206,12 @@ async def test_ends(served: Served) -> None:
         (("oom",), 137, "OOMKilled"),
     ):
         container = await run(client, pod, container_config(command[0], *command))
-        await until(lambda container=container: served.node.containers.get(container).ended.is_set())
+        await served.node.containers.get(container).ended.wait()
         found = await status(client, container)
         assert (found.exit_code, found.reason) == (code, reason)
         assert found.finished_at >= found.started_at > 0
         path = served.node.containers.get(container).record.cgroup_path
-        await until(lambda path=path: path not in served.world.cgroups)
+        await until(functools.partial(_gone, served, path))
 
 
 async def test_a_start_that_fails(served: Served) -> None:
@@ -225,14 +226,14 @@ async def test_a_start_that_fails(served: Served) -> None:
     assert "no such file" in found.message
 
 
-@pytest.mark.parametrize("timeout", [0, 1])
-async def test_a_start_that_hangs_can_be_stopped(served: Served, timeout: int) -> None:
+@pytest.mark.parametrize("grace_s", [0, 1])
+async def test_a_start_that_hangs_can_be_stopped(served: Served, grace_s: int) -> None:
     client = served.client
     pod = await run_pod(client)
     container = await create(client, pod, container_config("c", "stuck"))
     starting = asyncio.ensure_future(client.StartContainer(start_request(container)))
     await until(lambda: served.world.living())
-    await client.StopContainer(stop_request(container, timeout))
+    await client.StopContainer(stop_request(container, grace_s))
     with pytest.raises(grpc.aio.AioRpcError):
         await starting
     assert (await status(client, container)).reason == "StartError"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import grpc
 import pytest
 
 from cri.api import cri_pb2 as pb
 from runtime.errors import Unavailable
-from tests.cri.client import container_config, pod_config, run, run_pod, status
+from tests.cri.client import container_config, pod_config, run, run_pod, status, until
 from tests.cri.conftest import Served, Start
 
 pytestmark = pytest.mark.asyncio
@@ -131,7 +132,7 @@ async def test_the_same_request_again(served: Served) -> None:
 
 async def test_a_caller_that_timed_out_finds_its_pod(served: Served) -> None:
     client = served.client
-    gate = served.world.gates["attach"] = __import__("threading").Event()
+    gate = served.world.gates["attach"] = threading.Event()
     code, _ = await code_of(client.RunPodSandbox(run_request(pod_config()), timeout=0.2))
     assert code == grpc.StatusCode.DEADLINE_EXCEEDED
     assert not (await client.ListPodSandbox(pb.ListPodSandboxRequest())).items
@@ -275,16 +276,14 @@ async def test_after_a_reboot_no_pod_is_ready(cribd: Start, monkeypatch: pytest.
 
 async def test_an_interrupted_run_is_taken_down(cribd: Start) -> None:
     async with cribd() as served:
-        served.world.gates["attach"] = __import__("threading").Event()
+        served.world.gates["attach"] = threading.Event()
         call = asyncio.ensure_future(served.client.RunPodSandbox(run_request(pod_config())))
-        while "attach" not in served.world.calls:
-            await asyncio.sleep(0.01)
+        await until(lambda: "attach" in served.world.calls)
         call.cancel()
         for task in list(served.node.flights._tasks.values()):
             task.cancel()
         served.world.gates["attach"].set()
-        while served.node.flights._tasks:
-            await asyncio.sleep(0.01)
+        await until(lambda: not served.node.flights._tasks)
         assert served.world.monitors
     async with cribd() as served:
         assert not (await served.client.ListPodSandbox(pb.ListPodSandboxRequest())).items

@@ -12,8 +12,16 @@ import pytest
 
 from cri.config import Config, ConfigError, load
 from cri.state.index import Index, Names
-from cri.state.records import ContainerId, ContainerRecord, ContainerState, SandboxId, SandboxRecord, SandboxState
-from cri.state.records import StepRecord, Timeline
+from cri.state.records import (
+    ContainerId,
+    ContainerRecord,
+    ContainerState,
+    SandboxId,
+    SandboxRecord,
+    SandboxState,
+    StepRecord,
+    Timeline,
+)
 from cri.state.store import SCHEMA_VERSION, Store
 from runtime.errors import Exhausted, InvalidSpec, NotFound, Unavailable
 from tests.requires import requires
@@ -78,9 +86,13 @@ def test_what_is_put_is_there_after_a_crash(store: Store, path: Path) -> None:
 
 
 def test_together_is_all_or_nothing(store: Store) -> None:
-    with pytest.raises(ZeroDivisionError), store.together():
-        store.put_sandbox(sandbox())
-        raise ZeroDivisionError
+    def half() -> None:
+        with store.together():
+            store.put_sandbox(sandbox())
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        half()
     assert store.load() == ([], [])
 
 
@@ -117,9 +129,13 @@ def test_a_full_disk_does_not_stop_deleting(run_dir: Path) -> None:
     try:
         store = Store(run_dir / "state.db")
         store.put_sandbox(sandbox())
-        with pytest.raises(Exhausted, match="full"):
+
+        def fill() -> None:
             for number in range(1000):
                 store.put_spec(f"s{number}", bytes(16000))
+
+        with pytest.raises(Exhausted, match="full"):
+            fill()
         store.delete("a")
         assert store.load() == ([], [])
         store.close()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -41,7 +43,7 @@ class Real:
         request = pb.RunPodSandboxRequest(config=config or self.pod_config())
         return str((await self.client.RunPodSandbox(request)).pod_sandbox_id)
 
-    async def create(self, pod: str, *command: str, name: str = "c", **fields: object) -> str:
+    async def create(self, pod: str, *command: str, name: str = "c", **fields: Any) -> str:
         base: dict[str, object] = {
             "metadata": pb.ContainerMetadata(name=name),
             "image": pb.ImageSpec(image=IMAGE),
@@ -55,13 +57,13 @@ class Real:
     async def start(self, container: str) -> None:
         await self.client.StartContainer(pb.StartContainerRequest(container_id=container))
 
-    async def run(self, pod: str, *command: str, name: str = "c", **fields: object) -> str:
+    async def run(self, pod: str, *command: str, name: str = "c", **fields: Any) -> str:
         container = await self.create(pod, *command, name=name, **fields)
         await self.start(container)
         return container
 
-    async def sh(self, container: str, script: str, timeout: int = 20) -> pb.ExecSyncResponse:
-        request = pb.ExecSyncRequest(container_id=container, cmd=["sh", "-c", script], timeout=timeout)
+    async def sh(self, container: str, script: str, limit_s: int = 20) -> pb.ExecSyncResponse:
+        request = pb.ExecSyncRequest(container_id=container, cmd=["sh", "-c", script], timeout=limit_s)
         answer: pb.ExecSyncResponse = await self.client.ExecSync(request)
         return answer
 
@@ -71,9 +73,7 @@ class Real:
         return found
 
     async def ended(self, container: str) -> pb.ContainerStatus:
-        """The status once the container has ended by itself; a stop without a signal in sight waits for it."""
-        import asyncio
-
+        """The status once the container has ended by itself."""
         async with asyncio.timeout(30):
             while (found := await self.status(container)).state != pb.CONTAINER_EXITED:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import select
 import signal
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import grpc
 import pytest
 
 from cri.api import cri_pb2 as pb
+from tests.cri.client import until
 from tests.cri.real.conftest import Real
 from tests.cri.real.daemon import REPOSITORY
 from tests.requires import requires
@@ -26,8 +29,6 @@ async def again(real: Real) -> None:
 
 
 async def pid_of(real: Real, container: str) -> int:
-    import json
-
     answer = await real.client.ContainerStatus(pb.ContainerStatusRequest(container_id=container, verbose=True))
     return int(json.loads(answer.info["info"])["pid"])
 
@@ -44,11 +45,9 @@ async def test_a_crash(real: Real) -> None:
 
     Path(f"/proc/{waiting_pid}/root/go").touch()
     with open(os.pidfd_open(waiting_pid), "rb") as pidfd:
-        await asyncio.to_thread(__import__("select").select, [pidfd], [], [], 20)
+        await asyncio.to_thread(select.select, [pidfd], [], [], 20)
     lines = (real.logs / "ticking.log").read_text().count("\n")
-    async with asyncio.timeout(20):
-        while (real.logs / "ticking.log").read_text().count("\n") <= lines:
-            await asyncio.sleep(0.01)
+    await until(lambda: (real.logs / "ticking.log").read_text().count("\n") > lines)
 
     await again(real)
     assert (await real.status(ticking)).state == pb.CONTAINER_RUNNING
@@ -82,15 +81,11 @@ async def test_a_lost_monitor(real: Real) -> None:
     pod = await real.pod()
     container = await real.run(pod, "sleep", "1000")
     pid = await pid_of(real, container)
-    import json
-
     answer = await real.client.PodSandboxStatus(pb.PodSandboxStatusRequest(pod_sandbox_id=pod, verbose=True))
     os.kill(json.loads(answer.info["info"])["pid"], signal.SIGKILL)
     found = await real.ended(container)
     assert (found.exit_code, found.reason) == (255, "Unknown")
-    async with asyncio.timeout(20):
-        while Path(f"/proc/{pid}").exists():  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+    await until(lambda: not Path(f"/proc/{pid}").exists())
     answer = await real.client.PodSandboxStatus(pb.PodSandboxStatusRequest(pod_sandbox_id=pod))
     assert answer.status.state == pb.SANDBOX_NOTREADY
 
@@ -102,9 +97,7 @@ async def test_a_stop_goes_on_over_a_crash(real: Real) -> None:
     call = asyncio.ensure_future(
         real.client.StopContainer(pb.StopContainerRequest(container_id=container, timeout=1000))
     )
-    async with asyncio.timeout(20):
-        while "TERM" not in (real.logs / "c.log").read_text():
-            await asyncio.sleep(0.01)
+    await until(lambda: "TERM" in (real.logs / "c.log").read_text())
     real.daemon.kill()
     with pytest.raises(grpc.aio.AioRpcError):
         await call
