@@ -6,10 +6,10 @@ it is asked for.
 
 from __future__ import annotations
 
-
 TYPE_CHECKING = False  # typing costs a monitor memory
 if TYPE_CHECKING:
     from typing import Any
+
     from runtime.cgroup.interface import Cgroups, Mount
     from runtime.cgroup.mounted import detect
     from runtime.cgroup.stats import Stats

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from runtime.cgroup.interface import Cgroups
+from runtime.cgroup.systemd import Systemd
 from runtime.cgroup.v1 import V1, Hierarchy
 from runtime.cgroup.v2 import V2
 from runtime.errors import InvalidSpec, Unavailable
@@ -12,7 +13,8 @@ from runtime.errors import InvalidSpec, Unavailable
 _V1_CONTROLLERS: Final = frozenset(
     "cpu cpuacct cpuset memory devices freezer blkio pids hugetlb net_cls net_prio perf_event rdma misc debug".split()
 )
-DRIVERS: Final = ("auto", "cgroupfs")
+DRIVERS: Final = ("auto", "cgroupfs", "systemd")
+_SYSTEMD: Final = "/run/systemd/system"  # there where systemd is the init system: sd_booted(3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +29,9 @@ class CgroupMount:
 def detect(root: str = "/sys/fs/cgroup", driver: str = "auto") -> Cgroups:
     """The backend for the hierarchies mounted at `root`: v2 where it is cgroup2 itself, otherwise v1 below it.
 
-    A cgroup2 hierarchy beside v1 ones (`unified`) isn't used. Raises Unavailable where nothing is mounted, InvalidSpec
-    for an unknown driver.
+    A cgroup2 hierarchy beside v1 ones (`unified`) isn't used. "auto" is systemd on v2 where that is the init system,
+    else cgroupfs. Raises Unavailable where nothing is mounted or systemd doesn't run, InvalidSpec for an unknown driver
+    and for systemd on v1.
     """
     if driver not in DRIVERS:
         raise InvalidSpec(f"cgroup driver {driver!r}: not one of {', '.join(DRIVERS)}")
@@ -36,7 +39,11 @@ def detect(root: str = "/sys/fs/cgroup", driver: str = "auto") -> Cgroups:
         mounts = cgroup_mounts(file.read())
     root = os.path.realpath(root)
     if any(mount.point == root and mount.fstype == "cgroup2" for mount in mounts):
-        return V2(root)
+        if driver == "systemd" and not os.path.isdir(_SYSTEMD):
+            raise Unavailable("cgroup driver systemd: systemd is not this host's init system")
+        return Systemd(root) if driver == "systemd" else V2(root)
+    if driver == "systemd":
+        raise InvalidSpec("cgroup driver systemd: this host has cgroup v1")
     found = hierarchies(mounts, root)
     if not found:
         raise Unavailable(f"no cgroup hierarchy is mounted at {root}")

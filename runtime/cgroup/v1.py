@@ -15,7 +15,16 @@ from msgspec import structs
 from runtime.cgroup import devices, files, tree
 from runtime.cgroup.interface import Mount
 from runtime.cgroup.stats import Stats, read_v1
-from runtime.cgroup.writes import Write, carry_out, carry_out_or_revert, limit, missing, positive, refuse_decrease
+from runtime.cgroup.writes import (
+    Write,
+    carry_out,
+    carry_out_or_revert,
+    limit,
+    missing,
+    positive,
+    refuse_decrease,
+    revert,
+)
 from runtime.errors import CribError, DeadlineExceeded, InvalidSpec, NotFound, Unavailable, WrongState
 from runtime.spec import BlockIO, Memory, Resources
 
@@ -170,12 +179,12 @@ class V1:
         limits = self._available(writes(self._completed(path, resources)))
         policy = devices.policy(resources.devices) if resources.devices else None
         directory = lambda controller: self._mounts[controller] + path  # noqa: E731
-        revert = carry_out_or_revert(path, directory, self._ordered(path, limits))
+        undo = carry_out_or_revert(path, directory, self._ordered(path, limits))
         try:
             if policy is not None:
                 self._set_devices(path, policy, fresh=False)
         except CribError:
-            revert()
+            revert(directory, undo)
             raise
 
     def join_files(self, path: str) -> tuple[str, ...]:

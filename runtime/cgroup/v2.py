@@ -16,7 +16,16 @@ from runtime.cgroup.interface import Mount
 from runtime.cgroup.programs import Programs
 from runtime.cgroup.stats import Stats, read_v2
 from runtime.cgroup.weights import cpu_weight, io_weight
-from runtime.cgroup.writes import Write, carry_out, carry_out_or_revert, limit, missing, positive, refuse_decrease
+from runtime.cgroup.writes import (
+    Write,
+    carry_out,
+    carry_out_or_revert,
+    limit,
+    missing,
+    positive,
+    refuse_decrease,
+    revert,
+)
 from runtime.errors import CribError, DeadlineExceeded, InvalidSpec, NotFound, Unavailable, WrongState
 from runtime.spec import CPU, BlockIO, Memory, Resources
 
@@ -195,12 +204,12 @@ class V2:
         limits = self._available(writes(self._completed(path, resources)))
         policy = devices.policy(resources.devices) if resources.devices else None
         self._hand_down(path, {write.controller for write in limits if not write.tolerant})
-        revert = carry_out_or_revert(path, lambda _: directory, limits)
+        undo = carry_out_or_revert(path, lambda _: directory, limits)
         try:
             if policy is not None:
                 self._programs.attach(directory, policy)
         except CribError:
-            revert()
+            revert(lambda _: directory, undo)
             raise
 
     def join_files(self, path: str) -> tuple[str, ...]:
@@ -331,9 +340,10 @@ class V2:
         directory = self._root + path
         cpu, memory = resources.cpu, resources.memory
         try:
-            if cpu and cpu.period and not cpu.quota:
-                quota = files.read(f"{directory}/cpu.max").split()[0]
-                cpu = structs.replace(cpu, quota=-1 if quota == "max" else int(quota))
+            if cpu and bool(cpu.period) != bool(cpu.quota):
+                quota, period_us = files.read(f"{directory}/cpu.max").split()
+                quota_us = -1 if quota == "max" else int(quota)
+                cpu = structs.replace(cpu, quota=cpu.quota or quota_us, period=cpu.period or int(period_us))
             if memory and memory.limit and memory.limit > 0:
                 refuse_decrease(path, memory.limit, read_v2(directory).memory)
             if memory and memory.swap and memory.swap > 0 and not memory.limit:

@@ -3,7 +3,7 @@
 import errno
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from runtime.cgroup import files
 from runtime.cgroup.stats import Memory
@@ -78,34 +78,35 @@ def carry_out(path: str, directory: Directory, writes: Iterable[Write]) -> None:
                 raise refusal from error
 
 
-def carry_out_or_revert(path: str, directory: Directory, writes: Iterable[Write]) -> Callable[[], None]:
-    """As `carry_out`, but a failure puts back what the files held before. Returns what would put it back later.
+def carry_out_or_revert(path: str, directory: Directory, writes: Iterable[Write]) -> tuple[Write, ...]:
+    """As `carry_out`, but a failure puts back what the files held before. Returns what `revert` takes to do so later.
 
     Raises CribError.
     """
-    before: list[tuple[str, tuple[str, ...]]] = []
-
-    def revert() -> None:
-        for file, values in reversed(before):
-            try:
-                files.write(file, *values)
-            except OSError:
-                # It held this a moment ago; what is refused now has been changed, or removed, by its owner.
-                continue
-
+    undo: list[Write] = []
     try:
         for write in writes:
-            file = f"{directory(write.controller)}/{write.file}"
             try:
-                before.append((file, previous(files.read(file), write)))
+                held = files.read(f"{directory(write.controller)}/{write.file}")
+                undo.insert(0, replace(write, values=previous(held, write), tolerant=True, fallback=None))
             except OSError as error:
                 if error.errno != errno.ENOENT:
                     raise _explain(error, path, directory(write.controller), write) or error from error
             carry_out(path, directory, [write])
     except CribError:
-        revert()
+        revert(directory, undo)
         raise
-    return revert
+    return tuple(undo)
+
+
+def revert(directory: Directory, undo: Iterable[Write]) -> None:
+    """Put back what `carry_out_or_revert` has changed."""
+    for write in undo:
+        try:
+            files.write(f"{directory(write.controller)}/{write.file}", *write.values)
+        except OSError:
+            # It held this a moment ago; what is refused now has been changed, or removed, by its owner.
+            continue
 
 
 def previous(text: str, write: Write) -> tuple[str, ...]:

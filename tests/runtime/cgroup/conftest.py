@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import select
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 
 from runtime.cgroup import Cgroups, detect, files
 from runtime.spec import Resources
+from tests import requires
 
 DEADLINE_S = 60  # a system call in the virtual machine costs many times the native one
 
@@ -83,19 +85,37 @@ class Place:
     """A parent cgroup that exists only for the test."""
 
     cgroups: Cgroups
-    parent: str
+    root: str
     programs: list[Program] = field(default_factory=list)
 
-    def path(self, *names: str) -> str:
-        return self.cgroups.join_path(self.parent, *names)
+    @property
+    def parent(self) -> str:
+        return self.cgroups.join_path(self.root)
 
-    def make(self, name: str, resources: Resources | None = None) -> str:
-        path = self.path(name)
-        self.cgroups.create(path, resources)
+    def path(self, *names: str) -> str:
+        return self.cgroups.join_path(self.root, *names)
+
+    def make(self, *names: str, limits: Resources | None = None) -> str:
+        path = self.path(*names)
+        self.cgroups.create(path, limits)
         return path
 
     def run(self, path: str, code: str) -> Program:
         program = Program(self.cgroups.join_files(path), code)
+        self.programs.append(program)
+        return program
+
+    def run_nested(self, path: str, code: str) -> Program:
+        """Run it in cgroups below, such as a container makes for itself."""
+        joins = []
+        for file in self.cgroups.join_files(path):
+            directory, _, name = file.rpartition("/")
+            os.mkdir(f"{directory}/nested")
+            if directory.startswith("/sys/fs/cgroup/cpuset"):
+                for setting in ("cpuset.cpus", "cpuset.mems"):
+                    files.write(f"{directory}/nested/{setting}", files.read(f"{directory}/{setting}"))
+            joins.append(f"{directory}/nested/{name}")
+        program = Program(tuple(joins), code)
         self.programs.append(program)
         return program
 
@@ -105,10 +125,13 @@ class Place:
         return files.oom_kills(file)
 
 
-@pytest.fixture
-def place() -> Iterator[Place]:
-    cgroups = detect(driver="cgroupfs")
-    made = Place(cgroups, f"/crib-test-{secrets.token_hex(6)}")
+@pytest.fixture(params=["cgroupfs", "systemd"])
+def place(request: pytest.FixtureRequest) -> Iterator[Place]:
+    if request.param == "systemd":
+        requires.need("systemd", "cgroup2")
+    cgroups = detect(driver=request.param)
+    root = f"crib-test-{secrets.token_hex(6)}"
+    made = Place(cgroups, f"/{root}" if request.param == "cgroupfs" else f"{root.replace('-', '')}.slice")
     yield made
     for program in made.programs:
         program.end()

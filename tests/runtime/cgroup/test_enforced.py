@@ -30,7 +30,7 @@ print(time.process_time() - used, time.monotonic() - wall)
 
 
 def test_a_fork_bomb_stops_at_the_pids_limit(place: Place) -> None:
-    path = place.make("bomb", Resources(pids=Pids(limit=5)))
+    path = place.make("bomb", limits=Resources(pids=Pids(limit=5)))
     bomb = place.run(
         path,
         """
@@ -58,7 +58,7 @@ def test_a_fork_bomb_stops_at_the_pids_limit(place: Place) -> None:
 
 
 def test_a_memory_hog_is_killed_and_counted(place: Place) -> None:
-    path = place.make("hog", Resources(memory=Memory(limit=32 * MIB, swap=32 * MIB)))
+    path = place.make("hog", limits=Resources(memory=Memory(limit=32 * MIB, swap=32 * MIB)))
     assert place.oom_kills(path) == 0
     hog = place.run(path, "hoard = bytearray(b'x') * (128 << 20); print('survived')")
     hog.go()
@@ -68,7 +68,7 @@ def test_a_memory_hog_is_killed_and_counted(place: Place) -> None:
 
 
 def test_memory_within_the_limit_is_had_and_shows(place: Place) -> None:
-    path = place.make("tenant", Resources(memory=Memory(limit=96 * MIB, swap=96 * MIB)))
+    path = place.make("tenant", limits=Resources(memory=Memory(limit=96 * MIB, swap=96 * MIB)))
     tenant = place.run(path, "hoard = bytearray(b'x') * (32 << 20); print('has', flush=True); sys.stdin.readline()")
     tenant.go()
     assert tenant.line() == "has"
@@ -86,7 +86,7 @@ def test_memory_within_the_limit_is_had_and_shows(place: Place) -> None:
 
 
 def test_a_cpu_bound_process_is_throttled_to_its_quota(place: Place) -> None:
-    path = place.make("burner", Resources(cpu=CPU(quota=20_000, period=100_000)))
+    path = place.make("burner", limits=Resources(cpu=CPU(quota=20_000, period=100_000)))
     used_s, wall_s = map(float, place.run(path, BURN.format(seconds=1.5)).output().split())
     assert used_s / wall_s < 0.35
     cpu = place.cgroups.stats(path).cpu
@@ -99,7 +99,7 @@ def test_a_cpu_bound_process_is_throttled_to_its_quota(place: Place) -> None:
 def test_shares_divide_a_core(place: Place, needs_controller: Callable[[str], None]) -> None:
     needs_controller("cpuset")
     paths = [
-        place.make(name, Resources(cpu=CPU(shares=shares, cpus="0")))
+        place.make(name, limits=Resources(cpu=CPU(shares=shares, cpus="0")))
         for name, shares in (("small", 1024), ("large", 3072))
     ]
     programs = [place.run(path, BURN.format(seconds=3)) for path in paths]
@@ -112,12 +112,12 @@ def test_shares_divide_a_core(place: Place, needs_controller: Callable[[str], No
 
 def test_a_cpuset_pins(place: Place, needs_controller: Callable[[str], None]) -> None:
     needs_controller("cpuset")
-    path = place.make("pinned", Resources(cpu=CPU(cpus="0", mems="0")))
+    path = place.make("pinned", limits=Resources(cpu=CPU(cpus="0", mems="0")))
     assert place.run(path, "import os; print(os.sched_getaffinity(0))").output().strip() == "{0}"
 
 
 def test_without_a_cpuset_every_cpu_is_there(place: Place) -> None:
-    path = place.make("free", Resources(cpu=CPU(shares=512)))
+    path = place.make("free", limits=Resources(cpu=CPU(shares=512)))
     seen = place.run(path, "import os; print(len(os.sched_getaffinity(0)))").output()
     assert int(seen) == len(os.sched_getaffinity(0))
 
@@ -154,7 +154,7 @@ def test_device_rules_deny_open_and_mknod(place: Place, run_dir: Path) -> None:
         DeviceCgroup(allow=True, type="c", major=1, minor=5, access="r"),
         DeviceCgroup(allow=True, type="c", access="m"),
     )
-    path = place.make("devices", Resources(devices=rules))
+    path = place.make("devices", limits=Resources(devices=rules))
     assert _attempts(place, path, run_dir) == {
         "null": "ok",
         "zero-read": "ok",
@@ -171,7 +171,7 @@ def test_all_devices_but_some(place: Place, run_dir: Path) -> None:
         DeviceCgroup(allow=False, type="c", major=1, minor=7, access="rw"),
         DeviceCgroup(allow=False, type="b", access="m"),
     )
-    path = place.make("devices", Resources(devices=rules))
+    path = place.make("devices", limits=Resources(devices=rules))
     assert _attempts(place, path, run_dir) == {
         "null": "ok",
         "zero-read": "ok",
@@ -185,7 +185,7 @@ def test_all_devices_but_some(place: Place, run_dir: Path) -> None:
 def test_device_rules_change_under_a_running_process(place: Place) -> None:
     null = DeviceCgroup(allow=True, type="c", major=1, minor=3, access="rw")
     full = DeviceCgroup(allow=True, type="c", major=1, minor=7, access="rw")
-    path = place.make("devices", Resources(devices=(DENY_ALL, null)))
+    path = place.make("devices", limits=Resources(devices=(DENY_ALL, null)))
     program = place.run(
         path,
         """
@@ -244,8 +244,7 @@ def test_kill_ends_a_whole_tree(place: Place, frozen: bool) -> None:
     )
     root.go()
     assert root.line() == "grown"
-    nested = place.make("tree/nested")
-    below = place.run(nested, "import signal; signal.pause()")
+    below = place.run_nested(path, "import signal; signal.pause()")
     watched = {pid: os.pidfd_open(pid) for pid in place.cgroups.procs(path)}
     assert {root.pid, below.pid} <= watched.keys()
     assert len(watched) >= 6
@@ -263,7 +262,7 @@ def _readable(pidfd: int) -> bool:
 
 
 def test_kill_of_what_forks_all_the_time(place: Place) -> None:
-    path = place.make("rabbits", Resources(pids=Pids(limit=60)))
+    path = place.make("rabbits", limits=Resources(pids=Pids(limit=60)))
     rabbits = place.run(
         path,
         """
@@ -299,7 +298,7 @@ def test_io_is_throttled(place: Place, needs_controller: Callable[[str], None], 
         pytest.skip(f"{tmp_path} is not on a block device")
     rate = ThrottleDevice(major=os.major(device), minor=os.minor(device), rate=4 * MIB)
     try:
-        path = place.make("slow", Resources(block_io=BlockIO(throttle_write_bps_device=(rate,))))
+        path = place.make("slow", limits=Resources(block_io=BlockIO(throttle_write_bps_device=(rate,))))
     except Exception as error:
         if not os.path.exists(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/queue"):
             pytest.skip(f"a partition can't be throttled: {error}")

@@ -80,7 +80,7 @@ def test_a_refused_limit_is_named_and_nothing_is_left(place: Place, resources: R
 
 
 def test_a_huge_page_limit_of_nothing_needs_no_controller(place: Place) -> None:
-    path = place.make("small", Resources(hugepage_limits=(HugepageLimit(page_size="2MB", limit=0),)))
+    path = place.make("small", limits=Resources(hugepage_limits=(HugepageLimit(page_size="2MB", limit=0),)))
     assert place.cgroups.exists(path)
 
 
@@ -92,6 +92,7 @@ def test_a_path_that_leads_elsewhere_is_refused(place: Place, path: str) -> None
         place.cgroups.remove(path)
 
 
+@pytest.mark.parametrize("place", ["cgroupfs"], indirect=True)
 def test_a_path_through_a_file_is_refused(place: Place) -> None:
     place.make("pod")
     for name in ("cgroup.procs", "cgroup.procs/container"):
@@ -99,9 +100,14 @@ def test_a_path_through_a_file_is_refused(place: Place) -> None:
             place.cgroups.create(place.path("pod", name), None)
 
 
-def test_a_slice_is_no_cgroupfs_parent(place: Place) -> None:
-    with pytest.raises(InvalidSpec, match=r"kubepods\.slice"):
-        place.cgroups.join_path("kubepods.slice", "container")
+def test_the_parent_is_of_the_drivers_kind(place: Place) -> None:
+    slice_of_kubelet, path_of_kubelet = "kubepods-burstable-pod1.slice", "/kubepods/burstable/pod1"
+    wrong, right = slice_of_kubelet, path_of_kubelet
+    if place.cgroups.driver == "systemd":
+        wrong, right = right, wrong
+    assert place.cgroups.join_path(right, "container").startswith("/kubepods")
+    with pytest.raises(InvalidSpec, match="slice"):
+        place.cgroups.join_path(wrong, "container")
 
 
 def test_limits_are_set_and_changed(place: Place) -> None:
@@ -110,7 +116,7 @@ def test_limits_are_set_and_changed(place: Place) -> None:
         memory=Memory(limit=64 * MIB, swap=64 * MIB),
         pids=Pids(limit=50),
     )
-    path = place.make("limited", limits)
+    path = place.make("limited", limits=limits)
     assert _quota(place, path) == ("50000", "100000")
     assert _value(place, path, ("cpu", "cpu.shares"), "cpu.weight") == ("1024" if place.cgroups.version == 1 else "100")
     assert _memory_limit(place, path) == str(64 * MIB)
@@ -124,8 +130,8 @@ def test_limits_are_set_and_changed(place: Place) -> None:
     assert _quota(place, path) == ("20000", "20000")
     place.cgroups.update(path, Resources(cpu=CPU(period=40_000)))
     assert _quota(place, path) == ("20000", "40000")
-    place.cgroups.update(path, Resources(cpu=CPU(quota=-1)))
-    assert _quota(place, path) == ("max", "40000")
+    place.cgroups.update(path, Resources(cpu=CPU(quota=12_345)))
+    assert _quota(place, path) == ("12345", "40000")
 
     for size in (256 * MIB, 32 * MIB):
         place.cgroups.update(path, Resources(memory=Memory(limit=size, swap=size)))
@@ -136,13 +142,17 @@ def test_limits_are_set_and_changed(place: Place) -> None:
     place.cgroups.update(path, Resources(pids=Pids(limit=-1)))
     assert _pids_limit(place, path) == "max"
     # What was not given is as it was.
-    assert _quota(place, path) == ("max", "40000")
+    assert _quota(place, path) == ("12345", "40000")
+    place.cgroups.update(path, Resources(cpu=CPU(quota=-1)))
+    assert _quota(place, path)[0] == "max"
 
 
 def test_a_refused_update_changes_nothing(place: Place) -> None:
     path = place.make(
         "steady",
-        Resources(cpu=CPU(shares=512, quota=50_000, period=100_000), memory=Memory(limit=64 * MIB), pids=Pids(limit=9)),
+        limits=Resources(
+            cpu=CPU(shares=512, quota=50_000, period=100_000), memory=Memory(limit=64 * MIB), pids=Pids(limit=9)
+        ),
     )
     before = (_quota(place, path), _memory_limit(place, path), _pids_limit(place, path))
     for refused in (
@@ -155,7 +165,7 @@ def test_a_refused_update_changes_nothing(place: Place) -> None:
 
 
 def test_memory_below_the_present_use_is_refused(place: Place) -> None:
-    path = place.make("full", Resources(memory=Memory(limit=128 * MIB, swap=128 * MIB)))
+    path = place.make("full", limits=Resources(memory=Memory(limit=128 * MIB, swap=128 * MIB)))
     holder = place.run(path, "hoard = bytearray(b'x') * (48 << 20); print('has', flush=True); sys.stdin.readline()")
     holder.go()
     assert holder.line() == "has"
@@ -168,17 +178,17 @@ def test_memory_below_the_present_use_is_refused(place: Place) -> None:
 
 
 def test_an_empty_cgroup_that_is_there_is_taken_over(place: Place) -> None:
-    path = place.make("left", Resources(memory=Memory(limit=16 * MIB, swap=16 * MIB), pids=Pids(limit=1)))
-    place.make("left/nested", Resources(pids=Pids(limit=1)))
+    path = place.make("left", limits=Resources(memory=Memory(limit=16 * MIB, swap=16 * MIB), pids=Pids(limit=1)))
+    place.make("left", "nested", limits=Resources(pids=Pids(limit=1)))
     place.cgroups.freeze(path)
     limits = Resources(memory=Memory(limit=64 * MIB, swap=64 * MIB), pids=Pids(limit=5))
     assert place.cgroups.create(path, limits) == ()
-    assert not place.cgroups.exists(f"{path}/nested")
+    assert not place.cgroups.exists(place.path("left", "nested"))
     assert place.run(path, "print('runs')").output() == "runs\n"
 
 
 def test_a_cgroup_in_use_is_not_taken_over(place: Place) -> None:
-    path = place.make("busy", Resources(pids=Pids(limit=3)))
+    path = place.make("busy", limits=Resources(pids=Pids(limit=3)))
     place.run(path, "sys.stdin.readline()")
     with pytest.raises(WrongState, match="holds processes"):
         place.cgroups.create(path, Resources(pids=Pids(limit=9)))
@@ -203,7 +213,7 @@ def test_one_that_is_gone(place: Place) -> None:
 
 
 def test_figures_grow(place: Place) -> None:
-    path = place.make("worker", Resources(pids=Pids(limit=10)))
+    path = place.make("worker", limits=Resources(pids=Pids(limit=10)))
     worker = place.run(
         path,
         """
@@ -261,7 +271,9 @@ def test_a_parent_that_holds_processes_passes_no_controllers_on(place: Place) ->
 def test_unified_limits(place: Place) -> None:
     path = place.make(
         "unified",
-        Resources(memory=Memory(limit=64 * MIB), unified={"memory.high": str(32 * MIB), "memory.oom.group": "1"}),
+        limits=Resources(
+            memory=Memory(limit=64 * MIB), unified={"memory.high": str(32 * MIB), "memory.oom.group": "1"}
+        ),
     )
     directory = Path(f"/sys/fs/cgroup{path}")
     assert (directory / "memory.high").read_text().strip() == str(32 * MIB)
