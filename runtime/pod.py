@@ -3,9 +3,10 @@
 import asyncio
 import os
 import signal
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from socket import socket
+from socket import AF_UNIX, SOCK_SEQPACKET, SOL_SOCKET, socket, socketpair
 from typing import Any, Final
 
 from runtime.channel import Channel, Reply
@@ -19,6 +20,9 @@ from runtime.zygote.messages import Kind
 START_TIMEOUT_S: Final = 60.0
 REQUEST_TIMEOUT_S: Final = 10.0
 END_TIMEOUT_S: Final = 10.0
+_SO_SNDBUFFORCE: Final = 32  # include/uapi/asm-generic/socket.h; the socket module lacks it
+ATTACH_BUFFER_BYTES: Final = 4 << 20
+"""What a client that is attached may lag behind the container's output before it loses some; taken only as it does."""
 _ESRCH: Final = 3
 
 
@@ -42,7 +46,11 @@ class PodStart:
 
 @dataclass(frozen=True, slots=True)
 class ContainerStart:
-    """A container to start. `log_path` None: output is read and dropped. Its directory must exist."""
+    """A container to start. `log_path` None: output is read and dropped. Its directory must exist.
+
+    `stdin`: an attached client can write to it, else it is /dev/null; `stdin_once`: it ends with the first such client.
+    `pid_target`: the running container of this pod whose pid namespace it joins, whatever path the spec has for it.
+    """
 
     id: str
     spec: Spec
@@ -50,12 +58,19 @@ class ContainerStart:
     cgroup: Cgroup
     log_path: str | None = None
     stdin: bool = False
+    stdin_once: bool = False
+    pid_target: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class StepTiming:
-    """One step of a start as it went. The last one's time is until the kernel has closed the old program's files."""
+    """One part of a start as it went; each began when the one before it ended.
 
+    The first two are the compilation of the plan and the making of the process; the last one's time is until the kernel
+    has closed the old program's files.
+    """
+
+    phase: str
     text: str
     duration_ns: int
 
@@ -113,10 +128,24 @@ class ExecExit:
 class Exec:
     """An exec'd process."""
 
-    def __init__(self, pod: "Pod", exec_id: str, exited: asyncio.Future[ExecExit]) -> None:
+    def __init__(
+        self, pod: "Pod", exec_id: str, started: asyncio.Future[int], exited: asyncio.Future[ExecExit]
+    ) -> None:
         self._pod = pod
         self._id = exec_id
+        self._started = started
         self._exited = exited
+
+    async def started(self) -> int:
+        """Wait until it has become its program; its terminal's master, the caller's from here on, or -1.
+
+        Raises what `wait` raises. Cancelling the wait leaves the process alone.
+        """
+        either: set[asyncio.Future[Any]] = {self._started, self._exited}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not self._started.done():
+            self._exited.result()
+        return self._started.result()
 
     async def wait(self) -> ExecExit:
         """How it ended. Raises StepFailed or WrongState if it never became its program, Unavailable if the monitor
@@ -175,7 +204,9 @@ class Pod:
 
     async def start(self, request: ContainerStart) -> Started:
         """Start a container. Raises StepFailed, with the cause, after which nothing of it is left in the monitor."""
+        begun_ns = time.time_ns()
         start = compile_start(request.spec, request.rootfs, request.cgroup, self.environment)
+        sent_ns = time.time_ns()
         cgroup = request.cgroup
         memfd = _memfd(start.plan)
         try:
@@ -184,11 +215,12 @@ class Pod:
                 (memfd,),
                 START_TIMEOUT_S,
                 id=request.id,
-                pid=start.pid,
-                pid_ns=start.pid_ns,
-                own_pid=start.pid == "new",
+                pid="target" if request.pid_target else start.pid,
+                pid_ns=request.pid_target or start.pid_ns,
+                own_pid=start.pid == "new" and not request.pid_target,
                 terminal=start.terminal,
                 stdin=request.stdin,
+                stdin_once=request.stdin_once,
                 log=request.log_path or "",
                 cgroup=cgroup.path,
                 clone_dir=cgroup.clone_dir,
@@ -205,24 +237,30 @@ class Pod:
         fields = reply.fields
         durations = fields["durations_ns"]
         last = fields["running_ns"] - fields["started_ns"] - sum(durations)
-        timeline = tuple(
-            StepTiming(step.describe(), ns) for step, ns in zip(start.plan, [*durations, last], strict=True)
+        timeline = (
+            StepTiming("plan", f"compile {len(start.plan)} steps", sent_ns - begun_ns),
+            StepTiming("namespaces", "have the monitor clone the process", fields["started_ns"] - sent_ns),
+            *(StepTiming(at.phase, at.describe(), ns) for at, ns in zip(start.plan, [*durations, last], strict=True)),
         )
         return Started(fields["pid"], fields["running_ns"], timeline, tuple(fields["warnings"]))
 
-    def exec(self, request: ExecStart, stdin: int, stdout: int, stderr: int) -> Exec:
-        """Run a process in a container with these descriptors, which stay the caller's.
+    def exec(self, request: ExecStart, stdin: int = -1, stdout: int = -1, stderr: int = -1) -> Exec:
+        """Run a process in a container with these descriptors, which stay the caller's, or with a terminal of the
+        container's own, as the request's process says.
 
         A failure to start is what `Exec.wait` raises. Raises Unavailable when the monitor is gone.
         """
         plan = compile_exec(
             request.process, request.linux, request.join_files, request.clone_dir, self.environment.last_cap
         )
-        exited: asyncio.Future[ExecExit] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        started: asyncio.Future[int] = loop.create_future()
+        exited: asyncio.Future[ExecExit] = loop.create_future()
         exited.add_done_callback(lambda future: future.cancelled() or future.exception())
 
         def replied(reply: Reply) -> None:
             if reply.kind != Kind.FAILED:
+                started.set_result(reply.fds[0] if reply.fds else -1)
                 return
             self._execs.pop(request.id, None)
             if not exited.done():
@@ -232,7 +270,7 @@ class Pod:
         try:
             self._channel.post(
                 Kind.EXEC,
-                (memfd, stdin, stdout, stderr),
+                (memfd,) if request.process.terminal else (memfd, stdin, stdout, stderr),
                 replied,
                 id=request.container_id,
                 exec=request.id,
@@ -241,7 +279,37 @@ class Pod:
         finally:
             os.close(memfd)
         self._execs[request.id] = exited
-        return Exec(self, request.id, exited)
+        return Exec(self, request.id, started, exited)
+
+    async def attach(self, container_id: str, stdin: bool) -> socket:
+        """Share a container's streams by `runtime.zygote.packets`, on the returned non-blocking socket.
+
+        Raises WrongState when the container does not run, Unavailable or DeadlineExceeded.
+        """
+        mine, theirs = socketpair(AF_UNIX, SOCK_SEQPACKET)
+        try:
+            with theirs:
+                for end in (mine, theirs):
+                    end.setsockopt(SOL_SOCKET, _SO_SNDBUFFORCE, ATTACH_BUFFER_BYTES)
+                reply = await self._channel.request(
+                    Kind.ATTACH, (theirs.fileno(),), REQUEST_TIMEOUT_S, id=container_id, stdin=stdin
+                )
+            checked(reply)
+            mine.setblocking(False)
+        except BaseException:
+            mine.close()
+            raise
+        return mine
+
+    async def tcp_socket(self, family: int) -> socket:
+        """A new non-blocking TCP socket in the pod's network namespace. Raises Unavailable or DeadlineExceeded."""
+        reply = await self._channel.request(Kind.SOCKET, (), REQUEST_TIMEOUT_S, family=family)
+        checked(reply)
+        return socket(fileno=reply.fds[0])
+
+    async def resize(self, container_id: str, rows: int, columns: int) -> None:
+        """Set the size of a container's terminal. Raises WrongState or Unavailable."""
+        await self.request(Kind.RESIZE, id=container_id, rows=rows, columns=columns)
 
     async def signal(self, container_id: str, number: int) -> None:
         """Send a signal to a container's first process. Raises WrongState when it does not run."""

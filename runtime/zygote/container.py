@@ -11,10 +11,13 @@ import termios
 import time
 
 from runtime.zygote.log import Log, Stream
+from runtime.zygote.packets import STDERR, STDOUT
 
 TYPE_CHECKING = False  # typing costs a monitor memory
 if TYPE_CHECKING:
     from typing import Any, Final
+
+    from runtime.zygote.attach import Client
 
 _READ_BYTES: Final = 65536
 _DRAIN_BYTES: Final = 16 << 20
@@ -82,7 +85,10 @@ class Process:
 class Container(Process):
     """The first process of a container, its output and its cgroup."""
 
-    __slots__ = ("cgroup", "id", "kill_dirs", "log", "memory_events", "oom_killed", "own_pid", "stdin", "streams")
+    __slots__ = (
+        "cgroup", "clients", "id", "kill_dirs", "log", "memory_events", "oom_killed", "own_pid", "stderr", "stdin",
+        "stdin_once", "stdin_open", "streams",
+    )  # fmt: skip
 
     def __init__(self, n: int, pid: int, pidfd: int, sync: socket.socket, fields: dict[str, Any]) -> None:
         super().__init__(n, pid, pidfd, sync)
@@ -94,11 +100,17 @@ class Container(Process):
         self.oom_killed = False
         self.log: Log | None = None
         self.stdin = -1
+        self.stdin_open: bool = fields["stdin"]  # whether it is to have one
+        self.stdin_once: bool = fields["stdin_once"]  # it ends with the first client that had it
+        self.stderr = -1
+        self.clients: list[Client] = []
         self.streams: dict[int, Stream | None] = {}  # read ends of output pipes, and the terminal's master
 
     def add_stream(self, fd: int, name: bytes) -> None:
         """Log what comes out of `fd` as `name`; without a log it is read and dropped."""
         os.set_blocking(fd, False)
+        if name == b"stderr":
+            self.stderr = fd
         self.streams[fd] = Stream(self.log, name) if self.log else None
 
     def read_stream(self, fd: int) -> bool:
@@ -110,11 +122,18 @@ class Container(Process):
         except OSError:  # EIO: the last holder of a terminal's slave is gone
             data = b""
         stream = self.streams[fd]
-        if data and stream:
-            stream.feed(data)
-        if not data and stream:
+        if data:
+            self._take(fd, stream, data)
+        elif stream:
             stream.finish()
         return bool(data)
+
+    def _take(self, fd: int, stream: Stream | None, data: bytes) -> None:
+        if stream:
+            stream.feed(data)
+        if self.clients:
+            for client in self.clients:
+                client.show(STDERR if fd == self.stderr else STDOUT, data)
 
     def drain(self) -> None:
         """Log what is in the pipes now: the process has ended, and its last words come before that news."""
@@ -126,9 +145,7 @@ class Container(Process):
                     break
                 if not data:
                     break
-                stream = self.streams[fd]
-                if stream:
-                    stream.feed(data)
+                self._take(fd, self.streams[fd], data)
 
     def fact(self) -> dict[str, Any]:
         """What a new cribd, or the record on disk, is told of it."""

@@ -32,7 +32,10 @@ class Kind(StrEnum):
     SPAWN = "spawn"  # cribd → zygote: fork a monitor; fds: its end of a socket pair
     POD = "pod"  # cribd → monitor: make the pod's namespaces; reply fds: net namespace, netlink socket
     START = "start"  # cribd → monitor: start a container by its plan
-    EXEC = "exec"  # cribd → monitor: run a process in a container by its plan; fds: stdin, stdout, stderr
+    EXEC = "exec"  # cribd → monitor: run a process in a container by its plan; fds: plan, and stdin, stdout, stderr
+    # where it gets no terminal; reply fd: the terminal's master
+    ATTACH = "attach"  # cribd → monitor: share a container's streams; fd: a socket for runtime.zygote.attach's packets
+    SOCKET = "socket"  # cribd → monitor: make a socket in the pod's network namespace; reply fd: that
     SIGNAL = "signal"
     KILL = "kill"  # kill a whole container, or an exec's process
     RESIZE = "resize"

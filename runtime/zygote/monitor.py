@@ -18,6 +18,7 @@ from runtime.linux import mount, namespaces
 from runtime.linux.lib import SyscallError
 from runtime.linux.namespaces import CLONE
 from runtime.linux.process import PR_SET_CHILD_SUBREAPER, clone3, prctl, set_name, set_title
+from runtime.zygote.attach import attach, detach_all
 from runtime.zygote.child import become
 from runtime.zygote.container import Container, Process
 from runtime.zygote.log import Log
@@ -38,6 +39,7 @@ _NEWPID: Final = int(CLONE.NEWPID)
 _SHM_ATTRIBUTES: Final = int(mount.MountAttr.NOSUID | mount.MountAttr.NODEV | mount.MountAttr.NOEXEC)
 SOCKET_NAME: Final = "monitor.sock"
 _PLAN_LIMIT_BYTES: Final = 4 << 20
+_SYSCTL_PATH: Final = str.maketrans("./", "/.")  # as sysctl(8): "eth0/1" in a dotted name is the file eth0.1
 
 
 class Monitor:
@@ -75,7 +77,7 @@ class Monitor:
         finally:
             os.umask(umask)
         listener.listen(8)
-        self._watch(listener.fileno(), self._accept)
+        self.watch(listener.fileno(), self._accept)
         return listener
 
     def run(self) -> None:
@@ -93,7 +95,7 @@ class Monitor:
         read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         signal.set_wakeup_fd(write, warn_on_full_buffer=False)
         self._wake = read
-        self._watch(read, lambda: self._reap(read))
+        self.watch(read, lambda: self._reap(read))
         return write
 
     def turn(self) -> None:
@@ -113,11 +115,17 @@ class Monitor:
         for fd in (self._directory, self._null, self._own_pid_ns, self._shm, self._wake):
             os.close(fd)
 
-    def _watch(self, fd: int, handler: Callable[[], None]) -> None:
+    def watch(self, fd: int, handler: Callable[[], None], mask: int = select.EPOLLIN) -> None:
+        """Have `turn` call `handler` when `fd` is ready."""
         self._handlers[fd] = handler
-        self._epoll.register(fd, select.EPOLLIN)
+        self._epoll.register(fd, mask)
 
-    def _unwatch(self, fd: int) -> None:
+    def rewatch(self, fd: int, mask: int) -> None:
+        """Be called for `mask` from now on; 0 leaves the peer's hanging up."""
+        self._epoll.modify(fd, mask)
+
+    def unwatch(self, fd: int) -> None:
+        """Undo `watch`; before `fd` is closed."""
         del self._handlers[fd]
         self._epoll.unregister(fd)
 
@@ -133,12 +141,12 @@ class Monitor:
     def _add_connection(self, connection: socket.socket) -> None:
         connection.setblocking(False)
         self._connections.append(connection)
-        self._watch(connection.fileno(), lambda: self._request(connection))
+        self.watch(connection.fileno(), lambda: self._request(connection))
 
     def _drop(self, connection: socket.socket) -> None:
         if connection in self._connections:
             self._connections.remove(connection)
-            self._unwatch(connection.fileno())
+            self.unwatch(connection.fileno())
             connection.close()
 
     def _send(self, connection: socket.socket, kind: Kind, fds: tuple[int, ...] = (), **fields: Any) -> None:
@@ -182,7 +190,9 @@ class Monitor:
         elif kind == Kind.START:
             self._start(connection, fields, fds)
         elif kind == Kind.EXEC:
-            self._exec(fields, fds)
+            self._exec(connection, fields, fds)
+        elif kind == Kind.SOCKET:
+            self._socket(connection, n, fields["family"])
         elif kind == Kind.END:
             self._end(connection, n)
         else:
@@ -197,6 +207,8 @@ class Monitor:
                 self._reopen(fields["id"])
             elif kind == Kind.FORGET:
                 self._forget(fields["id"])
+            elif kind == Kind.ATTACH:
+                attach(self, self._running(fields["id"]), fds.pop(), fields["stdin"])
             elif kind == Kind.FACTS:
                 reply = self._facts()
             else:
@@ -220,7 +232,7 @@ class Monitor:
         if fields["hostname"] is not None:
             socket.sethostname(fields["hostname"])
         for name, value in fields["sysctls"].items():
-            with open(f"/proc/sys/{name.replace('.', '/')}", "wb", buffering=0) as file:
+            with open(f"/proc/sys/{name.translate(_SYSCTL_PATH)}", "wb", buffering=0) as file:
                 file.write(value.encode())
         if fields["shm_bytes"]:
             options = {"size": str(fields["shm_bytes"]), "mode": "1777"}
@@ -272,9 +284,13 @@ class Monitor:
     def _start(self, connection: socket.socket, fields: dict[str, Any], fds: list[int]) -> None:
         if fields["id"] in self._containers:
             raise ValueError("started before")
-        pid_ns = os.open(fields["pid_ns"], os.O_RDONLY | os.O_CLOEXEC) if fields["pid_ns"] else -1
+        pid_ns = -1
         if fields["pid"] == "pod":
             pid_ns = os.dup(self._pod_pid_ns)
+        elif fields["pid"] == "target":  # by pidfd: a path could lead to a process that came after it
+            pid_ns = os.dup(self._running(fields["pid_ns"]).pidfd)
+        elif fields["pid_ns"]:
+            pid_ns = os.open(fields["pid_ns"], os.O_RDONLY | os.O_CLOEXEC)
         log = Log(fields["log"]) if fields["log"] else None
         mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         ends = [os.pipe2(os.O_CLOEXEC) for _ in range(0 if fields["terminal"] else 2)]
@@ -299,17 +315,20 @@ class Monitor:
             close_all([end[1] for end in ends] + ([stdin[0]] if stdin else []) + ([pid_ns] if pid_ns >= 0 else []))
         container = Container(fields["n"], pid, pidfd, mine, fields)
         container.log = log
-        container.stdin = stdin[1] if stdin else -1
+        if stdin:
+            os.set_blocking(stdin[1], False)
+            container.stdin = stdin[1]
         for (fd, _), name in zip(ends, (b"stdout", b"stderr"), strict=False):
             container.add_stream(fd, name)
         self._containers[container.id] = container
-        self._watch(mine.fileno(), lambda: self._started(connection, container, mine.fileno()))
+        self.watch(mine.fileno(), lambda: self._started(connection, container, mine.fileno()))
 
-    def _exec(self, fields: dict[str, Any], fds: list[int]) -> None:
+    def _exec(self, connection: socket.socket, fields: dict[str, Any], fds: list[int]) -> None:
         container = self._running(fields["id"])
         mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         plan = os.pread(fds[0], _PLAN_LIMIT_BYTES, 0)
-        child = {"stdin": fds[1], "stdout": fds[2], "stderr": fds[3], "container": container.pidfd}
+        child = dict(zip(("stdin", "stdout", "stderr"), fds[1:], strict=False))
+        child["container"] = container.pidfd
         try:
             pid, pidfd = self._clone(container.pidfd, 0, fields["clone_dir"])
             if pid == 0:
@@ -322,7 +341,7 @@ class Monitor:
         process = Process(fields["n"], pid, pidfd, mine)
         self._execs[fields["exec"]] = process
         self._exec_of[fields["exec"]] = container.id
-        self._watch(mine.fileno(), lambda: self._exec_started(fields["exec"], process, mine.fileno()))
+        self.watch(mine.fileno(), lambda: self._exec_started(connection, fields["exec"], process, mine.fileno()))
 
     def _started(self, connection: socket.socket, container: Container, fd: int) -> None:
         self._epoll_once(fd)
@@ -334,6 +353,8 @@ class Monitor:
             return  # told when the child has been reaped
         if container.terminal >= 0:
             container.add_stream(container.terminal, b"stdout")
+            if container.stdin_open:
+                container.stdin = os.dup(container.terminal)
         for stream in container.streams:
             self._watch_stream(container, stream)
         self._send(
@@ -347,25 +368,33 @@ class Monitor:
         """Keep `fd` registered but silent while its handler decides; a closed descriptor leaves epoll by itself."""
         self._epoll.modify(fd, 0)
 
-    def _exec_started(self, exec_id: str, process: Process, fd: int) -> None:
+    def _exec_started(self, connection: socket.socket, exec_id: str, process: Process, fd: int) -> None:
         self._epoll_once(fd)
         if not process.read_sync():
             self._epoll.modify(fd, select.EPOLLIN)
             return
         del self._handlers[fd]
         if process.failure is None:
-            self._tell(Kind.OK, re=process.n, pid=process.pid, exec=exec_id)
+            terminal = (process.terminal,) if process.terminal >= 0 else ()
+            self._send(connection, Kind.OK, terminal, re=process.n, pid=process.pid)
+            close_all(list(terminal))
+            process.terminal = -1
             if process.ended:
                 self._announce_exec(exec_id, process)
+
+    def _socket(self, connection: socket.socket, n: int, family: int) -> None:
+        """A socket belongs to the network namespace it was made in: cribd connects it without entering that."""
+        with socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK) as made:
+            self._send(connection, Kind.OK, (made.fileno(),), re=n)
 
     def _watch_stream(self, container: Container, fd: int) -> None:
         def readable() -> None:
             if not container.read_stream(fd):
-                self._unwatch(fd)
+                self.unwatch(fd)
                 os.close(fd)
                 del container.streams[fd]
 
-        self._watch(fd, readable)
+        self.watch(fd, readable)
 
     # Ends
 
@@ -393,7 +422,7 @@ class Monitor:
             if process.pid == info.si_pid:
                 process.end(info)
                 while process.sync:
-                    self._exec_started(exec_id, process, process.sync.fileno())
+                    self._handlers[process.sync.fileno()]()
                 if process.failure is not None:
                     self._tell(Kind.FAILED, re=process.n, **process.failure)
                     self._drop_exec(exec_id)
@@ -422,6 +451,7 @@ class Monitor:
     def _announce(self, container: Container) -> None:
         """Record a container's end on disk, then tell it."""
         container.drain()
+        detach_all(container)
         container.oom_killed = _oom_killed(container.memory_events) and container.code != 0
         self._record(container)
         self._tell(Kind.EXITED, **container.fact())
@@ -482,7 +512,7 @@ class Monitor:
         for fd in list(container.streams):
             if fd in self._handlers:
                 container.read_stream(fd)
-                self._unwatch(fd)
+                self.unwatch(fd)
             os.close(fd)
         if container.log:
             container.log.close()

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _WARM_UP_ROUNDS = 12  # the interpreter specializes a function at its eighth call
 _FAILING_PLAN = b'[["FindExecutable","nothing","/"]]'
 _POD: dict[str, Any] = {"net": False, "ipc": False, "pid": False, "hostname": None, "sysctls": {}, "shm_bytes": 4096, "shm_path": ""}
-_START = {"pid": "host", "pid_ns": "", "own_pid": True, "terminal": False, "stdin": False, "log": "", "cgroup": ""}
+_START = {"pid": "host", "pid_ns": "", "own_pid": True, "terminal": False, "stdin": False, "stdin_once": False, "log": "", "cgroup": ""}
 _WARM_UP: tuple[tuple[Kind, bool, dict[str, Any]], ...] = (
     (Kind.POD, False, {"n": 1, "init_cgroup": [], **_POD}),
     (Kind.START, True, {"n": 2, "id": "c", "clone_dir": "", "kill_dirs": [], "memory_events": "", **_START}),
