@@ -17,7 +17,7 @@ _REPLIES: Final = (Kind.OK, Kind.FAILED)
 class Reply:
     """An answer: OK or FAILED, its fields and its descriptors, which the asker owns."""
 
-    kind: Kind
+    kind: str
     fields: dict[str, Any]
     fds: list[int]
 
@@ -30,8 +30,8 @@ class Channel:
         self._loop = asyncio.get_running_loop()
         self._waiting: dict[int, Callable[[Reply], None]] = {}
         self._last = 0
-        self._outbox: list[tuple[Kind, tuple[int, ...], dict[str, Any]]] = []
-        self.on_event: Callable[[Kind, dict[str, Any]], None] | None = None
+        self._outbox: list[tuple[str, tuple[int, ...], dict[str, Any]]] = []
+        self.on_event: Callable[[str, dict[str, Any]], None] | None = None
         self.on_closed: Callable[[], None] | None = None
         self._loop.add_reader(sock.fileno(), self._readable)
 
@@ -39,13 +39,13 @@ class Channel:
     def closed(self) -> bool:
         return self._sock.fileno() < 0
 
-    def post(self, kind: Kind, fds: tuple[int, ...], replied: Callable[[Reply], None], **fields: Any) -> int:
+    def post(self, kind: str, fds: tuple[int, ...], replied: Callable[[Reply], None], **fields: Any) -> int:
         """Send a request and go on; `replied` is called with the answer, or with FAILED when the peer is gone.
 
         The descriptors stay the caller's. Returns the request's number. Raises Unavailable when the peer is gone.
         """
         if self.closed:
-            raise Unavailable(f"{kind.value}: the connection is closed")
+            raise Unavailable(f"{kind}: the connection is closed")
         self._last += 1
         fields["n"] = self._last
         self._waiting[self._last] = replied
@@ -59,10 +59,10 @@ class Channel:
                 self._loop.add_writer(self._sock.fileno(), self._writable)
             except OSError as error:
                 del self._waiting[self._last]
-                raise Unavailable(f"{kind.value}: {(error.strerror or '').lower()}") from error
+                raise Unavailable(f"{kind}: {(error.strerror or '').lower()}") from error
         return self._last
 
-    async def request(self, kind: Kind, fds: tuple[int, ...], timeout_s: float, **fields: Any) -> Reply:
+    async def request(self, kind: str, fds: tuple[int, ...], timeout_s: float, **fields: Any) -> Reply:
         """Send a request and wait for its answer. Raises DeadlineExceeded, or Unavailable when the peer is gone."""
         future: asyncio.Future[Reply] = self._loop.create_future()
 
@@ -77,12 +77,12 @@ class Channel:
             async with asyncio.timeout(timeout_s):
                 reply = await future
         except TimeoutError:
-            raise DeadlineExceeded(f"no answer to {kind.value} within {timeout_s:g} s") from None
+            raise DeadlineExceeded(f"no answer to {kind} within {timeout_s:g} s") from None
         finally:
             if number in self._waiting:
                 self._waiting[number] = lambda reply: close_all(reply.fds)
         if reply.fields.get("lost"):
-            raise Unavailable(f"{kind.value}: the other process is gone")
+            raise Unavailable(f"{kind}: the other process is gone")
         return reply
 
     def close(self) -> None:

@@ -198,7 +198,7 @@ class Pod:
             self.rtnl.close()
             self.rtnl = None
 
-    async def request(self, kind: Kind, timeout_s: float = REQUEST_TIMEOUT_S, **fields: Any) -> dict[str, Any]:
+    async def request(self, kind: str, timeout_s: float = REQUEST_TIMEOUT_S, **fields: Any) -> dict[str, Any]:
         """Ask the monitor. Raises WrongState (nothing runs by that name), Unavailable or DeadlineExceeded."""
         return checked(await self._channel.request(kind, (), timeout_s, **fields))
 
@@ -313,7 +313,7 @@ class Pod:
 
     async def signal(self, container_id: str, number: int) -> None:
         """Send a signal to a container's first process. Raises WrongState when it does not run."""
-        await self.request(Kind.SIGNAL, id=container_id, signal=number)
+        await self.request(Kind.SIGNAL, id=container_id, signal=int(number))
 
     async def kill(self, container_id: str) -> None:
         """SIGKILL for all processes of a container; none is fine."""
@@ -358,7 +358,7 @@ class Pod:
             os.close(self._pidfd)
             self._pidfd = -1
 
-    def _event(self, kind: Kind, fields: dict[str, Any]) -> None:
+    def _event(self, kind: str, fields: dict[str, Any]) -> None:
         if kind == Kind.EXITED and self.on_exit:
             self.on_exit(container_exit(fields))
         elif kind == Kind.EXEC_EXITED:

@@ -1,8 +1,8 @@
-"""A plan is data: steps that describe themselves, go over a wire as JSON, and run one after the other."""
+"""A plan is data: steps that describe themselves, go over a wire as plain values, and run one after the other."""
 
 from __future__ import annotations
 
-import json
+import marshal
 import os
 import time
 
@@ -43,9 +43,13 @@ class Context:
 
 @dataclass_transform(frozen_default=True)
 class Step:
-    """One act on the kernel: a record of strings, numbers, booleans and tuples of them, declared like a dataclass's."""
+    """One act on the kernel: a record of strings, numbers, booleans and tuples of them, declared like a dataclass's.
+
+    `phase` is the part of a start that it belongs to: namespaces, rootfs, mounts, cgroup, identity or exec.
+    """
 
     fields: tuple[str, ...] = ()
+    phase = "mounts"
 
     def __init_subclass__(cls) -> None:
         cls.fields = tuple(cls.__annotations__) if "__annotations__" in vars(cls) else ()
@@ -56,6 +60,10 @@ class Step:
         if len(given) != len(values) + len(named) or given.keys() != set(self.fields):
             raise TypeError(f"{type(self).__name__} takes {', '.join(self.fields)}")
         self.__dict__.update(given)
+
+    def values(self) -> list[Any]:
+        """The fields' values, in order."""
+        return [self.__dict__[name] for name in self.fields]
 
     def run(self, context: Context) -> None:
         """Do it. Raises OSError."""
@@ -70,17 +78,19 @@ Plan = tuple[Step, ...]
 
 
 def encode(plan: Plan) -> bytes:
-    """The plan as JSON: `[[kind, field, …], …]`."""
-    return json.dumps(
-        [[type(step).__name__, *(getattr(step, name) for name in step.fields)] for step in plan],
-        separators=(",", ":"),
-    ).encode("ascii")
+    """The plan as plain values, `[[kind, field, …], …]`, in marshal's format 4 (see `runtime.zygote.messages`)."""
+    return marshal.dumps([[type(step).__name__, *map(_plain, step.values())] for step in plan], 4)
+
+
+def _plain(value: Any) -> Any:
+    """The value itself, or the number that a flag is."""
+    return int(value) if isinstance(value, int) and type(value) not in (int, bool) else value
 
 
 def decode(data: bytes) -> Plan:
-    """The inverse of `encode`; tuples come back as lists. Raises ValueError for an unknown kind."""
+    """The inverse of `encode`. Raises ValueError for an unknown kind."""
     plan = []
-    for kind, *fields in json.loads(data):
+    for kind, *fields in marshal.loads(data):
         if kind not in KINDS:
             raise ValueError(f"unknown step {kind!r}")
         plan.append(KINDS[kind](*fields))

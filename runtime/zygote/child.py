@@ -11,13 +11,13 @@ The handshake on the SEQPACKET socket `sync`:
  2b. or a step fails: {"failed": index, "errno": n, "detail": text}, and the child exits
 """
 
-import json
 import os
 import socket
 
 from runtime.linux.process import close_all_but
 from runtime.plan import identity, mounts  # noqa: F401 - the kinds of steps that a plan can name
 from runtime.plan.plan import Context, Outcome, decode, run
+from runtime.zygote.messages import pack
 
 
 def become(plan: bytes, fds: dict[str, int], sync: socket.socket) -> None:
@@ -31,18 +31,14 @@ def become(plan: bytes, fds: dict[str, int], sync: socket.socket) -> None:
         if outcome.failed < 0:
             terminal = [context.fds["terminal"]] if "terminal" in context.fds else []
             report = {"d": outcome.durations_ns, "s": outcome.started_ns, "w": context.warnings}
-            socket.send_fds(sync, [_encode(report)], terminal)
+            socket.send_fds(sync, [pack(report)], terminal)
             last = run(steps[-1:], context)
             outcome = Outcome(last.started_ns, last.durations_ns, len(steps) - 1, last.errno, last.detail)
-        sync.send(_encode({"failed": outcome.failed, "errno": outcome.errno, "detail": outcome.detail}))
+        sync.send(pack({"failed": outcome.failed, "errno": outcome.errno, "detail": outcome.detail}))
     except BaseException as error:
         try:
-            sync.send(_encode({"failed": -1, "errno": 0, "detail": f"bug: {type(error).__name__}: {error}"}))
+            sync.send(pack({"failed": -1, "errno": 0, "detail": f"bug: {type(error).__name__}: {error}"}))
         except OSError:
             pass
     finally:
         os._exit(127)
-
-
-def _encode(report: dict[str, object]) -> bytes:
-    return json.dumps(report).encode("ascii")

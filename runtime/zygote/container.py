@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fcntl
-import json
+import marshal
 import os
 import socket
 import struct
@@ -51,7 +51,7 @@ class Process:
         if fds:
             self.terminal = fds[0]
         if data:
-            message = json.loads(data)
+            message = marshal.loads(data)
             if "failed" in message:
                 self.failure = message
             else:
@@ -146,6 +146,12 @@ class Container(Process):
                 if not data:
                     break
                 self._take(fd, self.streams[fd], data)
+
+    def record(self) -> bytes:
+        """The end as JSON, for the record on disk."""
+        values = (self.id, self.pid, self.started_ns, self.code, self.exited_ns, "true" if self.oom_killed else "false")
+        text = '{"id": "%s", "pid": %d, "started_ns": %d, "code": %d, "exited_ns": %d, "oom_killed": %s}\n'
+        return (text % values).encode("ascii")
 
     def fact(self) -> dict[str, Any]:
         """What a new cribd, or the record on disk, is told of it."""

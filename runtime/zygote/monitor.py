@@ -7,7 +7,6 @@ path socket (and on the socket pair that cribd made it with); what happens is to
 
 from __future__ import annotations
 
-import json
 import os
 import select
 import signal
@@ -149,13 +148,13 @@ class Monitor:
             self.unwatch(connection.fileno())
             connection.close()
 
-    def _send(self, connection: socket.socket, kind: Kind, fds: tuple[int, ...] = (), **fields: Any) -> None:
+    def _send(self, connection: socket.socket, kind: str, fds: tuple[int, ...] = (), **fields: Any) -> None:
         try:
             send(connection, kind, fds, **fields)
         except OSError:  # gone, or it does not read: it will connect again and ask for the facts
             self._drop(connection)
 
-    def _tell(self, kind: Kind, **fields: Any) -> None:
+    def _tell(self, kind: str, **fields: Any) -> None:
         for connection in list(self._connections):
             self._send(connection, kind, **fields)
 
@@ -179,11 +178,11 @@ class Monitor:
             detail = f"{error.filename or ''} {(error.strerror or '').lower()}".strip()
             self._send(connection, Kind.FAILED, re=n, errno=error.errno or 0, detail=detail)
         except (KeyError, TypeError, ValueError) as error:
-            self._send(connection, Kind.FAILED, re=n, errno=0, detail=f"{kind.value}: {type(error).__name__}: {error}")
+            self._send(connection, Kind.FAILED, re=n, errno=0, detail=f"{kind}: {type(error).__name__}: {error}")
         finally:
             close_all(fds)
 
-    def _dispatch(self, connection: socket.socket, kind: Kind, fields: dict[str, Any], fds: list[int]) -> None:
+    def _dispatch(self, connection: socket.socket, kind: str, fields: dict[str, Any], fds: list[int]) -> None:
         n = fields["n"]
         if kind == Kind.POD:
             self._make_pod(connection, fields)
@@ -460,7 +459,7 @@ class Monitor:
         name = f"exit-{container.id}.json"
         fd = os.open(f"{name}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600, dir_fd=self._directory)
         try:
-            os.write(fd, json.dumps(container.fact()).encode("ascii"))
+            os.write(fd, container.record())
         finally:
             os.close(fd)
         os.rename(f"{name}.new", name, src_dir_fd=self._directory, dst_dir_fd=self._directory)

@@ -18,7 +18,7 @@ import sys
 
 from runtime.linux.mount import detached
 from runtime.linux.process import PR_SET_DUMPABLE, prctl, set_name, set_title
-from runtime.zygote.messages import Kind, close_all, receive, send
+from runtime.zygote.messages import Kind, close_all, pack, receive, send
 from runtime.zygote.monitor import Monitor
 
 TYPE_CHECKING = False
@@ -26,10 +26,27 @@ if TYPE_CHECKING:
     from typing import Any
 
 _WARM_UP_ROUNDS = 12  # the interpreter specializes a function at its eighth call
-_FAILING_PLAN = b'[["FindExecutable","nothing","/"]]'
-_POD: dict[str, Any] = {"net": False, "ipc": False, "pid": False, "hostname": None, "sysctls": {}, "shm_bytes": 4096, "shm_path": ""}
-_START = {"pid": "host", "pid_ns": "", "own_pid": True, "terminal": False, "stdin": False, "stdin_once": False, "log": "", "cgroup": ""}
-_WARM_UP: tuple[tuple[Kind, bool, dict[str, Any]], ...] = (
+_FAILING_PLAN = pack([["FindExecutable", "nothing", "/"]])
+_POD: dict[str, Any] = {
+    "net": False,
+    "ipc": False,
+    "pid": False,
+    "hostname": None,
+    "sysctls": {},
+    "shm_bytes": 4096,
+    "shm_path": "",
+}
+_START = {
+    "pid": "host",
+    "pid_ns": "",
+    "own_pid": True,
+    "terminal": False,
+    "stdin": False,
+    "stdin_once": False,
+    "log": "",
+    "cgroup": "",
+}
+_WARM_UP: tuple[tuple[str, bool, dict[str, Any]], ...] = (
     (Kind.POD, False, {"n": 1, "init_cgroup": [], **_POD}),
     (Kind.START, True, {"n": 2, "id": "c", "clone_dir": "", "kill_dirs": [], "memory_events": "", **_START}),
     (Kind.FACTS, False, {"n": 3}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import marshal
 
 import pytest
 
@@ -55,12 +56,12 @@ def test_every_plan_survives_the_wire() -> None:
     again = decode(encode(plan))
     assert [type(step) for step in again] == [type(step) for step in plan]
     assert [step.describe() for step in again] == [step.describe() for step in plan]
-    assert encode(again) == encode(plan)
+    assert [step.values() for step in again] == [step.values() for step in plan]
 
 
 def test_an_unknown_step_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown step"):
-        decode(b'[["Nonsense",1]]')
+        decode(marshal.dumps([["Nonsense", 1]]))
 
 
 def test_every_kind_of_step_describes_itself() -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 
 import pytest
 
-from runtime.zygote.messages import LIMIT_BYTES, Kind, ProtocolError, receive, send
+from runtime.zygote.messages import LIMIT_BYTES, VERSION, Kind, ProtocolError, pack, receive, send
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
@@ -50,13 +49,14 @@ def test_the_end_of_the_stream_is_none() -> None:
 @pytest.mark.parametrize(
     "data",
     [
-        b"not json",
-        b"[]",
-        b"{}",
-        b'{"v":1}',
-        b'{"v":2,"k":"ok"}',
-        b'{"v":1,"k":"nonsense"}',
-        b'{"v":1,"k":"ok","big":5}',
+        b"not marshalled",
+        pack([]),
+        pack({}),
+        pack({"v": VERSION}),
+        pack({"v": VERSION + 1, "k": "ok"}),
+        pack({"v": VERSION, "k": "nonsense"}),
+        pack({"v": VERSION, "k": "ok", "big": 5}),
+        pack({"v": VERSION, "k": "ok"})[:-1],
         b"\xff",
     ],
 )
@@ -79,7 +79,7 @@ def test_a_memfd_that_could_change_or_is_too_big_is_refused(size: int, sealed: b
         fcntl.fcntl(memfd, fcntl.F_ADD_SEALS, 0xF)
     before = set(os.listdir("/proc/self/fd"))
     with left, right:
-        socket.send_fds(left, [json.dumps({"v": 1, "k": "ok", "big": size}).encode()], [memfd])
+        socket.send_fds(left, [pack({"v": VERSION, "k": "ok", "big": size})], [memfd])
         with pytest.raises(ProtocolError):
             receive(right)
         assert set(os.listdir("/proc/self/fd")) == before | {str(left.fileno()), str(right.fileno())} & before
