@@ -11,8 +11,9 @@ from cri.api import cri_pb2 as pb
 from cri.state.records import ContainerState
 from cri.translate import cdi, propagation, seccomp
 from cri.translate.devices import HostDevice, paths
+from cri.translate.field import show
 from cri.translate.namespaces import TARGET
-from runtime.errors import InvalidSpec
+from runtime.errors import InvalidSpec, WrongState
 from runtime.spec import Mount, Spec
 
 if TYPE_CHECKING:
@@ -113,12 +114,24 @@ def check_propagation(mounts: tuple[Mount, ...]) -> None:
             propagation.check(wanted, file.read(), os.path.realpath)
 
 
-def target_pid(node: Node, container: Container) -> str | None:
-    """The pid namespace that mode TARGET joins: of a running container of the same pod."""
+def target(node: Node, container: Container) -> str:
+    """The container whose pid namespace mode TARGET joins, "" in any other mode.
+
+    Asked when a container is made, and again when it is started. Raises InvalidSpec unless the target is of the same
+    pod, WrongState unless it runs.
+    """
     options = container.config.linux.security_context.namespace_options
     if options.pid != TARGET or not options.target_id:
-        return None
-    target = node.containers.find(options.target_id)
-    if target is None or target.pod is not container.pod or target.state is not ContainerState.RUNNING:
-        return None
-    return f"/proc/{target.record.pid}/ns/pid"
+        return ""
+    found = node.containers.find(options.target_id)
+    if found is None or found.pod is not container.pod:
+        raise InvalidSpec(f"namespace_options.target_id {show(options.target_id)}: no container of this sandbox")
+    if found.state is not ContainerState.RUNNING:
+        raise WrongState(f"namespace_options.target_id: {found.title} is {found.state}, not running")
+    return found.id
+
+
+def target_pid(node: Node, container: Container) -> str | None:
+    """The pid namespace of `target` as a path."""
+    found = target(node, container)
+    return f"/proc/{node.containers.get(found).record.pid}/ns/pid" if found else None

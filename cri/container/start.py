@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
+from cri.container import host
 from cri.container.end import finish, take_exit
 from cri.state.records import ContainerState
 from cri.timing import Timing
@@ -65,17 +66,20 @@ async def _start(node: Node, container: Container) -> None:
 
 async def _run(node: Node, container: Container, timing: Timing) -> Started:
     pod, record = container.pod, container.record
-    rootfs = container.rootfs
-    if rootfs is None:  # made by an earlier cribd
-        rootfs = await node.work(node.images.prepare, container.id, record.image_id)
-    request = ContainerStart(
-        id=container.id,
-        spec=spec_of(node, container),
-        rootfs=rootfs,
-        cgroup=Cgroup.of(node.cgroups, record.cgroup_path),
-        log_path=record.log_path or None,
-        stdin=container.config.stdin,
-    )
+    with timing.step("prepare", "take up the spec, the root file system and the cgroup"):
+        rootfs = container.rootfs
+        if rootfs is None:  # made by an earlier cribd
+            rootfs = await node.work(node.images.prepare, container.id, record.image_id)
+        request = ContainerStart(
+            id=container.id,
+            spec=spec_of(node, container),
+            rootfs=rootfs,
+            cgroup=Cgroup.of(node.cgroups, record.cgroup_path),
+            log_path=record.log_path or None,
+            stdin=container.config.stdin,
+            stdin_once=container.config.stdin_once,
+            pid_target=host.target(node, container),
+        )
     try:
         async with asyncio.timeout(node.config.limits.start_timeout_s):
             started = await pod.monitor.start(request)
@@ -87,7 +91,7 @@ async def _run(node: Node, container: Container, timing: Timing) -> Started:
         raise CribError(f"{container.title}: {error}") from error
     at_ns = started.started_ns - sum(step.duration_ns for step in started.timeline)
     for step in started.timeline:
-        timing.add("container", step.text, at_ns, step.duration_ns)
+        timing.add(step.phase, step.text, at_ns, step.duration_ns)
         at_ns += step.duration_ns
     return started
 

@@ -34,13 +34,7 @@ _DEFAULT_LINKS: Final = (
     ("core", "/proc/kcore"),
     ("ptmx", "pts/ptmx"),
 )
-# asm-generic/resource.h; the standard library's `resource` lacks LOCKS
-_RLIMITS: Final = {
-    f"RLIMIT_{name}": number
-    for number, name in enumerate(
-        "CPU FSIZE DATA STACK CORE RSS NPROC NOFILE MEMLOCK AS LOCKS SIGPENDING MSGQUEUE NICE RTPRIO RTTIME".split()
-    )
-}
+_RLIMITS: Final = {f"RLIMIT_{name}": number for number, name in enumerate(identity.RLIMIT_NAMES)}
 _DEFAULT_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _CGROUP_ROOT: Final = "/sys/fs/cgroup"
 

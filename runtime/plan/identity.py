@@ -42,6 +42,10 @@ INHERITED_DISPOSITIONS = (
     signal.SIGQUIT,
     signal.SIGCHLD,
 )
+# By number; asm-generic/resource.h. The standard library's `resource` lacks LOCKS.
+RLIMIT_NAMES = (
+    "CPU FSIZE DATA STACK CORE RSS NPROC NOFILE MEMLOCK AS LOCKS SIGPENDING MSGQUEUE NICE RTPRIO RTTIME".split()
+)
 TIOCSPTLCK = 0x40045431
 TIOCGPTN = 0x80045430
 TIOCSWINSZ = 0x5414
@@ -52,6 +56,8 @@ class Detach(Step):
 
     The umask is 0 until `Execute` sets the process's own: what the steps make has exactly the modes they say.
     """
+
+    phase = "identity"
 
     def run(self, context: Context) -> None:
         os.setsid()
@@ -73,6 +79,8 @@ class Detach(Step):
 class JoinCgroup(Step):
     """Move this process into its cgroup, by writing 0 to each file."""
 
+    phase = "cgroup"
+
     files: tuple[str, ...]
 
     def run(self, context: Context) -> None:
@@ -93,6 +101,8 @@ class JoinCgroup(Step):
 class Unshare(Step):
     """Make new namespaces for this process."""
 
+    phase = "namespaces"
+
     flags: int
 
     def run(self, context: Context) -> None:
@@ -105,6 +115,8 @@ class Unshare(Step):
 class Hostname(Step):
     """Set the host name in this process's uts namespace, which must be its own."""
 
+    phase = "namespaces"
+
     name: str
 
     def run(self, context: Context) -> None:
@@ -116,6 +128,8 @@ class Hostname(Step):
 
 class JoinNamespace(Step):
     """Join the namespace at `path` (below /proc or /run/netns)."""
+
+    phase = "namespaces"
 
     path: str
     flag: int
@@ -134,6 +148,8 @@ class JoinNamespace(Step):
 class JoinProcess(Step):
     """Join several namespaces of the process behind the pidfd `name` in one call."""
 
+    phase = "namespaces"
+
     name: str
     flags: int
 
@@ -151,6 +167,8 @@ def flag_names(flags: int) -> str:
 
 class OomScoreAdj(Step):
     """Set oom_score_adj; where lowering it is not allowed the nearest allowed value stays, with a warning."""
+
+    phase = "identity"
 
     value: int
 
@@ -175,6 +193,8 @@ class Rlimits(Step):
     A hard limit that may not be raised stays, with a warning, and the soft one stops at it.
     """
 
+    phase = "identity"
+
     limits: tuple[tuple[int, int, int], ...]
 
     def run(self, context: Context) -> None:
@@ -184,12 +204,18 @@ class Rlimits(Step):
                 resource.setrlimit(number, wanted)
             except (ValueError, PermissionError):
                 kept = resource.getrlimit(number)[1]
-                context.warnings.append(f"rlimit {number}: hard limit {hard} not permitted, {kept} kept")
+                name = RLIMIT_NAMES[number].lower()
+                context.warnings.append(f"rlimit {name}: hard limit {_shown(hard)} not permitted, {kept} kept")
                 low = wanted[0] if kept == resource.RLIM_INFINITY or 0 <= wanted[0] <= kept else kept
                 resource.setrlimit(number, (low, kept))
 
     def describe(self) -> str:
-        return "resource limits " + " ".join(f"{n}={soft}:{hard}" for n, soft, hard in self.limits)
+        limits = (f"{RLIMIT_NAMES[n].lower()}={_shown(soft)}:{_shown(hard)}" for n, soft, hard in self.limits)
+        return "resource limits " + " ".join(limits)
+
+
+def _shown(value: int) -> str:
+    return "unlimited" if value >= 1 << 63 else str(value)
 
 
 def _limit(value: int) -> int:
@@ -201,6 +227,8 @@ class OpenTerminal(Step):
 
     The master is kept as descriptor `terminal` for the parent. Runs after pivot_root.
     """
+
+    phase = "identity"
 
     rows: int
     columns: int
@@ -225,6 +253,8 @@ class OpenTerminal(Step):
 class WorkingDirectory(Step):
     """Make the working directory if it is missing, and enter it. Runs inside the root."""
 
+    phase = "exec"
+
     path: str
 
     def run(self, context: Context) -> None:
@@ -247,6 +277,8 @@ class WorkingDirectory(Step):
 
 class FindExecutable(Step):
     """Find what execve will run: `name` itself if it has a slash, else along `path` as execvp does."""
+
+    phase = "exec"
 
     name: str
     path: str
@@ -278,6 +310,8 @@ class Execute(Step):
     /proc/self/attr/… (`apparmor_attr` or SELinux's exec) before the container's /proc could be a fake:
     the descriptor `label` must have been opened by an earlier step.
     """
+
+    phase = "exec"
 
     args: tuple[str, ...]
     env: tuple[str, ...]
@@ -338,6 +372,8 @@ class Execute(Step):
 
 class OpenLabel(Step):
     """Open the kernel's attribute file for the security label of the next execve, on the host's /proc."""
+
+    phase = "identity"
 
     path: str
 

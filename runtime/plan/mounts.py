@@ -74,6 +74,8 @@ class CloneSource(Step):
 class Propagation(Step):
     """Change how mounts at and below / of this mount namespace propagate."""
 
+    phase = "rootfs"
+
     flag: int
 
     def run(self, context: Context) -> None:
@@ -88,6 +90,8 @@ class MountOverlay(Step):
 
     `lowers` are names relative to `base`, top first: short, so that hundreds fit mount(2)'s one page.
     """
+
+    phase = "rootfs"
 
     base: str
     lowers: tuple[str, ...]
@@ -290,6 +294,8 @@ class ReadOnlyPaths(Step):
 class ReadOnlyRoot(Step):
     """Make the root mount read-only; what is mounted on it is not."""
 
+    phase = "rootfs"
+
     def run(self, context: Context) -> None:
         mount_setattr(context.root, "", set_=MountAttr.RDONLY)
 
@@ -315,6 +321,8 @@ class RemountReadOnly(Step):
 
 class PivotRoot(Step):
     """Make the root file system / and let go of the host's tree (pivot_root(2), with "." for both)."""
+
+    phase = "rootfs"
 
     def run(self, context: Context) -> None:
         os.fchdir(context.root)

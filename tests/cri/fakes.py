@@ -203,7 +203,7 @@ class FakePod:
         elif command[0] == "oom":
             process.oom = True
             self._world.end(process, 137)
-        return Started(process.pid, process.started_ns, (StepTiming("execve", 1000),), ())
+        return Started(process.pid, process.started_ns, (StepTiming("exec", "execve", 1000),), ())
 
     def exec(self, request: ExecStart, stdin: int, stdout: int, stderr: int) -> FakeExec:
         self._world.enter("exec")

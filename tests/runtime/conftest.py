@@ -71,19 +71,22 @@ class Bench:
         self.cgroups.create(path, resources)
         return Cgroup.of(self.cgroups, path)
 
-    async def start(self, pod: Pod, container_id: str, spec: Spec, cgroup: Cgroup | None = None) -> Started:
+    async def start(
+        self, pod: Pod, container_id: str, spec: Spec, cgroup: Cgroup | None = None, *, pid_target: str = ""
+    ) -> Started:
         self.count += 1
         upper, work = self.directory / f"upper{self.count}", self.directory / f"work{self.count}"
         upper.mkdir()
         work.mkdir()
         rootfs = RootFs(base=str(self.layer), lowers=("1",), upper=str(upper), work=str(work))
         cgroup = cgroup or self.cgroup_of(container_id)
-        request = ContainerStart(container_id, spec, rootfs, cgroup, str(self.directory / f"{container_id}.log"))
+        log = str(self.directory / f"{container_id}.log")
+        request = ContainerStart(container_id, spec, rootfs, cgroup, log, pid_target=pid_target)
         return await pod.start(request)
 
-    async def run(self, pod: Pod, container_id: str, spec: Spec) -> tuple[ContainerExit, str]:
+    async def run(self, pod: Pod, container_id: str, spec: Spec, *, pid_target: str = "") -> tuple[ContainerExit, str]:
         """Start a container and wait for its end; how it ended, and what it wrote."""
-        await self.start(pod, container_id, spec)
+        await self.start(pod, container_id, spec, pid_target=pid_target)
         exited = await asyncio.wait_for(self.exited(container_id), TIMEOUT_S)
         return exited, self.log(container_id)
 

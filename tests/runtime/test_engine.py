@@ -299,3 +299,24 @@ async def test_exec_kill_takes_what_it_left_behind(bench: Bench, null: int) -> N
     await running.kill()
     assert (await asyncio.wait_for(running.wait(), TIMEOUT_S)).code == 137
     os.close(read)
+
+
+async def test_a_container_can_join_anothers_pid_namespace_while_that_runs(bench: Bench) -> None:
+    pod = await bench.pod()
+    await bench.start(pod, "c1", container(pod, "sleep", "111"))
+    spec = container(pod, "ps", "-o", "args", namespaces={"pid": "/proc/0/ns/pid"})
+    exited, log = await bench.run(pod, "c2", spec, pid_target="c1")
+    assert exited.code == 0
+    assert "sleep 111" in log.splitlines()
+    await pod.kill("c1")
+    await asyncio.wait_for(bench.exited("c1"), TIMEOUT_S)
+    with pytest.raises(WrongState, match="not running"):
+        await bench.start(pod, "c3", spec, pid_target="c1")
+
+
+async def test_kernel_parameters_of_a_pod(bench: Bench) -> None:
+    sysctls = {"net.ipv4.conf.lo.forwarding": "1", "kernel.shm_rmid_forced": "1"}
+    pod = await bench.pod(PodStart(id=POD_ID, hostname="pod", sysctls=sysctls))
+    files = "/proc/sys/net/ipv4/conf/lo/forwarding /proc/sys/kernel/shm_rmid_forced"
+    _, log = await bench.run(pod, "c", container(pod, "sh", "-c", f"cat {files}"))
+    assert log.split() == ["1", "1"]

@@ -12,7 +12,7 @@ from runtime.images import RootFs
 from runtime.plan import identity, mounts
 from runtime.plan.compile import Cgroup, Environment, Namespaces, compile_exec, compile_start
 from runtime.plan.plan import KINDS, Context, Plan, decode, encode, run
-from runtime.spec import Capabilities, Linux, Mount, Namespace, Process, Root, Spec, User
+from runtime.spec import Capabilities, Linux, Mount, Namespace, Process, Rlimit, Root, Spec, User
 
 ROOTFS = RootFs(base="/l", lowers=("2", "1"), upper="/u", work="/w")
 CGROUP = Cgroup("/p/c", ("/sys/fs/cgroup/p/c/cgroup.procs",), "", ("/sys/fs/cgroup/p/c",), "", ())
@@ -149,3 +149,15 @@ def test_an_exec_joins_by_pidfd_and_never_mounts() -> None:
     assert kinds.index(identity.JoinCgroup) < kinds.index(identity.JoinProcess)
     into = compile_exec(process, Linux(), (), "/sys/fs/cgroup/x", 40)
     assert identity.JoinCgroup not in [type(step) for step in into]
+
+
+def test_limits_are_told_by_name() -> None:
+    limits = (Rlimit(type="RLIMIT_NOFILE", soft=1024, hard=524288), Rlimit(type="RLIMIT_CORE", soft=0, hard=2**64 - 1))
+    process = Process(cwd="/", user=User(uid=0, gid=0), args=("true",), rlimits=limits)
+    described = [step.describe() for step in plan_of(spec(process=process))]
+    assert "resource limits nofile=1024:524288 core=0:unlimited" in described
+
+
+def test_every_step_is_of_a_phase() -> None:
+    phases = {"namespaces", "rootfs", "mounts", "cgroup", "identity", "exec"}
+    assert {kind.phase for kind in KINDS.values()} == phases
