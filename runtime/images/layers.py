@@ -89,6 +89,10 @@ class Unpack:
         self._killed = False
         self._lock = threading.Lock()
 
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
     def arrived(self, position: int) -> None:
         """So many bytes of the layer are in the file. Cheap; the child hears of every mebibyte or so."""
         if position - self._told >= _STRIDE:

@@ -9,9 +9,11 @@ import logging
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass
+from errno import EDQUOT, ENOSPC
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -22,6 +24,7 @@ from runtime.errors import (
     Exhausted,
     InvalidSpec,
     NotFound,
+    Unavailable,
     WrongState,
 )
 from runtime.images import merged
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _POLL_S = 0.05
+_LOCK_WAIT_S = 2.0
 _HEX = re.compile(r"[0-9a-f]{1,64}")
 
 
@@ -79,13 +83,7 @@ class Images:
         for directory in (self._root, self._base, self._containers, self._spool):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             directory.chmod(0o700)
-        self._lock_file = os.open(self._root / "images.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(self._lock_file)
-            self._lock_file = -1
-            raise WrongState(f"image store {self._root} is in use by another process") from error
+        self._lock_file = _locked(self._root / "images.lock")
         self._records = ImageRecords(self._root)
         self._rootfs_records = RootFsRecords(self._root)
         self._rootfs_records.checkpoint()
@@ -255,12 +253,16 @@ class Images:
         from runtime.images.archive import Archive
 
         loaded = []
-        with Archive(fileobj, self._spool, self._config) as archive:
-            for content in archive.contents():
-                id = content.manifest.config.digest
-                with self._shelf.turn(id, lambda: None):
-                    self._add(content, archive, lambda progress: None, lambda action: None)
-                loaded.append(self.get(id))
+        try:
+            with Archive(fileobj, self._spool, self._config) as archive:
+                for content in archive.contents():
+                    id = content.manifest.config.digest
+                    with self._shelf.turn(id, lambda: None):
+                        self._add(content, archive, lambda progress: None, lambda action: None)
+                    loaded.append(self.get(id))
+        except OSError as error:
+            kind = Exhausted if error.errno in (ENOSPC, EDQUOT) else Unavailable
+            raise kind(f"load of an image: {(error.strerror or str(error)).lower()}") from error
         return loaded
 
     def remove(self, ref: str) -> None:
@@ -395,3 +397,21 @@ class Images:
     def list(self) -> list[Image]:
         """Every image, from memory."""
         return [*self._index.images.values()]
+
+
+def _locked(path: Path) -> int:
+    """A descriptor that holds the lock on `path`. Raises WrongState.
+
+    A program that a killed cribd was just starting holds the lock until it is executed: that is waited for.
+    """
+    fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    deadline_s = time.monotonic() + _LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fd
+        except BlockingIOError as error:
+            if time.monotonic() > deadline_s:
+                os.close(fd)
+                raise WrongState(f"image store {path.parent} is in use by another process") from error
+            threading.Event().wait(_POLL_S)

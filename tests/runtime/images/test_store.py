@@ -1,0 +1,443 @@
+"""The store: archives, containers' root file systems, removal, restarts, a full disk."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sqlite3
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from runtime.errors import AlreadyExists, Exhausted, InvalidSpec, NotFound, Unavailable, Unsupported, WrongState
+from runtime.images import Image, Images
+from runtime.images.errors import BadImage
+from tests.requires import requires
+from tests.runtime.images.conftest import OpenStore, tree_of
+from tests.runtime.images.given import Layer, build, compressed, docker_archive, layer, oci_archive
+
+pytestmark = requires("root")
+
+ROOT = Path(__file__).parent.parent.parent.parent
+Left = Callable[[], list[str]]
+
+
+def load(images: Images, *layers: bytes, name: str = "local/app:1", how: str = "gzip") -> Image:
+    [image] = images.load(io.BytesIO(oci_archive(build(*layers, how=how), name)))
+    return image
+
+
+def test_an_oci_archive(images: Images) -> None:
+    built = build(layer(a="1"), layer(b="2"), how="zstd", Cmd=["run"])
+    for compress in (False, True):
+        [image] = images.load(io.BytesIO(oci_archive(built, "local/app:1", compress)))
+        assert image.id == built.id
+        assert image.repo_tags == ("docker.io/local/app:1",)
+        assert image.repo_digests == (f"docker.io/local/app@{built.digest}",)
+        assert images.list() == [image]
+        assert images.read_file(image.id, "b", 10) == b"2"
+    [untagged] = images.load(io.BytesIO(oci_archive(build(layer(a="untagged")), "latest")))
+    assert untagged.repo_tags == untagged.repo_digests == ()
+
+
+def test_a_docker_archive(images: Images) -> None:
+    layers = [layer(a="1"), layer(b="2")]
+    built = build(*layers, Env=["A=1"])
+    [image] = images.load(io.BytesIO(docker_archive(built, layers, "app:1", "app:2")))
+    assert image.id == built.id
+    assert image.repo_tags == ("docker.io/library/app:1", "docker.io/library/app:2")
+    assert image.repo_digests == ()
+    assert image.config.env == ("A=1",)
+
+
+def test_bad_archives(images: Images, left: Left) -> None:
+    built = build(layer(a="1"))
+    good = oci_archive(built, "a:1")
+    key = next(iter(built.blobs)).replace(":", "/")
+    for data, error, match in (
+        (b"", BadImage, "not a tar archive: empty"),
+        (b"x" * 5000, BadImage, "not a tar archive"),
+        (compressed(good, "gzip")[:-50], BadImage, "ends early"),
+        (layer(a="1"), BadImage, "neither index.json nor manifest.json"),
+        (Layer().file("index.json", "{}").tar(), BadImage, "manifest"),
+        (Layer().file("index.json", built.manifest).tar(), BadImage, "is not an index"),
+        (Layer().file("manifest.json", "{}").tar(), BadImage, "manifest.json"),
+        (good.replace(key.encode(), b"blobs/gone".ljust(len(key), b"x")), BadImage, "not a tar|missing"),
+        (oci_archive(built, "local/UPPER"), BadImage, "malformed"),
+        (docker_archive(build(layer(a="1")), [], "a"), BadImage, "names 1 layers, the manifest 0"),
+    ):
+        with pytest.raises(error, match=match):
+            images.load(io.BytesIO(data))
+        assert left() == []
+    built.blobs[built.id] += b" "
+    with pytest.raises(BadImage, match="holds something else"):
+        images.load(io.BytesIO(oci_archive(built, "a:1")))
+    with pytest.raises(Unsupported, match="no layers"):
+        images.load(io.BytesIO(oci_archive(build(), "a:1")))
+    assert images.list() == []
+    assert left() == []
+
+
+@requires("busybox")
+def test_the_busybox_image(images: Images, tmp_path: Path, run_dir: Path) -> None:
+    archives = [tmp_path / "1.tar", tmp_path / "2.tar"]
+    for path in archives:
+        subprocess.run([ROOT / "hack/busybox-image", path], check=True)
+    assert archives[0].read_bytes() == archives[1].read_bytes()
+    with open(archives[0], "rb") as file:
+        [image] = images.load(file)
+    assert image.repo_tags == ("localhost/crib/busybox:latest",)
+    assert images.get("localhost/crib/busybox") == image
+    assert image.config.cmd == ("sh",)
+    assert images.read_file(image.id, "/etc/passwd", 1000).startswith(b"root:x:0:0")
+    root = run_dir / "store/layers" / image.layers[0]
+    shown = subprocess.run(["chroot", root, "sh", "-c", "echo $0 && id -u"], capture_output=True, text=True, check=True)
+    assert shown.stdout == "sh\n0\n"
+    done = subprocess.run(
+        [ROOT / "hack/busybox-image", "--busybox", "/nonexistent", tmp_path / "x"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "busybox-static" in done.stderr
+
+
+def test_root_file_systems(images: Images, left: Left, run_dir: Path) -> None:
+    image = load(images, layer(a="1"), Layer().directory("./", mode=0o711, uid=5, gid=6).file("b").tar())
+    rootfs = images.prepare("c1", image.id)
+    assert images.prepare("c1", image.repo_tags[0]) == rootfs
+    assert images.rootfs("c1") == rootfs
+    assert images.prepared() == ["c1"]
+    assert rootfs.base == str(run_dir / "store/layers")
+    assert rootfs.lowers == image.layers[::-1]
+    upper = os.stat(rootfs.upper)
+    assert (stat.S_IMODE(upper.st_mode), upper.st_uid, upper.st_gid) == (0o711, 5, 6), "as the topmost layer's root"
+    assert stat.S_IMODE(os.stat(os.path.dirname(rootfs.upper)).st_mode) == 0o700
+    other = load(images, layer(a="other"), name="local/other:1")
+    with pytest.raises(AlreadyExists, match="c1 is prepared from"):
+        images.prepare("c1", other.id)
+    with pytest.raises(NotFound):
+        images.prepare("c2", "sha256:" + "0" * 64)
+    for bad in ("", "..", "a/b", "x" * 200):
+        with pytest.raises(InvalidSpec, match="container id"):
+            images.prepare(bad, image.id)
+    Path(rootfs.upper, "written").write_bytes(bytes(10_000))
+    Path(rootfs.upper, "directory").mkdir()
+    assert images.upper_usage("c1") == (16384, 2)
+    images.discard("c1")
+    images.discard("c1")
+    assert images.prepared() == []
+    with pytest.raises(NotFound):
+        images.upper_usage("c1")
+    images.remove(other.id)
+    images.remove(image.id)
+    assert left() == []
+
+
+def test_layers_stay_while_a_container_has_them(open_store: OpenStore, images: Images, left: Left) -> None:
+    image = load(images, layer(a="1"))
+    rootfs = images.prepare("c", image.id)
+    images.remove(image.repo_tags[0])
+    images.remove(image.repo_tags[0])
+    assert images.list() == []
+    with pytest.raises(NotFound):
+        images.get(image.id)
+    with pytest.raises(NotFound):
+        images.prepare("d", image.id)
+    assert Path(rootfs.base, rootfs.lowers[0], "a").read_text() == "1"
+    assert images.prepare("c", image.id) == rootfs
+    images.close()
+    images = open_store()
+    assert images.prepared() == ["c"]
+    assert images.rootfs("c") == rootfs
+    assert Path(rootfs.base, rootfs.lowers[0], "a").read_text() == "1"
+    again = load(images, layer(a="1"))
+    assert again.layers == image.layers, "what is there is used again"
+    images.remove(again.id)
+    images.discard("c")
+    assert left() == []
+
+
+def test_files_of_an_image(images: Images) -> None:
+    below = Layer().directory("etc").file("etc/passwd", "below").file("etc/group", "group").directory("usr/lib")
+    below.file("usr/lib/os-release", "os").file("hidden").directory("opaque").file("opaque/old")
+    above = Layer().directory("etc").file("etc/passwd", "above").file(".wh.hidden").file("opaque/.wh..wh..opq")
+    above.symlink("etc/os-release", "../usr/lib/os-release").symlink("up", "../../../../etc/group")
+    above.symlink("loop", "loop").symlink("abs", "/etc/group").symlink("dir", "etc").file("big", "x" * 1000)
+    above.add("null", b"3", devmajor=1, devminor=3).add("pipe", b"6")
+    image = load(images, below.tar(), above.tar())
+    for path, text in {
+        "/etc/passwd": b"above",
+        "etc/group": b"group",
+        "//etc/../etc/./group": b"group",
+        "/etc/os-release": b"os",
+        "../../etc/group": b"group",
+        "up": b"group",
+        "abs": b"group",
+        "dir/group": b"group",
+    }.items():
+        assert images.read_file(image.id, path, 100) == text, path
+    for path in ("hidden", "opaque/old", "loop", "etc", "", "etc/passwd/x", "null", "pipe", "none", "a\0b", "x" * 5000):
+        with pytest.raises(NotFound):
+            images.read_file(image.id, path, 100)
+    with pytest.raises(Exhausted, match="larger than 999 bytes"):
+        images.read_file(image.id, "big", 999)
+    assert len(images.read_file(image.id, "big", 1000)) == 1000
+
+
+def test_directories_that_a_layer_implies_are_as_below(images: Images, run_dir: Path) -> None:
+    below = Layer().directory("tmp", mode=0o1777).directory("srv", mode=0o700, uid=7, gid=8, mtime=5)
+    below.directory("srv/www", mode=0o2750).file("other")
+    implying = Layer().file("tmp/t", "1").file("srv/www/index", "2").file("new/x").tar()
+    image = load(images, below.tar(), implying)
+    top = run_dir / "store/layers" / image.layers[1]
+
+    def look(name: str) -> tuple[str, int, int]:
+        status = (top / name).lstat()
+        return stat.filemode(status.st_mode), status.st_uid, status.st_gid
+
+    assert look("tmp") == ("drwxrwxrwt", 0, 0)
+    assert look("srv") == ("drwx------", 7, 8)
+    assert (top / "srv").lstat().st_mtime == 5
+    assert look("srv/www") == ("drwxr-s---", 0, 0)
+    assert look("new") == ("drwxr-xr-x", 0, 0)
+    alone = load(images, layer(x="1"), implying, name="local/alone:1")
+    assert alone.layers[1] != image.layers[1], "on top of others it is another layer"
+    assert load(images, below.tar(), implying, layer(z="1"), name="local/longer:1").layers[:2] == image.layers
+
+
+def test_hard_links_into_lower_layers(images: Images, run_dir: Path) -> None:
+    below = Layer().directory("bin").file("bin/tool", "tool", mode=0o4755, uid=9, mtime=5)
+    above = Layer().directory("bin").hardlink("bin/alias", "bin/tool").hardlink("bin/again", "bin/alias")
+    image = load(images, below.tar(), above.tar())
+    alias = run_dir / "store/layers" / image.layers[1] / "bin/alias"
+    assert alias.read_text() == "tool"
+    assert (alias.lstat().st_mode & 0o7777, alias.lstat().st_uid, alias.lstat().st_mtime) == (0o4755, 9, 5)
+    assert images.read_file(image.id, "bin/again", 10) == b"tool"
+    with pytest.raises(BadImage, match="hard link 'x' to 'nowhere'"):
+        load(images, below.tar(), Layer().hardlink("x", "nowhere").tar(), name="local/bad:1")
+    assert [found.repo_tags for found in images.list()] == [image.repo_tags]
+
+
+def test_what_names_an_image(images: Images) -> None:
+    one, two = load(images, layer(a="1"), name="local/one:1"), load(images, layer(a="2"), name="cafe:latest")
+    assert images.get("cafe") == two, "a name before a prefix"
+    assert images.get(one.id) == images.get(one.id[7:]) == images.get("local/one:1") == one
+    prefix = _shared_prefix(images)
+    for text in (prefix, f"sha256:{prefix}"):
+        with pytest.raises(InvalidSpec, match=r"ambiguous: \d images"):
+            images.get(text)
+    for ref in ("nothing", "Bad Name", "", "sha256:", "0" * 64, "f" * 63):
+        with pytest.raises(NotFound):
+            images.get(ref)
+
+
+def _shared_prefix(images: Images) -> str:
+    """Loads images until two begin alike; gives what they begin with."""
+    seen: set[str] = set()
+    while True:
+        image = load(images, layer(a=f"number {len(seen)}"), name=f"local/n{len(seen)}:1")
+        if any(id[7] == image.id[7] for id in seen):
+            return image.id[7]
+        seen.add(image.id)
+
+
+def test_pinned(open_store: OpenStore) -> None:
+    images = open_store(pinned=("docker.io/local/*:1",))
+    assert load(images, layer(a="1")).pinned
+    assert not load(images, layer(a="2"), name="local/app:2").pinned
+
+
+def test_usage(images: Images) -> None:
+    [before] = images.fs_info()
+    image = load(images, Layer().file("a", bytes(100_000)).file("b", "1").directory("c").tar())
+    [after] = images.fs_info()
+    assert image.size_bytes == pytest.approx(102400 + 4096 + 4096, abs=2000)
+    assert after.used_bytes - before.used_bytes >= image.size_bytes
+    assert after.inodes_used - before.inodes_used == 3
+    assert os.path.isdir(after.mountpoint)
+
+
+def test_the_index_needs_no_disk(images: Images, run_dir: Path) -> None:
+    image = load(images, layer(a="1"))
+    os.rename(run_dir / "store", run_dir / "away")
+    try:
+        assert images.list() == [image]
+        assert images.get(image.id) == image
+    finally:
+        os.rename(run_dir / "away", run_dir / "store")
+
+
+def test_a_container_is_prepared_quickly(images: Images) -> None:
+    image = load(images, *(layer(**{f"f{number}": "1"}) for number in range(5)))
+    took_ns = []
+    for number in range(50):
+        began_ns = time.perf_counter_ns()
+        images.prepare(f"c{number}", image.id)
+        took_ns.append(time.perf_counter_ns() - began_ns)
+    for number in range(50):
+        images.discard(f"c{number}")
+    assert sorted(took_ns)[25] < 1_000_000, "half a millisecond, on a machine that has other things to do"
+
+
+def test_modes(images: Images, run_dir: Path) -> None:
+    for name in ("", "layers", "rootfs", "spool"):
+        assert stat.S_IMODE((run_dir / "store" / name).stat().st_mode) == 0o700
+
+
+def test_one_process_at_a_time(images: Images, open_store: OpenStore) -> None:
+    with pytest.raises(WrongState, match="in use by another process"):
+        open_store()
+
+
+def test_a_restart(images: Images, open_store: OpenStore) -> None:
+    image = load(images, layer(a="1"), layer(b="2"))
+    images.prepare("c", image.id)
+    usage = images.fs_info()[0].inodes_used
+    images.close()
+    again = open_store()
+    assert again.list() == [image]
+    assert again.get("local/app:1") == image
+    assert again.prepared() == ["c"]
+    assert again.fs_info()[0].inodes_used == pytest.approx(usage, abs=4)
+    again.discard("c")
+
+
+def test_what_no_record_names_is_swept(images: Images, open_store: OpenStore, run_dir: Path) -> None:
+    store = run_dir / "store"
+    image = load(images, layer(a="1"))
+    images.close()
+    for path in ("layers/zz/deep/er", "rootfs/gone/upper/x", "spool/half"):
+        (store / path).mkdir(parents=True)
+    with sqlite3.connect(store / "images.db") as db:
+        db.execute("INSERT INTO layers VALUES (77, 'sha256:x', '', 0, 0)")
+    db.close()
+    (store / "layers/25").mkdir()
+    images = open_store()
+    images.close()
+    assert tree_of(store) == [f"layers/{image.layers[0]}"]
+    images = open_store()
+    assert images.list() == [image]
+    assert load(images, layer(a="2"), name="local/b:1").layers[0] not in ("1", "25", image.layers[0])
+
+
+def test_an_image_that_lost_a_layer_is_forgotten(images: Images, open_store: OpenStore, run_dir: Path) -> None:
+    whole = load(images, layer(a="1"), name="local/whole:1")
+    lost = load(images, layer(a="1"), layer(b="2"), name="local/lost:1")
+    images.close()
+    subprocess.run(["rm", "-rf", run_dir / "store/layers" / lost.layers[1]], check=True)
+    images = open_store()
+    assert images.list() == [whole]
+    images.close()
+    assert tree_of(run_dir / "store") == [f"layers/{whole.layers[0]}"]
+
+
+def test_damaged_records_of_containers(images: Images, open_store: OpenStore, run_dir: Path) -> None:
+    """They aren't synchronised: after power loss anything may be in the file."""
+    image = load(images, layer(a="1"))
+    images.prepare("c", image.id)
+    images.close()
+    (run_dir / "store/rootfs.db").write_bytes(b"\xff" * 8192)
+    images = open_store()
+    assert images.list() == [image]
+    assert images.prepared() == []
+    images.close()
+    assert tree_of(run_dir / "store") == [f"layers/{image.layers[0]}"]
+
+
+def test_records_of_a_later_version(images: Images, open_store: OpenStore, run_dir: Path) -> None:
+    images.close()
+    with sqlite3.connect(run_dir / "store/images.db") as db:
+        db.execute("PRAGMA user_version = 99")
+    db.close()
+    with pytest.raises(Unavailable, match="made by another version of crib"):
+        open_store()
+
+
+@pytest.fixture
+def small_disk(run_dir: Path) -> Iterator[Path]:
+    """A file system of 8 MiB."""
+    path = run_dir / "disk"
+    path.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", path], check=True)
+    yield path
+    subprocess.run(["umount", path], check=True)
+
+
+def test_a_full_disk(small_disk: Path, open_store: OpenStore) -> None:
+    images = open_store(small_disk / "store")
+    kept = load(images, layer(a="kept"), name="local/kept:1")
+    unpacked_too_big = Layer().file("zeros", bytes(20 << 20)).tar()
+    with pytest.raises(Exhausted, match="no space left on device"):
+        load(images, layer(a="small"), unpacked_too_big, name="local/big:1")
+    with pytest.raises(Exhausted, match="no space left on device"):
+        images.load(io.BytesIO(oci_archive(build(unpacked_too_big, how="plain"), "local/big:1")))
+    assert images.list() == [kept]
+    assert tree_of(small_disk / "store") == [f"layers/{kept.layers[0]}"]
+    free = os.statvfs(small_disk)
+    assert free.f_bavail * free.f_frsize > 6 << 20, "what was written is gone"
+
+
+def test_removal_on_a_full_disk(small_disk: Path, open_store: OpenStore) -> None:
+    images = open_store(small_disk / "store")
+    image = load(images, Layer().file("a", os.urandom(1 << 20)).tar())
+    with open(small_disk / "filler", "wb", buffering=0) as filler:
+        try:
+            while filler.write(bytes(4096)):
+                pass
+        except OSError:
+            pass
+    images.remove(image.id)
+    assert images.list() == []
+    assert tree_of(small_disk / "store") == []
+
+
+KILLED = """
+import io, sys, threading, time
+from pathlib import Path
+from runtime.images import Images, ImagesConfig
+images = Images(Path(sys.argv[1]), ImagesConfig())
+images.open()
+print("open", flush=True)
+with open(sys.argv[2], "rb") as archive:
+    image, = images.load(archive)
+images.prepare("c", image.id)
+images.discard("c")
+images.remove(image.id)
+print("done", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_kill_at_any_moment(open_store: OpenStore, run_dir: Path) -> None:
+    """The old state or the new one, and nothing half-made after the next start."""
+    layers = [Layer().file("f", os.urandom(200_000)).file("g/h/i", "x").tar() for _ in range(4)]
+    archive = run_dir / "archive.tar"
+    archive.write_bytes(oci_archive(build(*layers), "local/app:1"))
+    store = run_dir / "store"
+    for moment in range(12):
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED, store, archive], stdout=subprocess.PIPE, cwd=ROOT, text=True
+        )
+        with process:
+            assert process.stdout
+            assert process.stdout.readline() == "open\n"
+            time.sleep(moment * 0.02)  # noqa: TID251 - any moment is as good
+            process.send_signal(signal.SIGKILL)
+        images = open_store()
+        found = images.list()
+        assert len(found) <= 1
+        for image in found:
+            assert images.read_file(image.id, "g/h/i", 10) == b"x"
+            assert len(image.layers) == 4
+        images.close()
+        expected = {f"layers/{name}" for image in found for name in image.layers}
+        expected |= {f"rootfs/{name}" for name in images.prepared()}
+        assert set(tree_of(store)) == expected

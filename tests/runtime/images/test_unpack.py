@@ -1,0 +1,305 @@
+"""Layers unpacked by the child process, hostile ones too; the overlay that the kernel makes of them."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from runtime.errors import Exhausted
+from runtime.images import Images, ImagesConfig
+from runtime.images.errors import BadImage
+from runtime.images.layers import Unpack, Unpacked, remove_tree, short_name
+from tests.requires import requires
+from tests.runtime.images.given import Layer, build, compressed, digest, oci_archive
+
+pytestmark = requires("root")
+
+
+def unpack(target: Path, data: bytes, config: ImagesConfig | None = None) -> Unpacked:
+    target.mkdir(exist_ok=True)
+    with tempfile.TemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        child = Unpack(target, file.fileno(), 0, config or ImagesConfig())
+        try:
+            return child.finish(len(data))
+        finally:
+            child.abandon()
+
+
+@pytest.fixture
+def target(run_dir: Path) -> Iterator[Path]:
+    yield run_dir / "layer"
+    remove_tree(run_dir / "layer")
+
+
+def tree(root: Path) -> dict[str, str]:
+    """Each path with all that can be seen of it; devices and links included, times but for directories'."""
+    found = {}
+    for path in [root, *sorted(root.rglob("*"))]:
+        status = path.lstat()
+        text = f"{stat.filemode(status.st_mode)} {status.st_uid}:{status.st_gid} {status.st_mtime_ns}"
+        if path.is_symlink():
+            text += f" -> {os.readlink(path)}"
+        elif path.is_file():
+            text += f" {digest(path.read_bytes())} links={status.st_nlink}"
+        elif stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode):
+            text += f" {os.major(status.st_rdev)},{os.minor(status.st_rdev)}"
+        for key in os.listxattr(path, follow_symlinks=False):
+            text += f" {key}={os.getxattr(path, key, follow_symlinks=False)!r}"
+        found[str(path.relative_to(root))] = text
+    return found
+
+
+def test_every_kind_of_entry(target: Path) -> None:
+    capability = bytes.fromhex("0100000200040000000000000000000000000000").decode("latin-1")
+    layer = Layer().directory("./", mode=0o751, uid=1, gid=2, mtime=5).directory("dir", mode=0o2775, gid=50, mtime=6)
+    layer.file("dir/plain", "text", mode=0o640, uid=(1 << 32) - 2, gid=7, mtime=1.123456789)
+    layer.file("dir/owned-by-root", mode=0o600).file("setuid", "x", mode=0o4755, uid=3)
+    layer.hardlink("hard", "dir/plain").symlink("soft", "/dir/plain", uid=8, mtime=9)
+    layer.add("null", b"3", devmajor=1, devminor=3, mode=0o666).add("disk", b"4", devmajor=8, devminor=1)
+    layer.add("pipe", b"6", mode=0o622).file("capable", pax_headers={"SCHILY.xattr.security.capability": capability})
+    layer.file("marked", pax_headers={"SCHILY.xattr.user.mark": "x", "SCHILY.xattr.trusted.overlay.opaque": "y"})
+    layer.file("name\nwith\\strange \x01 bytes", "s")
+    plain = layer.tar()
+    unpacked = unpack(target, compressed(plain, "gzip"))
+    assert unpacked.diff_id == digest(plain)
+    assert (unpacked.implied, unpacked.lower_links) == ((), ())
+    assert unpacked.inodes == 11
+    seen = tree(target)
+    second = 1_000_000_000
+    usual = f"{second}000000000"
+    text = digest(b"text")
+    empty = digest(b"")
+    assert seen == {
+        ".": f"drwxr-x--x 1:2 {5 * second}",
+        "dir": f"drwxrwsr-x 0:50 {6 * second}",
+        "dir/plain": f"-rw-r----- 4294967294:7 1123456789 {text} links=2",
+        "dir/owned-by-root": f"-rw------- 0:0 {usual} {empty} links=1",
+        "setuid": f"-rwsr-xr-x 3:0 {usual} {digest(b'x')} links=1",
+        "hard": f"-rw-r----- 4294967294:7 1123456789 {text} links=2",
+        "soft": f"lrwxrwxrwx 8:0 {9 * second} -> /dir/plain",
+        "null": f"crw-rw-rw- 0:0 {usual} 1,3",
+        "disk": f"brw-r--r-- 0:0 {usual} 8,1",
+        "pipe": f"prw--w--w- 0:0 {usual}",
+        "capable": f"-rw-r--r-- 0:0 {usual} {empty} links=1 security.capability={capability.encode('latin-1')!r}",
+        "marked": f"-rw-r--r-- 0:0 {usual} {empty} links=1 user.mark=b'x'",
+        "name\nwith\\strange \x01 bytes": f"-rw-r--r-- 0:0 {usual} {digest(b's')} links=1",
+    }
+
+
+def test_whiteouts_hide_what_is_below_and_never_their_own_layer(target: Path) -> None:
+    layer = Layer()
+    layer.file(".wh.gone").directory("o").file("o/.wh..wh..opq").file("o/kept", "1")
+    layer.file("before", "1").file(".wh.before").file(".wh.after").file("after", "1")
+    layer.directory("d-before").file("d-before/x").file(".wh.d-before").file(".wh.d-after").file("d-after/y")
+    layer.file(".wh..wh.plnk").file(".wh..wh.aufs")
+    unpack(target, layer.tar())
+    seen = {name: text.split()[0] + text[-4:] for name, text in tree(target).items()}
+    gone = (target / "gone").lstat()
+    assert stat.S_ISCHR(gone.st_mode)
+    assert gone.st_rdev == 0
+    assert (target / "before").read_text() == (target / "after").read_text() == "1"
+    for name in ("o", "d-before", "d-after"):
+        assert os.getxattr(target / name, "trusted.overlay.opaque") == b"y"
+    assert set(seen) == {
+        ".", "gone", "o", "o/kept", "before", "after", "d-before", "d-before/x", "d-after", "d-after/y",
+    }  # fmt: skip
+
+
+def test_what_comes_twice(target: Path) -> None:
+    layer = Layer().file("a", "1").file("a", "2").directory("a").file("a/b", "3").directory("a", mode=0o700)
+    layer.directory("t").file("t/u/v/w", "x").symlink("t", "elsewhere")
+    layer.file("f").hardlink("f", "f").hardlink("f", "a/b").file("g").file("g/h")
+    unpacked = unpack(target, layer.tar())
+    seen = tree(target)
+    assert set(seen) == {".", "a", "a/b", "t", "f", "g", "g/h"}
+    assert seen["a"].startswith("drwx------")
+    assert seen["t"].endswith("-> elsewhere")
+    assert (target / "f").read_text() == "3"
+    assert unpacked.inodes == 5
+    assert unpacked.implied == ("g",)
+
+
+@pytest.mark.parametrize(
+    ("layer", "match"),
+    [
+        (Layer().file("../escape", "x"), "leads out of the layer"),
+        (Layer().file("a/../../escape", "x"), "leads out of the layer"),
+        (Layer().directory(".."), "leads out of the layer"),
+        (Layer().file("a", "x").hardlink("b", "../../../etc/passwd"), "leads out of the layer"),
+        (Layer().file("a/.wh..."), "whiteout of b'..'"),
+        (Layer().file(".wh."), "whiteout of b''"),
+        (Layer().file("./"), "the root is not a directory|system"),
+        (Layer().directory("d").hardlink("l", "d"), "is a directory"),
+        (Layer().symlink("l", "l").file("l/f"), "too many levels"),
+        (Layer().file("n" * 300), "file name too long"),
+        (Layer().file("p/" * 2100 + "f"), "file name too long"),
+        (Layer().symlink("s", "t" * 5000), "file name too long"),
+        (Layer().file("u", uid=(1 << 32) - 1), "has owner 4294967295:0"),
+    ],
+)
+def test_hostile_layers(target: Path, layer: Layer, match: str) -> None:
+    before = sorted(target.parent.iterdir())
+    with pytest.raises(BadImage, match=match):
+        unpack(target, layer.tar())
+    assert sorted(target.parent.iterdir()) == sorted({*before, target})
+
+
+def test_what_looks_like_an_escape_stays_inside(target: Path) -> None:
+    """Absolute names and symlinks mean the layer's own root, as in the established runtimes."""
+    outside = target.parent / "outside"
+    outside.mkdir()
+    up = "../" * 20
+    layer = Layer().file("/absolute", "1").symlink("a", str(outside)).file("a/through", "2")
+    layer.symlink("b", f"{up}{outside}").file("b/up", "3").symlink("c", f"{outside}/file").file("c", "4")
+    layer.symlink("d", "/e").file("d/f", "5").directory("e", mode=0o711)
+    unpacked = unpack(target, layer.tar())
+    assert list(outside.iterdir()) == []
+    inside = target / str(outside).lstrip("/")
+    assert (target / "absolute").read_text() == "1"
+    assert (inside / "through").read_text() == "2"
+    assert (inside / "up").read_text() == "3"
+    assert (target / "c").read_text() == "4"
+    assert not (target / "c").is_symlink()
+    assert (target / "e/f").read_text() == "5"
+    assert unpacked.lower_links == ()
+    outside.rmdir()
+
+
+def test_nothing_to_take_from_the_host(target: Path) -> None:
+    """A hard link to an absolute name is one inside; what isn't there is left to lower layers."""
+    unpacked = unpack(target, Layer().hardlink("stolen", "/etc/passwd").tar())
+    assert unpacked.lower_links == (("stolen", "etc/passwd"),)
+    assert list(target.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        (ImagesConfig(unpacked_limit_bytes=1 << 20), "unpacks to more than 1048576 bytes"),
+        (ImagesConfig(ratio_from_bytes=1 << 20, ratio_limit=100), "unpacks to more than 100 times its size"),
+        (ImagesConfig(entries_limit=10), "has more than 10 entries"),
+    ],
+)
+@pytest.mark.parametrize("how", ["gzip", "zstd"])
+def test_bombs(target: Path, settings: ImagesConfig, match: str, how: str) -> None:
+    layer = Layer().file("zeros", bytes(50 << 20))
+    for number in range(20 if settings.entries_limit == 10 else 0):
+        layer.file(f"f{number}")
+    with pytest.raises(Exhausted, match=match):
+        unpack(target, compressed(layer.tar(), how), settings)
+
+
+def test_deep_names_cost_entries(target: Path) -> None:
+    layer = Layer().file("a/" * 100 + "f")
+    with pytest.raises(Exhausted, match="more than 50 entries"):
+        unpack(target, layer.tar(), ImagesConfig(entries_limit=50))
+
+
+@pytest.mark.parametrize("data", [b"\x1f\x8b" + bytes(100), b"x" * 2000, b"PK\x03\x04" + bytes(600)])
+def test_no_archive(target: Path, data: bytes) -> None:
+    with pytest.raises(BadImage, match="unpack: "):
+        unpack(target, data)
+
+
+def test_the_child_is_confined(target: Path) -> None:
+    """What the process may do while it waits for bytes, as the kernel tells it."""
+    target.mkdir()
+    with tempfile.TemporaryFile() as file:
+        child = Unpack(target, file.fileno(), 0, ImagesConfig())
+        try:
+            pid = child.pid
+            status: dict[str, str] = {}
+            while status.get("NoNewPrivs") != "1":
+                lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+                status = {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+                assert "Z" not in status["State"]
+            assert os.readlink(f"/proc/{pid}/root") == str(target)
+            assert os.readlink(f"/proc/{pid}/cwd") == str(target)
+            assert int(status["CapPrm"], 16).bit_count() == 7
+            assert int(status["CapBnd"], 16).bit_count() == 7
+            names = {os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()}
+            assert {name.partition(":")[0] for name in names} <= {
+                "/dev/null", "pipe", str(target), os.readlink(f"/proc/self/fd/{file.fileno()}"),
+            }  # fmt: skip
+        finally:
+            child.abandon()
+
+
+def test_removal_of_a_deep_tree(run_dir: Path) -> None:
+    deep = run_dir / "deep"
+    deep.mkdir()
+    fd = os.open(deep, os.O_RDONLY)
+    for _ in range(3000):
+        os.mkdir("d", dir_fd=fd)
+        below = os.open("d", os.O_RDONLY, dir_fd=fd)
+        os.close(fd)
+        fd = below
+    os.close(fd)
+    remove_tree(deep)
+    assert not deep.exists()
+
+
+def test_short_names() -> None:
+    assert [short_name(n) for n in (1, 35, 36, 36**4 - 1)] == ["1", "z", "10", "zzzz"]
+    assert len(":".join(short_name(36**4 - 1 - n) for n in range(500))) < 4096 - 500
+
+
+MOUNT = """
+mount -t overlay overlay -o "lowerdir=$1,upperdir=$2,workdir=$3" "$4"
+cd "$4"
+find . -printf '%P|%M|%U|%G|%T@|%l\\n' | sort
+"""
+
+
+@requires("overlay")
+def test_the_kernel_shows_what_the_layers_say(images: Images, run_dir: Path) -> None:
+    below = (
+        Layer().directory("./", mode=0o750).directory("etc", mode=0o750, uid=9).file("etc/a", "1").file("etc/b", "1")
+    )
+    below.directory("gone").file("gone/x").directory("opaque").file("opaque/old").directory("tmp", mode=0o1777)
+    below.file("twice", "below").directory("replaced").file("replaced/x")
+    above = Layer().file("etc/.wh.a").file("etc/b", "2", mode=0o600).file(".wh.gone").file("opaque/.wh..wh..opq")
+    above.file("opaque/new").file("tmp/t").hardlink("linked", "twice").symlink("replaced", "etc")
+    layers = [below.tar(), above.tar()]
+    archive = oci_archive(build(*layers, how="zstd"), "local/overlay:1")
+    with tempfile.TemporaryFile() as file:
+        file.write(archive)
+        file.seek(0)
+        [image] = images.load(file)
+    rootfs = images.prepare("c", image.id)
+    mounted = run_dir / "mounted"
+    mounted.mkdir()
+    arguments = [":".join(rootfs.lowers), rootfs.upper, rootfs.work, str(mounted)]
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-euc", MOUNT, "sh", *arguments],
+        cwd=rootfs.base,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    seen = {}
+    for line in done.stdout.splitlines():
+        name, mode, uid, gid, _, link = line.split("|")
+        seen[name] = (mode, int(uid), int(gid), link)
+    mounted.rmdir()
+    images.discard("c")
+    assert seen == {
+        "": ("drwxr-xr-x", 0, 0, ""),
+        "etc": ("drwxr-x---", 9, 0, ""),
+        "etc/b": ("-rw-------", 0, 0, ""),
+        "linked": ("-rw-r--r--", 0, 0, ""),
+        "opaque": ("drwxr-xr-x", 0, 0, ""),
+        "opaque/new": ("-rw-r--r--", 0, 0, ""),
+        "replaced": ("lrwxrwxrwx", 0, 0, "etc"),
+        "tmp": ("drwxrwxrwt", 0, 0, ""),
+        "tmp/t": ("-rw-r--r--", 0, 0, ""),
+        "twice": ("-rw-r--r--", 0, 0, ""),
+    }
