@@ -20,7 +20,7 @@ from cri.container.container import Container
 from cri.flights import Flights
 from cri.sandbox.pod import Pod
 from cri.state.index import Index, Names
-from cri.state.records import ContainerRecord, SandboxRecord
+from cri.state.records import ContainerRecord, SandboxRecord, Timeline
 from cri.state.store import Store
 from cri.translate.defaults import Handler, Host
 from net import Network
@@ -115,16 +115,18 @@ class Node:
             return self.cgroups.join_path(pod.plan.cgroup_parent, container_id)
         return self.cgroups.join_path(self.cgroup_parent, pod.id, container_id)
 
-    def save(self, pod: Pod, **changes: object) -> None:
+    def save(self, pod: Pod, timeline: Timeline | None = None, **changes: object) -> None:
         """Change a pod's record, on disk first."""
         record: SandboxRecord = msgspec.structs.replace(pod.record, **changes)
-        self.store.put_sandbox(record)
+        self.store.put_sandbox(record, timeline)
         pod.show(record)
 
-    def save_container(self, container: Container, **changes: object) -> None:
+    def save_container(
+        self, container: Container, spec: bytes | None = None, timeline: Timeline | None = None, **changes: object
+    ) -> None:
         """Change a container's record, on disk first."""
         record: ContainerRecord = msgspec.structs.replace(container.record, **changes)
-        self.store.put_container(record)
+        self.store.put_container(record, spec, timeline)
         container.show(record)
 
     async def close(self, timeout_s: float) -> None:

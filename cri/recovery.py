@@ -80,7 +80,7 @@ def _index_container(node: Node, record: ContainerRecord) -> None:
     except Exception as error:
         node.store.set_aside("container", record.id, str(error))
         return
-    if node.names.holder(container.name) is None and not (record.removing and not container.shown):
+    if node.names.holder(container.name) is None and container.shown:
         node.names.reserve(container.name, container.id)
     node.containers.add(container.id, container)
     pod.containers[container.id] = container

@@ -27,6 +27,7 @@ class Container:
     """`ended` is set once it is EXITED, or never will run. `stop_by` is the loop's time of the earliest stop asked for.
 
     `spec` (until its end) and `rootfs` (until its start) are None where they have to be read back.
+    `removing`: RemoveContainer has begun. `settled`: its cgroup has been given back.
     `exit` is an exit that was told before the start that it belongs to had been recorded.
     """
 
@@ -39,6 +40,8 @@ class Container:
         self.started = asyncio.Event()
         self.ended = asyncio.Event()
         self.stop_by: float | None = None
+        self.removing = False
+        self.settled = False
         self.listed = pb.Container(
             id=record.id,
             pod_sandbox_id=record.sandbox_id,

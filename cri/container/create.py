@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 from dataclasses import dataclass
@@ -95,17 +94,16 @@ async def _make(node: Node, container: Container) -> None:
             made = await node.work(_build, node, container)
             container.spec, container.rootfs = made.spec, made.rootfs
             user = made.user
-            with node.store.together():
-                node.store.put_spec(container.id, encode_spec(made.spec))
-                node.save_container(
-                    container,
-                    state=ContainerState.CREATED,
-                    image_id=made.image.id,
-                    image_ref=made.image.repo_digests[0] if made.image.repo_digests else made.image.id,
-                    image_name=_image_name(container.config.image, made.image),
-                    user=UserRecord(uid=user.uid, gid=user.gid, groups=user.additional_gids),
-                    stop_signal=stop_signal(container.config, made.image.config.stop_signal),
-                )
+            node.save_container(
+                container,
+                spec=encode_spec(made.spec),
+                state=ContainerState.CREATED,
+                image_id=made.image.id,
+                image_ref=made.image.repo_digests[0] if made.image.repo_digests else made.image.id,
+                image_name=_image_name(container.config.image, made.image),
+                user=UserRecord(uid=user.uid, gid=user.gid, groups=user.additional_gids),
+                stop_signal=stop_signal(container.config, made.image.config.stop_signal),
+            )
     except Exception as error:
         await _abandon(node, container, error)
         raise
@@ -193,7 +191,5 @@ async def _abandon(node: Node, container: Container, error: Exception) -> None:
         _logger.error("clean-up of a failed container failed", extra={"fields": fields})
         error.add_note(f"clean-up failed too: {failure}")
         node.names.release(container.name, container.id)
-        with contextlib.suppress(Exception):
-            node.save_container(container, removing=True)
         return
     forget(node, container)

@@ -68,12 +68,20 @@ async def settle(node: Node, container: Container) -> None:
     It is done at the end and not at removal, so that the kubelet finds the pod's cgroup empty.
     """
 
-    async def work() -> None:
-        path = container.record.cgroup_path
-        await node.work(node.cgroups.kill, path)
-        await remove_cgroup(node, path)
+    if not container.settled:
+        await node.flights.join(("settle", container.id), lambda: _settle(node, container))
 
-    await node.flights.join(("settle", container.id), work)
+
+async def _settle(node: Node, container: Container) -> None:
+    path = container.record.cgroup_path
+
+    def kill_and_remove() -> bool:
+        node.cgroups.kill(path)
+        return node.cgroups.remove(path)
+
+    if not await node.work(kill_and_remove):
+        await remove_cgroup(node, path)
+    container.settled = True
 
 
 async def dead(node: Node, container: Container) -> None:

@@ -22,7 +22,7 @@ async def _remove(node: Node, container: Container) -> None:
     if node.containers.find(container.id) is not container:
         return
     async with container.pod.changing():  # after this it isn't started
-        node.save_container(container, removing=True)
+        container.removing = True
     await dead(node, container)
     if container.pod.running is not None:
         with contextlib.suppress(NotFound, WrongState, Unavailable, DeadlineExceeded):  # never started, or no monitor

@@ -39,7 +39,7 @@ async def _start(node: Node, container: Container) -> None:
     timing = Timing()
     async with container.pod.changing():
         container.pod.must_be_ready()
-        if container.record.removing:
+        if container.removing:
             raise WrongState(f"{container.title} is being removed")
         if container.state != ContainerState.CREATED:
             raise WrongState(f"{container.title} is {container.state}, not created")
@@ -56,9 +56,13 @@ async def _start(node: Node, container: Container) -> None:
     if not container.alive:  # killed, and given up on, meanwhile
         await node.work(node.cgroups.kill, container.record.cgroup_path)
         raise WrongState(f"{container.title} was killed while it was starting")
-    with node.store.together():
-        node.save_container(container, state=ContainerState.RUNNING, pid=started.pid, started_ns=started.started_ns)
-        node.store.put_timeline(container.id, timing.timeline())
+    node.save_container(
+        container,
+        timeline=timing.timeline(),
+        state=ContainerState.RUNNING,
+        pid=started.pid,
+        started_ns=started.started_ns,
+    )
     container.rootfs = None
     if container.exit is not None:
         take_exit(node, container, container.exit)

@@ -31,7 +31,8 @@ async def stop(node: Node, container: Container, timeout_s: int) -> None:
     by = loop.time() + min(max(timeout_s, 0), _LONGEST_S)
     if container.stop_by is None or by < container.stop_by:
         container.stop_by = by
-        node.save_container(container, stop_deadline_ns=time.time_ns() + int((by - loop.time()) * 1e9))
+        if timeout_s > 0:
+            node.save_container(container, stop_deadline_ns=time.time_ns() + int((by - loop.time()) * 1e9))
     if timeout_s > 0 and container.state is ContainerState.STARTING:
         await _started(container, container.stop_by - loop.time())
     if timeout_s > 0 and container.state is ContainerState.RUNNING and not container.record.stop_sent:

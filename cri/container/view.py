@@ -84,7 +84,7 @@ def info(node: Node, container: Container) -> dict[str, str]:
     found: dict[str, object] = {
         "sandboxID": record.sandbox_id,
         "pid": record.pid if record.state is ContainerState.RUNNING else 0,
-        "removing": record.removing,
+        "removing": container.removing,
         "runtimeType": "crib",
         "snapshotter": "overlay",
         "snapshotKey": container.id,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cri.node import Node
     from cri.sandbox.pod import Pod
 
-ALL: Final = ("network", "netns", "monitor", "cgroups")
+ALL: Final = ("network", "monitor", "cgroups")
 """What a pod may owe, in the order of giving back: a network plug-in wants the namespace, which the monitor holds."""
 
 _logger = logging.getLogger(__name__)
@@ -40,8 +40,7 @@ async def release(node: Node, pod: Pod) -> None:
     containers = tuple(pod.containers.values())
     await asyncio.gather(*(attempt(one.title, functools.partial(dead, node, one)) for one in containers))
     acts: dict[str, Callable[[], Awaitable[object]]] = {
-        "network": lambda: node.work(node.network.detach, pod.id, pod.record.netns_path or None),
-        "netns": lambda: node.work(node.pins.unpin, pod.record.netns_path),
+        "network": lambda: node.work(_disconnect, node, pod),
         "monitor": lambda: _end_monitor(node, pod),
         "cgroups": lambda: _remove_cgroups(node, pod),
     }
@@ -55,6 +54,12 @@ async def release(node: Node, pod: Pod) -> None:
         for other in failures[1:]:
             failures[0].add_note(str(other))
         raise failures[0]
+
+
+def _disconnect(node: Node, pod: Pod) -> None:
+    """Give the pod's addresses back, then its namespace."""
+    node.network.detach(pod.id, pod.record.netns_path)
+    node.pins.unpin(pod.record.netns_path)
 
 
 async def _end_monitor(node: Node, pod: Pod) -> None:

@@ -58,10 +58,13 @@ def _reserve(node: Node, config: pb.PodSandboxConfig, handler: str) -> Pod:
     id = SandboxId(node.new_id())
     join = node.cgroups.join_path
     if plan.cgroup_parent:
-        cgroup_path, init = join(plan.cgroup_parent), join(plan.cgroup_parent, id)
-    else:
-        cgroup_path, init = join(node.cgroup_parent, id), join(node.cgroup_parent, id, "init")
-    init_cgroup = init if plan.pid else ""
+        cgroup_path = join(plan.cgroup_parent)
+        init_cgroup = join(plan.cgroup_parent, id) if plan.pid else ""
+        cgroups = _missing(node.cgroups, init_cgroup or cgroup_path)
+    else:  # the parent is there, and nothing of this id is
+        cgroup_path = join(node.cgroup_parent, id)
+        init_cgroup = join(node.cgroup_parent, id, "init") if plan.pid else ""
+        cgroups = (cgroup_path, init_cgroup) if init_cgroup else (cgroup_path,)
     record = SandboxRecord(
         id=id,
         config=config.SerializeToString(deterministic=True),
@@ -71,10 +74,10 @@ def _reserve(node: Node, config: pb.PodSandboxConfig, handler: str) -> Pod:
         boot_id=node.boot_id,
         cgroup_path=cgroup_path,
         init_cgroup=init_cgroup,
-        cgroups=_missing(node.cgroups, init_cgroup or cgroup_path),
+        cgroups=cgroups,
         network=plan.network,
         netns_path=str(netns.DIRECTORY / f"crib-{id[:32]}") if plan.network else "",
-        owes=tuple(part for part in release.ALL if plan.network or part not in ("network", "netns")),
+        owes=tuple(part for part in release.ALL if plan.network or part != "network"),
     )
     pod = Pod(record, pb.PodSandboxConfig.FromString(record.config), plan)
     node.store.put_sandbox(record)
@@ -94,8 +97,9 @@ def _missing(cgroups: Cgroups, path: str) -> tuple[str, ...]:
 
 async def _make(node: Node, pod: Pod, timing: Timing) -> None:
     try:
-        await _start(node, pod, timing)
-        node.save(pod, state=SandboxState.READY, monitor_pid=pod.monitor.monitor_pid)
+        ips = await _start(node, pod, timing)
+        changes = {"state": SandboxState.READY, "monitor_pid": pod.monitor.monitor_pid, "ips": ips}
+        node.save(pod, timing.timeline(), **changes)
     except Exception as error:
         await _abandon(node, pod, error)
         raise
@@ -103,10 +107,10 @@ async def _make(node: Node, pod: Pod, timing: Timing) -> None:
         node.making.pop(pod.id, None)
     node.pods.add(pod.id, pod)
     watch(node, pod)
-    node.store.put_timeline(pod.id, timing.timeline())
 
 
-async def _start(node: Node, pod: Pod, timing: Timing) -> None:
+async def _start(node: Node, pod: Pod, timing: Timing) -> tuple[str, ...]:
+    """Make all that the pod consists of; its addresses."""
     plan = pod.plan
     directory, init = node.directory(pod.id), pod.record.init_cgroup
     made: tuple[str, ...] = ()
@@ -146,10 +150,11 @@ async def _start(node: Node, pod: Pod, timing: Timing) -> None:
                 raise result
     if late := tuple(path for path in made if path not in pod.record.cgroups):  # another pod removed a common parent
         node.save(pod, cgroups=(*late, *pod.record.cgroups))
-    if plan.network:
-        ips = await node.work(_connect, node, pod, timing)
-        pod.monitor.release_network()
-        node.save(pod, ips=ips)
+    if not plan.network:
+        return ()
+    ips = await node.work(_connect, node, pod, timing)
+    pod.monitor.release_network()
+    return ips
 
 
 def _connect(node: Node, pod: Pod, timing: Timing) -> tuple[str, ...]:

@@ -69,7 +69,7 @@ class ContainerRecord(_Record, frozen=True):
 
     `config` is the request's ContainerConfig, serialised deterministically. `image_ref` is the repo digest (or the id,
     where the image has none) that ContainerStatus reports, `image_name` what the user asked for. `stop_sent` and
-    `stop_deadline_ns` keep a stop going over cribd's restart; `removing` says that RemoveContainer has begun.
+    `stop_deadline_ns` keep a stop going over cribd's restart.
     """
 
     id: ContainerId
@@ -93,7 +93,6 @@ class ContainerRecord(_Record, frozen=True):
     message: str = ""
     stop_sent: bool = False
     stop_deadline_ns: int = 0
-    removing: bool = False
 
 
 class StepRecord(_Record, frozen=True):

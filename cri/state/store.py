@@ -31,7 +31,11 @@ CREATE TABLE IF NOT EXISTS quarantine (
     kind TEXT NOT NULL, id TEXT NOT NULL, body BLOB NOT NULL, error TEXT NOT NULL, at_ns INTEGER NOT NULL
 );
 """
-_PUT: Final = "INSERT INTO record (kind, id, body) VALUES (?, ?, ?) ON CONFLICT DO UPDATE SET body = excluded.body"
+_PUT: Final = {
+    rows: f"INSERT INTO record (kind, id, body) VALUES {', '.join(['(?, ?, ?)'] * rows)} "
+    "ON CONFLICT DO UPDATE SET body = excluded.body"
+    for rows in (1, 2, 3)
+}
 _logger = logging.getLogger(__name__)
 _Kind = TypeVar("_Kind", bound=msgspec.Struct)
 _encode = msgspec.msgpack.Encoder().encode
@@ -89,18 +93,27 @@ class Store:
         """(kind, id, error) of the records set aside."""
         return self._db.execute("SELECT kind, id, error FROM quarantine ORDER BY at_ns").fetchall()
 
-    def put_sandbox(self, record: SandboxRecord) -> None:
-        self._write(_PUT, "sandbox", record.id, _encode(record))
+    def put_sandbox(self, record: SandboxRecord, timeline: Timeline | None = None) -> None:
+        """Keep a pod as it is now, and how it was started."""
+        rows: list[object] = ["sandbox", record.id, _encode(record)]
+        if timeline is not None:
+            rows += ["timeline", record.id, _encode(timeline)]
+        self._put(rows)
 
-    def put_container(self, record: ContainerRecord) -> None:
-        self._write(_PUT, "container", record.id, _encode(record))
+    def put_container(
+        self, record: ContainerRecord, spec: bytes | None = None, timeline: Timeline | None = None
+    ) -> None:
+        """Keep a container as it is now, the OCI spec (JSON) that it is run with, and how it was started."""
+        rows: list[object] = ["container", record.id, _encode(record)]
+        if spec is not None:
+            rows += ["spec", record.id, spec]
+        if timeline is not None:
+            rows += ["timeline", record.id, _encode(timeline)]
+        self._put(rows)
 
-    def put_spec(self, id: str, spec: bytes) -> None:
-        """Keep the OCI spec (JSON) that the container is run with."""
-        self._write(_PUT, "spec", id, spec)
-
-    def put_timeline(self, id: str, timeline: Timeline) -> None:
-        self._write(_PUT, "timeline", id, _encode(timeline))
+    def _put(self, rows: list[object]) -> None:
+        """One statement, so all or nothing without a transaction's two more."""
+        self._write(_PUT[len(rows) // 3], *rows)
 
     def spec(self, id: str) -> bytes | None:
         return self._body("spec", id)
@@ -117,7 +130,7 @@ class Store:
         self._write("DELETE FROM record WHERE kind IN ('sandbox', 'container', 'spec', 'timeline') AND id = ?", id)
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
+    def _together(self) -> Iterator[None]:
         """Writes inside happen all or not at all."""
         self._write("BEGIN")
         try:
@@ -163,7 +176,7 @@ class Store:
     def set_aside(self, kind: str, id: str, error: str) -> None:
         """Move a record to quarantine: it stays on disk for a person to look at, and in nobody's way."""
         _logger.error("%s record %s can't be used, set aside: %s", kind, id, error)
-        with self.together():
+        with self._together():
             self._write(
                 "INSERT INTO quarantine SELECT kind, id, body, ?, ? FROM record WHERE kind = ? AND id = ?",
                 error,

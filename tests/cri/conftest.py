@@ -70,6 +70,8 @@ def cribd(tmp_path: Path, world: World, images: FakeImages) -> Start:
             Host(),
             FakeZygote(),
         )
+        node.cgroups.create(node.cgroup_parent, None)  # as main does, for the monitors
+        world.own_cgroups.add(node.cgroup_parent)
         await recover(node)
         server = make_server(node, Probes(**dict.fromkeys(Probes.__dataclass_fields__, True)))
         await listen(server, config)

@@ -67,7 +67,8 @@ class World:
 
     def __init__(self) -> None:
         self.monitors: dict[str, FakeMonitor] = {}
-        self.cgroups: dict[str, Resources | None] = {"/": None}
+        self.cgroups: dict[str, Resources | None] = {}
+        self.own_cgroups: set[str] = set()
         self.addresses: dict[str, str] = {}
         self.pins: set[str] = set()
         self.rootfs: dict[str, str] = {}
@@ -126,7 +127,7 @@ class World:
         """What is there beside the machine itself; empty after all pods are removed."""
         found = {
             "monitors": sorted(self.monitors),
-            "cgroups": sorted(self.cgroups.keys() - {"/"}),
+            "cgroups": sorted(self.cgroups.keys() - self.own_cgroups),
             "addresses": sorted(self.addresses),
             "pins": sorted(self.pins),
             "rootfs": sorted(self.rootfs),
