@@ -155,7 +155,7 @@ def _ours(cgroup: int) -> list[int]:
         struct.pack("=IIIIQI", cgroup, _ATTACH_CGROUP_DEVICE, 0, 0, ctypes.addressof(ids), _MOST_PROGRAMS),
         _ATTRIBUTES_BYTES,
     )
-    syscall("bpf", ctypes.c_int(_PROG_QUERY), byref(query), ctypes.c_uint(_ATTRIBUTES_BYTES))
+    syscall("bpf", _PROG_QUERY, byref(query), _ATTRIBUTES_BYTES)
     (count,) = struct.unpack_from("=I", query, 24)
     ours: list[int] = []
     for program_id in ids[:count]:
@@ -181,7 +181,7 @@ def _name(program: int) -> bytes:
 
 def _bpf(command: int, attributes: bytes) -> int:
     buffer = ctypes.create_string_buffer(attributes, _ATTRIBUTES_BYTES)
-    return syscall("bpf", ctypes.c_int(command), byref(buffer), ctypes.c_uint(_ATTRIBUTES_BYTES))
+    return syscall("bpf", command, byref(buffer), _ATTRIBUTES_BYTES)
 
 
 def _close(descriptors: Iterable[int]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import stat
@@ -28,7 +27,7 @@ def open_in_root(root: int, path: str, flags: int, mode: int = 0) -> int:
     encoded = os.fsencode(path) or b"."
     while True:
         try:
-            return syscall("openat2", ctypes.c_int(root), encoded, how, ctypes.c_size_t(len(how)), path=path)
+            return syscall("openat2", root, encoded, how, len(how), path=path)
         except SyscallError as error:
             if error.errno != errno.EAGAIN:  # a rename raced with "..": the man page says to try again
                 raise

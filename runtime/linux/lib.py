@@ -38,10 +38,23 @@ def numbers(machine: str) -> dict[str, int]:
 NR: Final = numbers(os.uname().machine)
 
 libc: Final = ctypes.CDLL(None, use_errno=True)
+
+
+def function(name: str, arguments: int, library: ctypes.CDLL = libc, result: type[Any] = ctypes.c_int) -> Any:
+    """The C function `name`; its arguments are whole numbers, bytes, None or `byref(…)`, each passed as a machine word.
+
+    Numbers as words, not as ctypes objects that Python code would have to make: that is time on each start.
+    """
+    bound = library[name]
+    bound.argtypes = (ctypes.c_void_p,) * arguments
+    bound.restype = result
+    return bound
+
+
+_syscall: Final = function("syscall", 7, result=ctypes.c_long)
 # Holds the GIL during the call: for clone3, whose child must find it held by itself.
-libc_with_gil: Final = ctypes.PyDLL(None, use_errno=True)
-libc.syscall.restype = ctypes.c_long
-libc_with_gil.syscall.restype = ctypes.c_long
+syscall_with_gil: Final = function("syscall", 3, ctypes.PyDLL(None, use_errno=True), ctypes.c_long)
+_PADDING: Final = (0, 0, 0, 0, 0, 0)
 
 
 class SyscallError(OSError):
@@ -59,8 +72,9 @@ class SyscallError(OSError):
 def syscall(name: str, *args: Any, path: str | None = None) -> int:
     """Make the system call `name`; EINTR is retried. `path` only explains a failure. Raises SyscallError."""
     nr = NR[name]
+    padding = _PADDING[len(args) :]
     while True:
-        result: int = libc.syscall(ctypes.c_long(nr), *args)
+        result: int = _syscall(nr, *args, *padding)
         if result != -1:
             return result
         errno = ctypes.get_errno()
@@ -68,11 +82,10 @@ def syscall(name: str, *args: Any, path: str | None = None) -> int:
             raise SyscallError(name, errno, path)
 
 
-def call(name: str, *args: Any, path: str | None = None) -> int:
-    """Call libc's function `name`, which returns -1 and errno on failure. Raises SyscallError."""
-    result: int = getattr(libc, name)(*args)
+def check(call: str, result: int, path: str | None = None) -> int:
+    """The result of a C function that returns -1 and sets errno. Raises SyscallError."""
     if result == -1:
-        raise SyscallError(name, ctypes.get_errno(), path)
+        raise SyscallError(call, ctypes.get_errno(), path)
     return result
 
 

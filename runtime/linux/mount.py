@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import struct
 from enum import IntFlag
 
-from runtime.linux.lib import call, syscall
+from runtime.linux.lib import check, function, syscall
 
 TYPE_CHECKING = False  # typing costs a monitor memory
 if TYPE_CHECKING:
@@ -66,22 +65,19 @@ class MountAttr(IntFlag):
     NOSYMFOLLOW = 0x00200000
 
 
+_mount = function("mount", 5)
+_umount2 = function("umount2", 2)
+
+
 def mount(source: str, target: str, fstype: str, flags: int = 0, data: str = "") -> None:
     """mount(2). Raises SyscallError with the target."""
-    call(
-        "mount",
-        os.fsencode(source),
-        os.fsencode(target),
-        os.fsencode(fstype),
-        ctypes.c_ulong(flags),
-        os.fsencode(data) if data else None,
-        path=target,
-    )
+    encoded = os.fsencode(data) if data else None
+    check("mount", _mount(os.fsencode(source), os.fsencode(target), os.fsencode(fstype), int(flags), encoded), target)
 
 
 def umount(target: str, flags: int = MNT_DETACH) -> None:
     """umount2(2), lazily by default. Raises SyscallError."""
-    call("umount2", os.fsencode(target), ctypes.c_int(flags), path=target)
+    check("umount2", _umount2(os.fsencode(target), flags), target)
 
 
 def pivot_root(new_root: str, put_old: str) -> None:
@@ -95,13 +91,13 @@ def open_tree(path: str, *, recursive: bool = False, dirfd: int = AT_FDCWD) -> i
     The copy stays in the original's peer group. Raises SyscallError.
     """
     flags = OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC | (AT_RECURSIVE if recursive else 0) | (0 if path else AT_EMPTY_PATH)
-    return syscall("open_tree", ctypes.c_int(dirfd), os.fsencode(path), ctypes.c_uint(flags), path=path)
+    return syscall("open_tree", dirfd, os.fsencode(path), flags, path=path)
 
 
 def move_mount(tree: int, target: int, path: str) -> None:
     """Attach the detached mount `tree` at the O_PATH descriptor `target`; `path` explains a failure."""
     flags = MOVE_MOUNT_F_EMPTY_PATH | MOVE_MOUNT_T_EMPTY_PATH
-    syscall("move_mount", ctypes.c_int(tree), b"", ctypes.c_int(target), b"", ctypes.c_uint(flags), path=path)
+    syscall("move_mount", tree, b"", target, b"", flags, path=path)
 
 
 def mount_setattr(
@@ -112,24 +108,24 @@ def mount_setattr(
     attr = struct.pack("QQQQ", set_, clear, propagation, 0)
     syscall(
         "mount_setattr",
-        ctypes.c_int(fd),
+        fd,
         os.fsencode(path),
-        ctypes.c_uint(flags),
+        flags,
         attr,
-        ctypes.c_size_t(len(attr)),
+        len(attr),
         path=path,
     )
 
 
 def detached(fstype: str, options: dict[str, str], attributes: int = 0) -> int:
     """A new file system as a detached mount (fsopen, fsconfig, fsmount). Raises SyscallError."""
-    context = syscall("fsopen", os.fsencode(fstype), ctypes.c_uint(1), path=fstype)
+    context = syscall("fsopen", os.fsencode(fstype), 1, path=fstype)
     try:
         for key, value in options.items():
             kind = FSCONFIG_SET_STRING if value else FSCONFIG_SET_FLAG
             argument = os.fsencode(value) if value else None
-            syscall("fsconfig", ctypes.c_int(context), ctypes.c_uint(kind), os.fsencode(key), argument, 0, path=key)
-        syscall("fsconfig", ctypes.c_int(context), ctypes.c_uint(FSCONFIG_CMD_CREATE), None, None, 0, path=fstype)
-        return syscall("fsmount", ctypes.c_int(context), ctypes.c_uint(1), ctypes.c_uint(attributes), path=fstype)
+            syscall("fsconfig", context, kind, os.fsencode(key), argument, 0, path=key)
+        syscall("fsconfig", context, FSCONFIG_CMD_CREATE, None, None, 0, path=fstype)
+        return syscall("fsmount", context, 1, attributes, path=fstype)
     finally:
         os.close(context)

@@ -1,9 +1,8 @@
 """Namespaces: unshare(2) and setns(2)."""
 
-import ctypes
 from enum import IntFlag
 
-from runtime.linux.lib import call
+from runtime.linux.lib import check, function
 
 
 class CLONE(IntFlag):
@@ -33,11 +32,15 @@ FLAGS = {
 }
 
 
+_unshare = function("unshare", 1)
+_setns = function("setns", 2)
+
+
 def unshare(flags: int) -> None:
     """unshare(2). Raises SyscallError."""
-    call("unshare", ctypes.c_int(flags))
+    check("unshare", _unshare(flags))
 
 
 def setns(fd: int, flags: int) -> None:
     """setns(2): `fd` is a namespace or, with several flags, a pidfd. Raises SyscallError."""
-    call("setns", ctypes.c_int(fd), ctypes.c_int(flags))
+    check("setns", _setns(fd, flags))

@@ -6,12 +6,12 @@ import ctypes
 import os
 import struct
 
-from runtime.linux.lib import NR, SyscallError, call, libc, libc_with_gil, syscall
+from runtime.linux.lib import NR, SyscallError, check, function, syscall, syscall_with_gil
 from runtime.linux.namespaces import CLONE
 
 TYPE_CHECKING = False  # typing costs a monitor memory
 if TYPE_CHECKING:
-    from typing import Any, Final
+    from typing import Final
 
 PR_SET_PDEATHSIG: Final = 1
 PR_SET_DUMPABLE: Final = 4
@@ -27,19 +27,20 @@ PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
 CLOSE_RANGE_CLOEXEC: Final = 4
 KEYCTL_JOIN_SESSION_KEYRING: Final = 1
 SIGCHLD: Final = 17
+_ZEROS: Final = (0, 0, 0, 0)
+_prctl: Final = function("prctl", 5)
 _PIDFD: Final = int(CLONE.PIDFD)
 _INTO_CGROUP: Final = int(CLONE.INTO_CGROUP)
 
 
 def prctl(option: int, *args: int) -> int:
     """prctl(2) with up to four numeric arguments. Raises SyscallError."""
-    padded = [ctypes.c_ulong(arg) for arg in (*args, 0, 0, 0, 0)[:4]]
-    return call("prctl", ctypes.c_int(option), *padded)
+    return check("prctl", _prctl(option, *args, *_ZEROS[len(args) :]))
 
 
 def set_name(name: str) -> None:
     """The name that `ps` shows for this thread, at most 15 bytes."""
-    call("prctl", ctypes.c_int(PR_SET_NAME), os.fsencode(name)[:15], 0, 0, 0)
+    check("prctl", _prctl(PR_SET_NAME, os.fsencode(name)[:15], 0, 0, 0))
 
 
 def set_title(title: str) -> None:
@@ -65,7 +66,7 @@ def clone3(flags: int, cgroup: int = -1) -> tuple[int, int]:
     pidfd = ctypes.c_int(-1)
     flags |= _PIDFD | (_INTO_CGROUP if cgroup >= 0 else 0)
     args = struct.pack("11Q", flags, ctypes.addressof(pidfd), 0, 0, SIGCHLD, 0, 0, 0, 0, 0, max(cgroup, 0))
-    pid: int = libc_with_gil.syscall(ctypes.c_long(NR["clone3"]), args, ctypes.c_size_t(len(args)))
+    pid: int = syscall_with_gil(NR["clone3"], args, len(args))
     if pid == -1:
         raise SyscallError("clone3", ctypes.get_errno())
     return (pid, pidfd.value) if pid else (0, -1)
@@ -73,7 +74,7 @@ def clone3(flags: int, cgroup: int = -1) -> tuple[int, int]:
 
 def close_range(first: int, last: int, flags: int = 0) -> None:
     """close_range(2), both ends included. Raises SyscallError."""
-    syscall("close_range", ctypes.c_uint(first), ctypes.c_uint(last), ctypes.c_uint(flags))
+    syscall("close_range", first, last, flags)
 
 
 def close_all_but(keep: tuple[int, ...]) -> None:
@@ -88,7 +89,7 @@ def close_all_but(keep: tuple[int, ...]) -> None:
 
 def join_session_keyring() -> None:
     """Join a new anonymous session keyring. Raises SyscallError."""
-    syscall("keyctl", ctypes.c_int(KEYCTL_JOIN_SESSION_KEYRING), None)
+    syscall("keyctl", KEYCTL_JOIN_SESSION_KEYRING, None)
 
 
 class Exec:
@@ -98,10 +99,9 @@ class Exec:
         self._path = os.fsencode(path)
         self._args = (ctypes.c_char_p * (len(args) + 1))(*[os.fsencode(arg) for arg in args], None)
         self._env = (ctypes.c_char_p * (len(env) + 1))(*[os.fsencode(item) for item in env], None)
-        self._call: Any = libc.syscall
-        self._nr = ctypes.c_long(NR["execve"])
+        self._execve = function("execve", 3)
 
     def run(self) -> int:
         """Replace this process; returns errno if the kernel refuses."""
-        self._call(self._nr, self._path, self._args, self._env)
+        self._execve(self._path, ctypes.byref(self._args), ctypes.byref(self._env))
         return ctypes.get_errno()

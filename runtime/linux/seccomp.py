@@ -28,4 +28,4 @@ class Filter:
 
     def load(self, flags: int = 0) -> None:
         """seccomp(2) SET_MODE_FILTER: needs no_new_privs or CAP_SYS_ADMIN. Raises SyscallError."""
-        syscall("seccomp", ctypes.c_uint(SECCOMP_SET_MODE_FILTER), ctypes.c_uint(flags), ctypes.byref(self._program))
+        syscall("seccomp", SECCOMP_SET_MODE_FILTER, flags, ctypes.byref(self._program))
