@@ -8,7 +8,7 @@ import select
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import pytest
@@ -125,6 +125,18 @@ class Place:
         return files.oom_kills(file)
 
 
+def wait_until_dead(pids: Iterable[int]) -> None:
+    """Wait for processes that are about to end; their exit, and not their reaping, takes them out of their cgroup."""
+    for pid in pids:
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+        ended = select.select([pidfd], [], [], DEADLINE_S)[0]
+        os.close(pidfd)
+        assert ended
+
+
 @pytest.fixture(params=["cgroupfs", "systemd"])
 def place(request: pytest.FixtureRequest) -> Iterator[Place]:
     if request.param == "systemd":
@@ -136,6 +148,7 @@ def place(request: pytest.FixtureRequest) -> Iterator[Place]:
     for program in made.programs:
         program.end()
     cgroups.kill(made.parent)
+    wait_until_dead(cgroups.procs(made.parent))
     assert cgroups.remove(made.parent)
 
 

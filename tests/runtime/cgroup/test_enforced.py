@@ -13,7 +13,7 @@ import pytest
 from runtime.cgroup import files
 from runtime.spec import CPU, BlockIO, DeviceCgroup, Memory, Pids, Resources, ThrottleDevice
 from tests.requires import requires
-from tests.runtime.cgroup.conftest import Place
+from tests.runtime.cgroup.conftest import Place, wait_until_dead
 
 pytestmark = requires("root")
 
@@ -281,13 +281,7 @@ def test_kill_of_what_forks_all_the_time(place: Place) -> None:
     assert rabbits.line() == "breeding"
     place.cgroups.kill(path)
     assert rabbits.wait() == -signal.SIGKILL
-    for pid in place.cgroups.procs(path):
-        try:
-            pidfd = os.pidfd_open(pid)
-        except ProcessLookupError:
-            continue
-        assert _readable(pidfd)
-        os.close(pidfd)
+    wait_until_dead(place.cgroups.procs(path))
     assert place.cgroups.remove(path)
 
 

@@ -133,7 +133,7 @@ def _systemctl(*arguments: str) -> str:
 
 
 def _files(path: str) -> dict[str, str]:
-    names = ("cpu.weight", "cpu.max", "memory.max", "memory.high", "memory.swap.max", "pids.max", "cpuset.cpus")
+    names = ("cpu.weight", "cpu.max", "memory.max", "memory.high", "memory.swap.max", "pids.max")
     found = {name: Path(f"/sys/fs/cgroup{path}/{name}") for name in names}
     return {name: file.read_text().strip() for name, file in found.items() if file.exists()}
 
