@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 from argparse import Namespace
-from types import FrameType
 
 from cri.cli import failure
 from cri.cli.arguments import parser
@@ -16,7 +15,6 @@ from cri.cli.failure import Failure
 
 def main() -> int:
     """The exit code; see crib --help."""
-    signal.signal(signal.SIGTERM, _terminated)
     try:
         code = _main(sys.argv[1:])
         sys.stdout.flush()
@@ -60,10 +58,6 @@ def _handle(options: Namespace) -> int:
     finally:
         client.close()
     return code
-
-
-def _terminated(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
 
 
 if __name__ == "__main__":

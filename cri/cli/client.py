@@ -61,6 +61,10 @@ class Client:
         futures = [stub.future(_request(method, fields), timeout=CALL_S) for fields in requests]
         return [self._answer(method, future) for future in futures]
 
+    def call_behind(self, method: str, **fields: Any) -> None:
+        """Make a call whose answer nobody waits for."""
+        self._stub(method).future(_request(method, fields))
+
     def _answer(self, method: str, future: Any) -> Answer | None:
         try:
             return future.result()

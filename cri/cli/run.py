@@ -5,19 +5,22 @@ from __future__ import annotations
 import os
 import posixpath
 import re
+import signal
 import sys
 import uuid
 from argparse import Namespace
+from collections.abc import Iterator
+from types import FrameType
 from typing import Any, Final
 
 import msgspec
 
 from cri.api import cri_pb2 as pb
 from cri.cli import failure, remove
-from cri.cli.client import CALL_S, Client
+from cri.cli.client import Client
 from cri.cli.failure import Failure
 from cri.cli.image import fetch
-from cri.cli.log import Log, follow, has_ended, path_of, write
+from cri.cli.log import Line, Log, follow, has_ended, path_of, write
 from cri.cli.output import short, show_json
 from cri.cli.remove import LABEL
 
@@ -54,6 +57,20 @@ class Ended(Started, frozen=True, kw_only=True):
     stderr: str
 
 
+class Signals:
+    """From its making on, SIGINT and SIGTERM are counted and end nothing: an exception could get lost inside gRPC."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+        self.handled = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell's background jobs have it
+                signal.signal(number, self._count)
+
+    def _count(self, number: int, frame: FrameType | None) -> None:
+        self.seen += 1
+
+
 def run(client: Client, options: Namespace) -> int:
     """Run a pod with a container; waits for its end and answers with its exit code, unless detached."""
     if options.detach and options.rm:
@@ -64,15 +81,15 @@ def run(client: Client, options: Namespace) -> int:
     for pod in client.call("ListPodSandbox", filter=pb.PodSandboxFilter(label_selector={LABEL: name})).items:
         raise Failure(f"there is a pod {name} already, {short(pod.id)}: crib rm -f {name}, or choose another --name")
     config.image.CopyFrom(pb.ImageSpec(image=image.id, user_specified_image=options.image))
-    sandbox = _sandbox(name, options)
-    started = _start(client, sandbox, config)
+    signals = Signals()
+    started = _start(client, _sandbox(name, options), config)
     if options.detach:
         if options.output == "json":
             show_json(started)
         else:
             print(started.id)
         return 0
-    return _attend(client, started, options)
+    return _attend(client, started, options, signals)
 
 
 def _start(client: Client, sandbox: pb.PodSandboxConfig, config: pb.ContainerConfig) -> Started:
@@ -89,27 +106,35 @@ def _start(client: Client, sandbox: pb.PodSandboxConfig, config: pb.ContainerCon
     return Started(id=container_id, name=config.metadata.name, pod_id=pod_id)
 
 
-def _attend(client: Client, started: Started, options: Namespace) -> int:
-    """Print what it prints until it ends. When this command is told to end, so is the container."""
+def _attend(client: Client, started: Started, options: Namespace, signals: Signals) -> int:
+    """Print what it prints until it ends; when this command is told to end, the container is, and it is waited for."""
     if sys.stderr.isatty() and options.output != "json":
         print(f"container {started.name} ({short(started.id)})", file=sys.stderr)
     status = pb.ContainerStatus()
     collected: dict[str, bytes] = {"stdout": b"", "stderr": b""}
+    asked = has_ended(client, started.id)
+    log = Log(path_of(client, pb.Container(id=started.id)))
+
+    def ended() -> bool:
+        _pass_on(client, started.id, signals)
+        return asked()
+
+    def lines() -> Iterator[Line]:
+        for line in follow(log, ended):
+            _pass_on(client, started.id, signals)
+            yield line
+
     try:
-        log = Log(path_of(client, pb.Container(id=started.id)))
-        try:
-            lines = follow(log, has_ended(client, started.id))
-            if options.output == "json":
-                for line in lines:
-                    collected[line.stream] += line.text
-            else:
-                write(lines)
-        finally:
-            log.close()
+        if options.output != "json":
+            write(lines())
+        else:
+            for line in lines():
+                collected[line.stream] += line.text
         status = client.call("ContainerStatus", container_id=started.id).status
     finally:
+        log.close()
         if status.state != pb.CONTAINER_EXITED:
-            client.call("StopContainer", timeout_s=STOP_S + CALL_S, container_id=started.id, timeout=STOP_S)
+            client.call("StopContainer", container_id=started.id, timeout=0)
         if options.rm:
             remove.pod(client, started.pod_id)
         else:
@@ -129,6 +154,14 @@ def _attend(client: Client, started: Started, options: Namespace) -> int:
             )
         )
     return int(status.exit_code)
+
+
+def _pass_on(client: Client, container_id: str, signals: Signals) -> None:
+    """The first signal is the container's stop, a second one its end."""
+    while signals.seen > signals.handled:
+        grace_s = 0 if signals.handled else STOP_S
+        signals.handled += 1
+        client.call_behind("StopContainer", container_id=container_id, timeout=grace_s)
 
 
 def _image(client: Client, options: Namespace) -> pb.Image:

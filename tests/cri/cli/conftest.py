@@ -8,6 +8,7 @@ import pty
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,10 +78,16 @@ class Crib:
             assert process.wait(LIMIT_S) == 0, shown
         return shown.decode()
 
-    def popen(self, *arguments: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
+    @contextmanager
+    def popen(self, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+        """The running command; it doesn't outlive the block."""
+        with subprocess.Popen(
             self.command(*arguments), env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
+        ) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
 
 
 @pytest.fixture

@@ -103,13 +103,24 @@ def test_run_json_collects_the_output(crib: Crib) -> None:
     assert (told["exit_code"], told["reason"], told["stdout"], told["stderr"]) == (2, "Error", "out\n", "err\n")
 
 
-def test_run_interrupted_stops_the_container(crib: Crib) -> None:
-    with crib.popen(
-        "run", "--rm", IMAGE, "sh", "-c", "trap 'exit 0' TERM; echo up; while :; do sleep 0.05; done"
-    ) as process:
+def test_run_interrupted_stops_the_container_and_tells_its_last_words(crib: Crib) -> None:
+    script = "trap 'echo bye; exit 5' TERM; echo up; while :; do sleep 0.05; done"
+    with crib.popen("run", "--rm", IMAGE, "sh", "-c", script) as process:
         assert process.stdout is not None and process.stdout.readline() == b"up\n"
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 143
+        assert process.stdout.read() == b"bye\n"
+        assert process.wait(60) == 5
+    assert crib.json("pods") == []
+
+
+def test_run_interrupted_twice_kills_the_container(crib: Crib) -> None:
+    script = "trap 'echo no' TERM; echo up; while :; do sleep 0.05; done"
+    with crib.popen("run", "--rm", IMAGE, "sh", "-c", script) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"up\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.readline() == b"no\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 137
     assert crib.json("pods") == []
 
 
