@@ -6,6 +6,7 @@ An unknown key is an error that names it, so that a misspelt limit is noticed at
 from __future__ import annotations
 
 import hashlib
+import ipaddress
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,18 @@ class DefaultsSection(_Section, frozen=True):
         )
 
 
+class StreamingSection(_Section, frozen=True):
+    """The server for exec, attach and port-forward, for the kubelet alone: its address must be one the kubelet reaches.
+
+    `port` 0 takes a free one. With `tls_cert` and `tls_key`, PEM files, it speaks TLS; replaced files are noticed.
+    """
+
+    address: str = "127.0.0.1"
+    port: int = 0
+    tls_cert: str = ""
+    tls_key: str = ""
+
+
 class LimitsSection(_Section, frozen=True):
     """Bounds on what one call may take; times in seconds."""
 
@@ -106,6 +119,7 @@ class Config(_Section, frozen=True):
     network: NetworkSection = NetworkSection()
     cgroup: CgroupSection = CgroupSection()
     defaults: DefaultsSection = DefaultsSection()
+    streaming: StreamingSection = StreamingSection()
     limits: LimitsSection = LimitsSection()
 
     @property
@@ -174,6 +188,14 @@ def _problem(config: Config) -> str | None:
         return f"key cgroup.parent: {config.cgroup.parent!r} is not an absolute path"
     if ".." in config.cgroup.parent.split("/"):
         return f"key cgroup.parent: {config.cgroup.parent!r} has a .. in it"
+    if not 0 <= config.streaming.port <= 65535:
+        return f"key streaming.port: {config.streaming.port} is not a port"
+    try:
+        ipaddress.ip_address(config.streaming.address)
+    except ValueError:
+        return f"key streaming.address: {config.streaming.address!r} is not an IP address"
+    if bool(config.streaming.tls_cert) != bool(config.streaming.tls_key):
+        return "keys streaming.tls_cert and streaming.tls_key: one without the other"
     known = {limit.type.removeprefix("RLIMIT_").lower() for limit in RLIMITS}
     if unknown := sorted(config.defaults.rlimits.keys() - known):
         return f"key defaults.rlimits: {unknown[0]!r} is none of {', '.join(sorted(known))}"

@@ -1,4 +1,4 @@
-"""ExecSync: one more process in a running container, and what it writes."""
+"""One more process in a running container: how it is asked for, and ExecSync, which keeps what it writes."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ async def exec_sync(node: Node, container: Container, command: list[str], timeou
     can't be run. However this ends, cancellation included, the command and its descendants don't outlive it, except
     for what a command that ended by itself has left running.
     """
-    request = _request(node, container, command)
+    request = exec_start(node, container, command)
     output = Output()
     try:
         null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
@@ -122,10 +122,10 @@ async def exec_sync(node: Node, container: Container, command: list[str], timeou
             async with asyncio.timeout(timeout_s or None):
                 exit = await process.wait()
         except TimeoutError:
-            await _kill(process)
+            await kill(process)
             raise DeadlineExceeded(f"{container.title}: command {command[0]!r} timed out after {timeout_s} s") from None
         except BaseException:
-            await asyncio.shield(_kill(process))
+            await asyncio.shield(kill(process))
             raise
         stdout, stderr = await output.finish(node.config.limits.exec_drain_s)
         return stdout, stderr, exit.code
@@ -133,7 +133,8 @@ async def exec_sync(node: Node, container: Container, command: list[str], timeou
         output.close()
 
 
-async def _kill(process: Exec) -> None:
+async def kill(process: Exec) -> None:
+    """End a command with its descendants, and wait until it has ended; what goes wrong is logged."""
     try:
         await process.kill()
         async with asyncio.timeout(_KILL_WAIT_S):
@@ -142,7 +143,8 @@ async def _kill(process: Exec) -> None:
         _logger.warning("killing a command failed", extra={"fields": {"error": str(error) or "it lives on"}})
 
 
-def _request(node: Node, container: Container, command: list[str]) -> ExecStart:
+def exec_start(node: Node, container: Container, command: list[str], *, terminal: bool = False) -> ExecStart:
+    """What the engine is asked to run. Raises InvalidSpec, or WrongState unless the container runs."""
     if not command or not command[0]:
         raise InvalidSpec("cmd is missing")
     sizes = [len(word.encode()) for word in command]
@@ -151,10 +153,14 @@ def _request(node: Node, container: Container, command: list[str]) -> ExecStart:
     if container.state is not ContainerState.RUNNING:
         raise WrongState(f"{container.title} is not running")
     spec = spec_of(node, container)
+    env = spec.process.env
+    if terminal and not any(item.startswith("TERM=") for item in env):
+        env = (*env, "TERM=xterm")
+    process = msgspec.structs.replace(spec.process, args=tuple(command), env=env, terminal=terminal, console_size=None)
     return ExecStart(
         id=node.new_id()[:16],
         container_id=container.id,
-        process=msgspec.structs.replace(spec.process, args=tuple(command), terminal=False, console_size=None),
+        process=process,
         linux=spec.linux or Linux(),
         join_files=node.cgroups.join_files(container.record.cgroup_path),
         clone_dir=node.cgroups.clone_dir(container.record.cgroup_path) or "",

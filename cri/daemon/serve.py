@@ -29,6 +29,8 @@ from cri.recovery import recover
 from cri.rpc import MESSAGE_LIMIT_BYTES, generic_handler
 from cri.sandbox.calls import SandboxCalls
 from cri.state.store import Store
+from cri.streaming.calls import StreamingCalls
+from cri.streaming.server import StreamingServer
 from cri.translate.capabilities import capabilities
 from cri.translate.defaults import Host
 from cri.translate.seccomp import seccomp
@@ -79,7 +81,10 @@ async def _serve(config: Config, cgroups: Cgroups, zygote: Zygote) -> int:
         stack.push_async_callback(node.close, _GRACE_S)
         await node.work(network.setup)
         await recover(node)
-        server = make_server(node, probes)
+        streaming = StreamingServer(node)
+        await streaming.start()
+        stack.push_async_callback(streaming.close)
+        server = make_server(node, probes, streaming)
         await listen(server, config)
         fields = {"listen": config.listen, "pods": len(node.pods), "s": f"{time.monotonic() - began:.2f}"}
         _logger.info("ready", extra={"fields": fields})
@@ -113,7 +118,7 @@ async def listen(server: grpc.aio.Server, config: Config) -> None:
         os.umask(old)
 
 
-def make_server(node: Node, probes: Probes) -> grpc.aio.Server:
+def make_server(node: Node, probes: Probes, streaming: StreamingServer) -> grpc.aio.Server:
     """All services of the socket, not listening yet."""
     server = grpc.aio.server(
         options=[
@@ -127,6 +132,7 @@ def make_server(node: Node, probes: Probes) -> grpc.aio.Server:
         **InfoCalls(node).handlers(),
         **SandboxCalls(node).handlers(),
         **ContainerCalls(node).handlers(),
+        **StreamingCalls(node, streaming).handlers(),
     }
     server.add_generic_rpc_handlers(
         (

@@ -16,6 +16,7 @@ from cri.daemon.serve import listen, make_server
 from cri.node import Node
 from cri.recovery import recover
 from cri.state.store import Store
+from cri.streaming.server import StreamingServer
 from cri.translate.defaults import Host
 from runtime.linux.probe import Probes
 from tests.cri.client import Client
@@ -73,7 +74,7 @@ def cribd(tmp_path: Path, world: World, images: FakeImages) -> Start:
         node.cgroups.create(node.cgroup_parent, None)  # as main does, for the monitors
         world.own_cgroups.add(node.cgroup_parent)
         await recover(node)
-        server = make_server(node, Probes(**dict.fromkeys(Probes.__dataclass_fields__, True)))
+        server = make_server(node, Probes(**dict.fromkeys(Probes.__dataclass_fields__, True)), StreamingServer(node))
         await listen(server, config)
         client = Client(config.listen)
         try:

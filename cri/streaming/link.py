@@ -1,0 +1,240 @@
+"""The one file of the streaming server that does I/O with clients: a connection, from its request to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import select
+import socket
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final, Protocol
+
+from cri.streaming.upgrade import Refused, Upgrade, Upgrader
+from cri.streaming.wire import Event, Wire, WireError
+
+if TYPE_CHECKING:
+    from cri.streaming.flow import Hungry
+
+CREATION_S: Final = 30.0
+"""For the request, and then for the streams that it needs."""
+IDLE_S: Final = 4 * 3600.0
+LINGER_S: Final = 5.0
+"""For the client to close first, when everything has been said: its own last words would else cost it ours."""
+WAITING_HIGH_BYTES: Final = 1 << 20
+"""Of what came from the client and has found no taker: above it, the connection is not read."""
+WRITE_HIGH_BYTES: Final = 512 << 10
+WRITE_LIMIT_BYTES: Final = 8 << 20
+"""Of what the client does not read, its own pings' answers among them: above it, the connection is broken off."""
+_logger = logging.getLogger(__name__)
+
+
+class Session(Protocol):
+    """What a connection is for."""
+
+    def begin(self) -> None: ...
+    def event(self, event: Event) -> None: ...
+    def gone(self) -> None: ...
+
+
+class Link(asyncio.Protocol):
+    """One client's connection. `take_up` makes the session of an upgraded one; `closed` is called at the end."""
+
+    def __init__(self, take_up: Callable[[Link, Upgrade], Session], upgrader: Upgrader, closed: Callable[[Link], None]):
+        self._take_up = take_up
+        self._upgrader = upgrader
+        self._closed = closed
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport | None = None
+        self._wire: Wire | None = None
+        self._session: Session | None = None
+        self._full = False
+        self._hungry: list[Hungry] = []
+        self._waiting_bytes = 0
+        self._hang_up: select.epoll | None = None
+        self._finishing = False
+        self._active_at = self._loop.time()
+        self._timer = self._loop.call_later(CREATION_S, self._late)
+
+    # asyncio's side
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+    def data_received(self, data: bytes) -> None:
+        self._active_at = self._loop.time()
+        if self._wire is None:
+            self._request(data)
+        elif not self._finishing:
+            self._feed(data)
+
+    def eof_received(self) -> bool | None:
+        return False  # no client of these protocols goes on listening after it has closed
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._timer.cancel()
+        self._watch_hang_up(False)
+        self._transport = None
+        self._closed(self)
+        if self._session:
+            self._session.gone()
+
+    def pause_writing(self) -> None:
+        self._full = True
+
+    def resume_writing(self) -> None:
+        self._full = False
+        self._active_at = self._loop.time()
+        self._feed_hungry()
+
+    # From request to session
+
+    def _request(self, data: bytes) -> None:
+        assert self._transport is not None
+        try:
+            upgrade = self._upgrader.feed(data)
+            if upgrade is None:
+                return
+            session = self._take_up(self, upgrade)
+        except Refused as refused:
+            self._transport.write(refused.response)
+            self._transport.close()
+            return
+        self._transport.write(upgrade.response)
+        self._wire = upgrade.wire
+        self._session = session
+        self._timer.cancel()
+        self._timer = self._loop.call_later(IDLE_S, self._idle)
+        session.begin()
+        self.flush()
+        if upgrade.trailing:
+            self._feed(upgrade.trailing)
+
+    def _feed(self, data: bytes) -> None:
+        assert self._wire and self._session
+        try:
+            events = self._wire.feed(data)
+        except WireError as error:
+            _logger.info("streaming client broken off", extra={"fields": {"error": str(error)}})
+            self.flush()
+            self.break_off()
+            return
+        for event in events:
+            self._session.event(event)
+        self._feed_hungry()
+        self.flush()
+
+    def _late(self) -> None:
+        """No complete request within the time for it."""
+        if self._transport:
+            self._transport.abort()
+
+    def _idle(self) -> None:
+        left = self._active_at + IDLE_S - self._loop.time()
+        if left <= 0:
+            self.break_off()
+        else:
+            self._timer = self._loop.call_later(left, self._idle)
+
+    # For the session and its flows
+
+    def room(self, stream: int) -> int:
+        """How many bytes may be sent on the stream now."""
+        if self._full or self._wire is None:
+            return 0
+        room = self._wire.room(stream)
+        if room <= 0:
+            self.flush()
+        return room
+
+    def need_room(self, flow: Hungry) -> None:
+        """Resume the flow when there may be room."""
+        self._hungry.append(flow)
+
+    def _feed_hungry(self) -> None:
+        if self._hungry and not self._full:
+            hungry, self._hungry = self._hungry, []
+            for flow in hungry:
+                flow.resume()
+
+    def send(self, stream: int, data: bytes) -> None:
+        if self._wire:
+            self._wire.send(stream, data)
+            self._active_at = self._loop.time()
+            self.flush()
+
+    def end(self, stream: int) -> None:
+        if self._wire:
+            self._wire.end(stream)
+            self.flush()
+
+    def reset(self, stream: int) -> None:
+        if self._wire:
+            self._wire.reset(stream)
+            self.flush()
+
+    def consumed(self, stream: int, size: int) -> None:
+        if self._wire:
+            self._wire.consumed(stream, size)
+            self.flush()
+
+    def waiting(self, size: int) -> None:
+        """So many more bytes (or fewer) wait for a taker."""
+        before, self._waiting_bytes = self._waiting_bytes, self._waiting_bytes + size
+        if self._transport is None or self._transport.is_closing():
+            return
+        if before <= WAITING_HIGH_BYTES < self._waiting_bytes:
+            self._transport.pause_reading()
+            self._watch_hang_up(True)
+        elif self._waiting_bytes <= WAITING_HIGH_BYTES < before:
+            self._watch_hang_up(False)
+            self._transport.resume_reading()
+
+    def flush(self) -> None:
+        """Hand what the wire has to say to the transport."""
+        if self._wire and self._transport and (data := self._wire.take()):
+            self._transport.write(data)
+            if self._transport.get_write_buffer_size() > WRITE_LIMIT_BYTES:
+                self._transport.abort()
+
+    def finish(self, *, say: bool) -> None:
+        """The session is over. The client is expected to close; `say` tells it so in the protocol's words at once."""
+        if self._wire is None or self._transport is None or self._finishing:
+            return
+        if say:
+            self._wire.close()
+        self.flush()
+        self._finishing = True
+        if self._waiting_bytes > WAITING_HIGH_BYTES:
+            self._waiting_bytes = 0
+            self._watch_hang_up(False)
+            self._transport.resume_reading()
+        self._timer.cancel()
+        self._timer = self._loop.call_later(LINGER_S, self.break_off)
+
+    def break_off(self) -> None:
+        """Close, once what was said has been sent."""
+        if self._transport:
+            if self._wire:
+                self._wire.close()
+                self.flush()
+            self._transport.close()
+
+    def _watch_hang_up(self, on: bool) -> None:
+        """While the connection is not read, its end is seen by this alone."""
+        if on and self._transport and self._hang_up is None:
+            self._hang_up = select.epoll()
+            fd = self._transport.get_extra_info("socket").fileno()
+            self._hang_up.register(fd, select.EPOLLRDHUP)
+            self._loop.add_reader(self._hang_up.fileno(), self._hung_up)
+        elif not on and self._hang_up is not None:
+            self._loop.remove_reader(self._hang_up.fileno())
+            self._hang_up.close()
+            self._hang_up = None
+
+    def _hung_up(self) -> None:
+        self._watch_hang_up(False)
+        if self._transport:
+            self._transport.abort()
