@@ -1,4 +1,4 @@
-"""Layers on disk: the child process that unpacks one, and the removal of trees.
+"""Layers on disk: the child processes that unpack them, and the removal of trees.
 
 `cribd` itself never writes a name that a layer chose, except to settle a finished layer (`runtime.images.settle`).
 """
@@ -6,24 +6,29 @@
 import contextlib
 import json
 import os
+import select
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import threading
 from dataclasses import dataclass
-from errno import EDQUOT, ENOSPC
+from errno import EDQUOT, EIO, ENOMEM, ENOSPC, EROFS
 from pathlib import Path
+from typing import Any
 
 from runtime.errors import Cancelled, Exhausted, Unavailable
 from runtime.images.errors import BadImage
 from runtime.images.image import ImagesConfig
 
-_START = "import sys, json; sys.path[:] = json.loads(sys.argv[1]); from runtime.images.unpack.child import main; main()"
+_START = (
+    "import sys, json; sys.path[:] = json.loads(sys.argv[1]);"
+    "from runtime.images.unpack.child import serve; serve(int(sys.argv[2]), int(sys.argv[3]))"
+)
 _COMPLETE = 1 << 63
 # How many bytes arrive before the child hears of them.
 _STRIDE = 1 << 20
-# Renders an overlay's own files unreadable to anybody: the work directory's.
 _BASE36 = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
@@ -48,50 +53,83 @@ class Unpacked:
     lower_links: tuple[tuple[str, str], ...]
 
 
-class Unpack:
-    """One child at work on one layer. Used by one thread; `kill` may come from any.
+class Unpacker:
+    """The program that unpacks, `runtime.images.unpack.child`: started once for an image, it forks for each layer.
 
-    `target` is an empty directory, `blob` a descriptor of the file whose bytes from `offset` on are the layer.
+    It ends with the thread that made it, which therefore stays until `close`. Thread-safe.
     """
 
-    def __init__(self, target: Path, blob: int, offset: int, config: ImagesConfig) -> None:
-        control, self._control = os.pipe()
+    def __init__(self, config: ImagesConfig) -> None:
+        self._config = config
+        self._lock = threading.Lock()
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            job = {
-                "root": str(target),
-                "blob": blob,
-                "offset": offset,
-                "control": control,
-                "parent": os.getpid(),
-                "unpacked_limit_bytes": config.unpacked_limit_bytes,
-                "ratio_limit": config.ratio_limit,
-                "ratio_from_bytes": config.ratio_from_bytes,
-                "entries_limit": config.entries_limit,
-            }
             # Isolated and without site: nothing in the environment or the working directory decides what is imported.
-            self._child = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", _START, json.dumps([p for p in sys.path if p]), json.dumps(job)],
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", _START, json.dumps([path for path in sys.path if path])]
+                + [str(theirs.fileno()), str(os.getpid())],
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                pass_fds=(blob, control),
+                pass_fds=(theirs.fileno(),),
                 cwd="/",
                 env={"LC_ALL": "C.UTF-8"},
                 process_group=0,
             )
         except BaseException:
-            os.close(self._control)
+            self._socket.close()
             raise
         finally:
+            theirs.close()
+
+    def begin(self, target: Path, blob: int, offset: int) -> "Unpack":
+        """Start on the layer whose bytes come in the file `blob` from `offset` on; `target` is an empty directory.
+
+        Raises Unavailable.
+        """
+        job = {
+            "root": str(target),
+            "offset": offset,
+            "unpacked_limit_bytes": self._config.unpacked_limit_bytes,
+            "ratio_limit": self._config.ratio_limit,
+            "ratio_from_bytes": self._config.ratio_from_bytes,
+            "entries_limit": self._config.entries_limit,
+        }
+        control_theirs, control = os.pipe()
+        report, report_theirs = os.pipe()
+        try:
+            with self._lock:
+                message = json.dumps(job).encode()
+                socket.send_fds(self._socket, [message], [blob, control_theirs, report_theirs])
+                answer, [pidfd], _, _ = socket.recv_fds(self._socket, 64, 1)
+            return Unpack(int(answer), pidfd, control, report)
+        except (OSError, ValueError) as error:
             os.close(control)
-        os.set_blocking(self._control, False)
+            os.close(report)
+            raise Unavailable("the unpacking program has ended") from error
+        finally:
+            os.close(control_theirs)
+            os.close(report_theirs)
+
+    def close(self) -> None:
+        self._socket.close()
+        self._process.wait()
+
+
+class Unpack:
+    """A child at work on one layer. Used by one thread; `kill` may come from any."""
+
+    def __init__(self, pid: int, pidfd: int, control: int, report: int) -> None:
+        self.pid = pid
+        self._pidfd = pidfd
+        self._control = control
+        self._report = report
+        os.set_blocking(control, False)
+        self._ended = select.poll()
+        self._ended.register(pidfd, select.POLLIN)
         self._told = 0
         self._killed = False
         self._lock = threading.Lock()
-
-    @property
-    def pid(self) -> int:
-        return self._child.pid
 
     def arrived(self, position: int) -> None:
         """So many bytes of the layer are in the file. Cheap; the child hears of every mebibyte or so."""
@@ -104,62 +142,59 @@ class Unpack:
 
     def failed(self) -> bool:
         """True when the child has ended before its input did: downloading more is of no use."""
-        return self._child.poll() is not None
+        return bool(self._ended.poll(0))
 
     def finish(self, size: int) -> Unpacked:
-        """All `size` bytes are there and verified: wait for the child's report.
+        """All `size` bytes are there and verified, or the child has `failed`: its report.
 
         Raises BadImage, Exhausted, Unavailable, Cancelled.
         """
         os.set_blocking(self._control, True)
         with contextlib.suppress(BrokenPipeError):
             os.write(self._control, struct.pack("<Q", size | _COMPLETE))
-        return self.report()
-
-    def report(self) -> Unpacked:
-        """What a child that has ended, or is about to, has to say."""
-        with self._child:
-            assert self._child.stdout is not None
-            line = self._child.stdout.read()
-        self._close()
+        line = b""
+        while chunk := os.read(self._report, 1 << 16):
+            line += chunk
         if self._killed:
             raise Cancelled("unpacking was cancelled")
-        if not line:
-            raise Unavailable(f"the unpacking process ended with status {self._child.returncode}")
-        report = json.loads(line)
-        if "failed" in report:
-            message = f"unpack: {report['message']}"
-            if report["failed"] == "limit" or report["errno"] in (ENOSPC, EDQUOT):
-                raise Exhausted(message)
-            if report["failed"] == "bad" or report["errno"]:
-                raise BadImage(message)
-            raise Unavailable(message)
-        return Unpacked(
-            diff_id=report["diff_id"],
-            bytes_used=report["bytes_used"],
-            inodes=report["inodes"],
-            implied=tuple(report["implied"]),
-            lower_links=tuple((name, target) for name, target in report["lower_links"]),
-        )
+        if not line.endswith(b"\n"):
+            raise Unavailable("unpack: the process was killed")
+        return _read_report(json.loads(line))
 
     def kill(self) -> None:
         """End the child now; whoever waits for it gets Cancelled."""
         with self._lock:
             self._killed = True
-            if self._child.returncode is None:
-                self._child.send_signal(signal.SIGKILL)
+            if self._pidfd >= 0:
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
-    def abandon(self) -> None:
-        """Kill the child and wait for its end; nothing writes to the target afterwards."""
-        self.kill()
-        with self._child:
-            pass
-        self._close()
+    def close(self) -> None:
+        """Kill the child unless it has ended; nothing writes to the target afterwards."""
+        if not self.failed():
+            self.kill()
+            self._ended.poll()
+        with self._lock:
+            for fd in (self._pidfd, self._control, self._report):
+                os.close(fd)
+            self._pidfd = -1
 
-    def _close(self) -> None:
-        if self._control >= 0:
-            os.close(self._control)
-            self._control = -1
+
+def _read_report(report: dict[str, Any]) -> Unpacked:
+    if "failed" in report:
+        message = f"unpack: {report['message']}"
+        if report["failed"] == "limit" or report["errno"] in (ENOSPC, EDQUOT):
+            raise Exhausted(message)
+        if report["errno"] in (EIO, EROFS, ENOMEM):
+            raise Unavailable(message)
+        raise BadImage(message)
+    return Unpacked(
+        diff_id=report["diff_id"],
+        bytes_used=report["bytes_used"],
+        inodes=report["inodes"],
+        implied=tuple(report["implied"]),
+        lower_links=tuple((name, target) for name, target in report["lower_links"]),
+    )
 
 
 def remove_tree(path: Path) -> None:

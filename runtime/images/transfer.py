@@ -17,7 +17,7 @@ from typing import IO, Protocol
 from runtime.errors import Cancelled, CribError, Exhausted, Unavailable
 from runtime.images.errors import BadContent
 from runtime.images.image import ImagesConfig, Progress
-from runtime.images.layers import Unpack, Unpacked, sync
+from runtime.images.layers import Unpack, Unpacked, Unpacker, sync
 from runtime.images.manifest import Config, Descriptor, Manifest, chain_ids, parse_config
 from runtime.images.records import ImageRecords, Layer, StoredImage
 from runtime.images.settle import settle
@@ -125,7 +125,12 @@ class Transfer:
         self._numbers = dict(zip(missing, self._records.new_layers(missing), strict=True)) if missing else {}
         for diff_id, (descriptor, _) in wanted.items():
             self._report(descriptor, "waiting" if diff_id in self._numbers else "exists", 0)
-        self._in_parallel([(diff_id, *wanted[diff_id]) for diff_id in missing])
+        if missing:
+            unpacker = Unpacker(self._config)
+            try:
+                self._in_parallel([(diff_id, *wanted[diff_id], unpacker) for diff_id in missing])
+            finally:
+                unpacker.close()
         layers: list[Layer] = []
         for diff_id, below in zip(parsed.diff_ids, chains, strict=False):
             layers.append(self._settled(diff_id, below, layers))
@@ -137,9 +142,7 @@ class Transfer:
             self._held.append(layer.number)
         return layer is not None
 
-    def _in_parallel(self, jobs: list[tuple[str, Descriptor, str]]) -> None:
-        if not jobs:
-            return
+    def _in_parallel(self, jobs: list[tuple[str, Descriptor, str, Unpacker]]) -> None:
         with ThreadPoolExecutor(self._config.max_parallel, thread_name_prefix="layer") as pool:
             futures = [pool.submit(self._layer, *job) for job in jobs]
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
@@ -150,13 +153,13 @@ class Transfer:
                 # The cause, not what followed from it.
                 raise next((error for error in failures if not isinstance(error, Cancelled)), failures[0])
 
-    def _layer(self, diff_id: str, descriptor: Descriptor, below: str) -> None:
+    def _layer(self, diff_id: str, descriptor: Descriptor, below: str, unpacker: Unpacker) -> None:
         with self._shelf.turn(diff_id, self._check):
             if self._on_shelf(diff_id, below):  # another transfer has brought it meanwhile
                 self._report(descriptor, "exists", descriptor.size)
                 return
             number = self._numbers[diff_id]
-            unpacked = self._unpack(number, descriptor)
+            unpacked = self._unpack(number, descriptor, unpacker)
             if unpacked.diff_id != diff_id:
                 raise BadContent(f"layer {descriptor.digest} unpacks to {unpacked.diff_id}, the image wants {diff_id}")
             if unpacked.implied or unpacked.lower_links:
@@ -166,7 +169,7 @@ class Transfer:
                 self._held.append(self._shelf.add(layer).number)
             self._report(descriptor, "done", descriptor.size)
 
-    def _unpack(self, number: int, descriptor: Descriptor) -> Unpacked:
+    def _unpack(self, number: int, descriptor: Descriptor, unpacker: Unpacker) -> Unpacked:
         if descriptor.size > self._config.layer_limit_bytes:
             limit = self._config.layer_limit_bytes
             raise Exhausted(f"layer {descriptor.digest} of {descriptor.size} bytes, the limit is {limit}")
@@ -175,7 +178,7 @@ class Transfer:
         os.chmod(path, 0o755)
         file, offset = self._source.place(descriptor)
         with file:
-            child = Unpack(path, file.fileno(), offset, self._config)
+            child = unpacker.begin(path, file.fileno(), offset)
             try:
                 with self._lock:
                     self._children.add(child)
@@ -204,7 +207,7 @@ class Transfer:
             finally:
                 with self._lock:
                     self._children.discard(child)
-                child.abandon()
+                child.close()
 
     def _settled(self, diff_id: str, below: str, layers: Iterable[Layer]) -> Layer:
         """The layer of the chain, completed by those below it if it has to be."""

@@ -1,8 +1,11 @@
-"""The unpacking program's main: confines itself to the layer's directory, unpacks, reports one line of JSON.
+"""The unpacking program: forks for each layer that cribd hands it; the fork confines itself and unpacks.
 
-Started by `runtime.images.layers` with the blob's file and a control pipe (see `ArrivingBlob`). Threat model: a layer
-may try to exploit a decompressor or the reader; the process then holds a directory as its root, no descriptor but the
-blob, the pipe and its output, few capabilities, bounded memory, and dies with its parent.
+Started by `runtime.images.layers`. Each message on its socket is a job as JSON with three descriptors: the blob's file,
+a control pipe (see `ArrivingBlob`) and a pipe for the report, one line of JSON. The answer is the fork's pid and pidfd.
+
+Threat model: a layer may try to exploit a decompressor or the reader. The fork that reads it has the layer's directory
+as its root, no descriptor but those three and a path to its root, few capabilities, bounded memory, and dies with this
+process, which reads nothing but cribd's jobs and dies with cribd.
 """
 
 import gc
@@ -10,7 +13,7 @@ import json
 import os
 import resource
 import signal
-import sys
+import socket
 from dataclasses import asdict, dataclass
 
 from runtime.images.unpack.apply import Applier
@@ -29,23 +32,23 @@ _MEMORY_LIMIT_BYTES = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What the parent asks for, as JSON in the last argument. Descriptors are inherited ones."""
+    """What cribd asks for."""
 
     root: str
-    blob: int
     offset: int
-    control: int
-    parent: int
     unpacked_limit_bytes: int
     ratio_limit: int
     ratio_from_bytes: int
     entries_limit: int
 
 
-def _confine(job: Job) -> None:
+def _die_with(parent: int) -> None:
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != job.parent:
+    if os.getppid() != parent:
         os._exit(1)
+
+
+def _confine(job: Job) -> None:
     for limit, value in (
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_AS, _MEMORY_LIMIT_BYTES),
@@ -61,9 +64,9 @@ def _confine(job: Job) -> None:
     prctl(PR_SET_NO_NEW_PRIVS, 1)
 
 
-def _unpack(job: Job) -> dict[str, object]:
+def _unpack(job: Job, blob: int, control: int) -> dict[str, object]:
     pipeline = Pipeline(
-        ArrivingBlob(job.blob, job.offset, job.control), job.unpacked_limit_bytes, job.ratio_limit, job.ratio_from_bytes
+        ArrivingBlob(blob, job.offset, control), job.unpacked_limit_bytes, job.ratio_limit, job.ratio_from_bytes
     )
     stream = Stream(pipeline)
     applied = Applier(stream, job.entries_limit).apply(Reader(stream))
@@ -80,24 +83,57 @@ def _failure(kind: str, message: str, errno: int = 0) -> dict[str, object]:
     return {"failed": kind, "message": message, "errno": errno}
 
 
-def main() -> None:
-    """Run the job; the exit status is 0 whenever a line was written."""
-    gc.disable()
-    job = Job(**json.loads(sys.argv[-1]))
+def _report(job: Job, blob: int, control: int) -> dict[str, object]:
     try:
         _confine(job)
-        result = _unpack(job)
+        return _unpack(job, blob, control)
     except LimitReached as error:
-        result = _failure("limit", str(error))
+        return _failure("limit", str(error))
     except BadLayer as error:
-        result = _failure("bad", str(error))
+        return _failure("bad", str(error))
     except MemoryError:
-        result = _failure("limit", f"unpacking takes more than {_MEMORY_LIMIT_BYTES} bytes of memory")
-    except EOFError:
-        os._exit(1)
+        return _failure("limit", f"takes more than {_MEMORY_LIMIT_BYTES} bytes of memory")
     except OSError as error:
         where = f"{os.fsdecode(error.filename)!r}: " if error.filename else ""
-        result = _failure("system", f"{where}{(error.strerror or str(error)).lower()}", error.errno or 0)
-    os.write(1, json.dumps(result).encode() + b"\n")
-    # The pipeline's thread may wait for bytes that never come.
-    os._exit(0)
+        return _failure("system", f"{where}{(error.strerror or str(error)).lower()}", error.errno or 0)
+
+
+def _work(job: Job, blob: int, control: int, report: int) -> None:
+    """One layer, in the fork; never returns."""
+    status = 1
+    try:
+        left = memoryview(json.dumps(_report(job, blob, control)).encode() + b"\n")
+        while left:
+            left = left[os.write(report, left) :]
+        status = 0
+    finally:
+        # Without waiting for the pipeline's thread, which may wait for bytes that never come.
+        os._exit(status)
+
+
+def serve(number: int, parent: int) -> None:
+    """Take jobs from the socket with this descriptor until cribd closes its end."""
+    _die_with(parent)
+    gc.disable()
+    gc.freeze()
+    me = os.getpid()
+    jobs = socket.socket(fileno=number)
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(jobs, 1 << 16, 3)
+        if not message:
+            os._exit(0)
+        pid = os.fork()  # noqa: TID251 (one thread, and a program of its own)
+        if not pid:
+            jobs.close()
+            _die_with(me)
+            _work(Job(**json.loads(message)), *descriptors)
+        pidfd = os.pidfd_open(pid)
+        socket.send_fds(jobs, [str(pid).encode()], [pidfd])
+        for descriptor in (pidfd, *descriptors):
+            os.close(descriptor)
+        while True:  # those that have ended by now
+            try:
+                if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                    break
+            except ChildProcessError:
+                break

@@ -7,14 +7,15 @@ import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from runtime.errors import Exhausted
+from runtime.errors import Cancelled, Exhausted
 from runtime.images import Images, ImagesConfig
 from runtime.images.errors import BadImage
-from runtime.images.layers import Unpack, Unpacked, remove_tree, short_name
+from runtime.images.layers import Unpacked, Unpacker, remove_tree, short_name
 from tests.requires import requires
 from tests.runtime.images.given import Layer, build, compressed, digest, oci_archive
 
@@ -23,14 +24,11 @@ pytestmark = requires("root")
 
 def unpack(target: Path, data: bytes, config: ImagesConfig | None = None) -> Unpacked:
     target.mkdir(exist_ok=True)
-    with tempfile.TemporaryFile() as file:
+    with closing(Unpacker(config or ImagesConfig())) as unpacker, tempfile.TemporaryFile() as file:
         file.write(data)
         file.flush()
-        child = Unpack(target, file.fileno(), 0, config or ImagesConfig())
-        try:
+        with closing(unpacker.begin(target, file.fileno(), 0)) as child:
             return child.finish(len(data))
-        finally:
-            child.abandon()
 
 
 @pytest.fixture
@@ -212,25 +210,27 @@ def test_no_archive(target: Path, data: bytes) -> None:
 def test_the_child_is_confined(target: Path) -> None:
     """What the process may do while it waits for bytes, as the kernel tells it."""
     target.mkdir()
-    with tempfile.TemporaryFile() as file:
-        child = Unpack(target, file.fileno(), 0, ImagesConfig())
-        try:
-            pid = child.pid
-            status: dict[str, str] = {}
-            while status.get("NoNewPrivs") != "1":
-                lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-                status = {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
-                assert "Z" not in status["State"]
-            assert os.readlink(f"/proc/{pid}/root") == str(target)
-            assert os.readlink(f"/proc/{pid}/cwd") == str(target)
-            assert int(status["CapPrm"], 16).bit_count() == 7
-            assert int(status["CapBnd"], 16).bit_count() == 7
-            names = {os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir()}
-            assert {name.partition(":")[0] for name in names} <= {
-                "/dev/null", "pipe", str(target), os.readlink(f"/proc/self/fd/{file.fileno()}"),
-            }  # fmt: skip
-        finally:
-            child.abandon()
+    with (
+        closing(Unpacker(ImagesConfig())) as unpacker,
+        tempfile.TemporaryFile() as file,
+        closing(unpacker.begin(target, file.fileno(), 0)) as child,
+    ):
+        status: dict[str, str] = {}
+        while status.get("NoNewPrivs") != "1":
+            lines = Path(f"/proc/{child.pid}/status").read_text().splitlines()
+            status = {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+            assert "Z" not in status["State"]
+        assert os.readlink(f"/proc/{child.pid}/root") == str(target)
+        assert os.readlink(f"/proc/{child.pid}/cwd") == str(target)
+        assert int(status["CapPrm"], 16).bit_count() == 7
+        assert int(status["CapBnd"], 16).bit_count() == 7
+        names = {os.readlink(path) for path in Path(f"/proc/{child.pid}/fd").iterdir()}
+        assert {name.partition(":")[0] for name in names} <= {
+            "/dev/null", "pipe", str(target), os.readlink(f"/proc/self/fd/{file.fileno()}"),
+        }  # fmt: skip
+        child.kill()
+        with pytest.raises(Cancelled):
+            child.finish(0)
 
 
 def test_removal_of_a_deep_tree(run_dir: Path) -> None:
