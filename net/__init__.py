@@ -3,15 +3,18 @@
 from pathlib import Path
 
 from net.bridge import BridgeConfig, BridgeNetwork
-from net.network import Attachment, NetNs, Network, NetworkStatus, PodIdentity
+from net.network import Attachment, Dns, HostPort, NetNs, Network, NetworkStatus, PodIdentity, Wants
 
 __all__ = [
     "Attachment",
     "BridgeConfig",
+    "Dns",
+    "HostPort",
     "NetNs",
     "Network",
     "NetworkStatus",
     "PodIdentity",
+    "Wants",
     "open_network",
 ]
 

@@ -2,8 +2,8 @@
 
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Final, Protocol
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -14,6 +14,51 @@ class PodIdentity:
     name: str
     namespace: str
     uid: str
+
+
+@dataclass(frozen=True, slots=True)
+class HostPort:
+    """A port of the node that leads to one of the pod's; `protocol` is tcp, udp or sctp, `host_ip` "" any address."""
+
+    protocol: str
+    host_port: int
+    container_port: int
+    host_ip: str = ""
+
+    def __str__(self) -> str:
+        at = f"[{self.host_ip}]:" if ":" in self.host_ip else f"{self.host_ip}:" if self.host_ip else ""
+        return f"{at}{self.host_port}/{self.protocol}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dns:
+    """What the pod resolves names with."""
+
+    servers: tuple[str, ...] = ()
+    searches: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wants:
+    """What a pod asks of its network beyond an address. Rates in bits per second, 0 for no limit.
+
+    The built-in network heeds host ports and rates; the rest is for CNI plugins that declare the capability.
+    `annotations` are the pod's own, all of them.
+    """
+
+    host_ports: tuple[HostPort, ...] = ()
+    ingress_bits: int = 0
+    egress_bits: int = 0
+    mac: str = ""
+    infiniband_guid: str = ""
+    aliases: tuple[str, ...] = ()
+    dns: Dns = Dns()
+    cgroup_path: str = ""
+    annotations: Mapping[str, str] = field(default_factory=dict)
+
+
+NOTHING: Final = Wants()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,11 +115,17 @@ class Network(Protocol):
     def setup(self) -> None:
         """Make what all pods share. Idempotent; puts back what is missing, so it is also the repair."""
 
-    def attach(self, pod: PodIdentity, netns: NetNs) -> Attachment:
-        """Connect the pod's namespace. The same sandbox again gets the same addresses; a failure leaves nothing."""
+    def attach(self, pod: PodIdentity, netns: NetNs, wants: Wants = NOTHING) -> Attachment:
+        """Connect the pod's namespace. The same sandbox again gets the same addresses; a failure leaves nothing.
+
+        Raises AlreadyExists where a host port is another's.
+        """
 
     def detach(self, sandbox_id: str, netns_path: str | None) -> None:
-        """Give up the sandbox's addresses. Succeeds for what is gone or never was, and without the namespace."""
+        """Give up the sandbox's addresses and host ports.
+
+        Succeeds for what is gone or never was, and without the namespace.
+        """
 
     def attachment(self, sandbox_id: str) -> Attachment | None:
         """What the sandbox was given, from the records; None when it has nothing."""

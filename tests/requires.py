@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
+import socket
 import subprocess
 from collections.abc import Callable
 from functools import cache
@@ -123,6 +124,14 @@ def _nft() -> str | None:
     return _program("nft", "nftables")() or _rooted("nft add table inet probe")
 
 
+def _sctp() -> str | None:
+    try:
+        socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_SCTP).close()
+    except OSError as error:
+        return f"the kernel has no SCTP: {error.strerror}"
+    return None
+
+
 def _apparmor() -> str | None:
     return None if Path("/sys/kernel/security/apparmor/profiles").exists() else "AppArmor is not on"
 
@@ -144,6 +153,7 @@ VOCABULARY: dict[str, Callable[[], str | None]] = {
     "overlay": _overlay,
     "registry": _program("docker-registry", "docker-registry"),
     "root": _root,
+    "sctp": _sctp,
     "seccomp": _seccomp,
     "systemd": _systemd,
     "userns": _userns,

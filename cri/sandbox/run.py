@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 from cri.api import cri_pb2 as pb
 from cri.sandbox import files, release
 from cri.sandbox.lost import watch
+from cri.sandbox.network import wants
 from cri.sandbox.pod import Pod
 from cri.state.records import SandboxId, SandboxRecord, SandboxState
 from cri.timing import Timing
 from cri.translate.fingerprint import difference
 from cri.translate.sandbox import sandbox_to_pod
-from net import NetNs, PodIdentity, netns
+from net import NetNs, PodIdentity
+from net import netns as pins
 from runtime.cgroup import Cgroups
 from runtime.engine import PodStart
 from runtime.errors import AlreadyExists, InvalidSpec
@@ -76,7 +78,7 @@ def _reserve(node: Node, config: pb.PodSandboxConfig, handler: str) -> Pod:
         init_cgroup=init_cgroup,
         cgroups=cgroups,
         network=plan.network,
-        netns_path=str(netns.DIRECTORY / f"crib-{id[:32]}") if plan.network else "",
+        netns_path=str(pins.DIRECTORY / f"crib-{id[:32]}") if plan.network else "",
         owes=tuple(part for part in release.ALL if plan.network or part != "network"),
     )
     pod = Pod(record, pb.PodSandboxConfig.FromString(record.config), plan)
@@ -164,7 +166,8 @@ def _connect(node: Node, pod: Pod, timing: Timing) -> tuple[str, ...]:
         node.pins.pin(pod.monitor.netns_fd, os.path.basename(path))
     identity = PodIdentity(sandbox_id=pod.id, name=meta.name, namespace=meta.namespace, uid=meta.uid)
     with timing.step("network", "attach to the pod network"):
-        attachment = node.network.attach(identity, NetNs(path=path, fd=pod.monitor.netns_fd, rtnl=pod.monitor.rtnl))
+        netns = NetNs(path=path, fd=pod.monitor.netns_fd, rtnl=pod.monitor.rtnl)
+        attachment = node.network.attach(identity, netns, wants(pod))
     with timing.step("files", "write hosts"):
         files.add_hosts(node.directory(pod.id), pod.plan.hostname or node.defaults.node_name, attachment.ips)
     return attachment.ips

@@ -17,13 +17,14 @@ from ipaddress import ip_interface, ip_network
 from pathlib import Path
 from typing import Final
 
-from net import rtnetlink
-from net.bridge import nat, pair, subnet, sysctl
+from net import nftables, rtnetlink
+from net.bridge import pair, subnet, sysctl
 from net.bridge.ipam import Lease, Leases
 from net.bridge.pair import Bridge
+from net.bridge.rules import Rules, check
 from net.errors import CribError, DeadlineExceeded, Exhausted, InvalidSpec, Unavailable, Unsupported, WrongState
 from net.netlink import Channel, NetlinkError
-from net.network import Attachment, NetNs, NetworkStatus, PodIdentity
+from net.network import NOTHING, Attachment, NetNs, NetworkStatus, PodIdentity, Wants
 from net.rtnetlink import IpNetwork, Link
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ class BridgeNetwork:
         self._ready: Bridge | None = None
         self._found = NetworkStatus(ready=True)
         self._leases = Leases(root / "leases.db")
+        self._rules = Rules(instance, self.bridge, self._leases, masquerade=config.masquerade)
 
     def close(self) -> None:
         self._leases.close()
@@ -92,24 +94,22 @@ class BridgeNetwork:
             sysctl.write("net.ipv4.ip_forward", "1")
             if self._subnet6:
                 sysctl.forward_ipv6()
-            self._found = self._masquerade(made.subnets)
+            self._found = self._translate(made.subnets)
             self._ready = made
             return made
 
-    def _masquerade(self, subnets: Sequence[IpNetwork]) -> NetworkStatus:
+    def _translate(self, subnets: Sequence[IpNetwork]) -> NetworkStatus:
         """Masquerade what leaves the node. A kernel that can't is told; pods get their addresses all the same."""
-        if not self._config.masquerade:
-            return NetworkStatus(ready=True)
         try:
-            nat.install(self._instance, subnets)
+            self._rules.install(subnets)
         except Unsupported as error:
             message = f"{error}: pods reach nothing beyond this node; network.masquerade = false if that is meant"
             return NetworkStatus(ready=False, reason=_NO_MASQUERADE, message=message)
-        return self._firewall()
+        return self._firewall() if self._config.masquerade else NetworkStatus(ready=True)
 
     def _firewall(self) -> NetworkStatus:
         """What another table does to pods' traffic, which no table of crib's can undo."""
-        drops = nat.forward_drops()
+        drops = nftables.forward_drops()
         if not drops:
             return NetworkStatus(ready=True)
         message = (
@@ -215,7 +215,7 @@ class BridgeNetwork:
             with Channel() as channel:
                 if not _present(channel, ready):
                     return False
-            return not self._config.masquerade or nat.installed(self._instance)
+            return self._rules.intact()
 
     def teardown(self) -> None:
         with self._setup_lock, _explained(f"bridge {self.bridge}"), Channel() as channel:
@@ -226,34 +226,37 @@ class BridgeNetwork:
                 pair.remove(channel, lease, self._recorded())
                 self._leases.free(lease.sandbox_id)
             self._ready = None
-            nat.remove(self._instance)
+            self._rules.remove()
             bridge = pair.find(channel, self.bridge)
             if bridge and self._ours(bridge):
                 channel.do(rtnetlink.remove_link(self.bridge))
 
     # One pod
 
-    def attach(self, pod: PodIdentity, netns: NetNs) -> Attachment:
+    def attach(self, pod: PodIdentity, netns: NetNs, wants: Wants = NOTHING) -> Attachment:
         if netns.rtnl is None:
             raise InvalidSpec(f"pod {pod.namespace}/{pod.name}: no netlink socket of its namespace was given")
         ready = self._ready or self._set_up(None)
         with _explained(f"pod {pod.namespace}/{pod.name}: {pair.host_interface(pod.sandbox_id)} on {self.bridge}"):
-            lease = self._lease(pod, ready)
+            check(wants.host_ports, ready.subnets)
+            lease = self._lease(pod, ready, wants)
             try:
                 with Channel() as host, Channel(opened=netns.rtnl) as inside:
                     if not _present(host, ready):  # removed behind our back
                         ready = self._set_up(ready)
                     pair.connect(lease, netns, ready, host, inside)
+                if wants.host_ports:
+                    self._rules.open(pod.sandbox_id, ready.subnets)
             except BaseException:
                 self._undo(lease, ready)
                 raise
         return pair.attachment(lease, ready.subnets)
 
-    def _lease(self, pod: PodIdentity, ready: Bridge) -> Lease:
+    def _lease(self, pod: PodIdentity, ready: Bridge, wants: Wants) -> Lease:
         last = min(net.num_addresses - (2 if net.version == 4 else 1) for net in ready.subnets)
         for retry in (True, False):
             try:
-                return self._leases.take(pod, last)
+                return self._leases.take(pod, last, wants.host_ports)
             except Exhausted as error:
                 if retry:
                     self._sweep(self._leases.released())
@@ -273,6 +276,7 @@ class BridgeNetwork:
             logger.warning("sandbox=%s attach was not undone: %s", lease.sandbox_id, error)
 
     def detach(self, sandbox_id: str, netns_path: str | None) -> None:
+        self._rules.close(sandbox_id, self._recorded())
         lease = self._leases.release(sandbox_id)
         if lease:
             self._sweep([lease, *self._leases.released(_SWEEP_LIMIT)])
@@ -293,6 +297,7 @@ class BridgeNetwork:
         with _explained(f"bridge {self.bridge}"), Channel() as channel:
             for lease in self._leases.all():
                 if lease.sandbox_id not in known:
+                    self._rules.close(lease.sandbox_id, self._recorded())
                     self._leases.release(lease.sandbox_id)
                     pair.remove(channel, lease, self._recorded())
             self._sweep(self._leases.released())

@@ -2,7 +2,7 @@
 
 A lease is an offset into the subnet, so a second address family needs no second record. Addresses are handed out
 round robin: one that was given up comes back last, when nobody's neighbour cache remembers it. A lease that was given
-up is *released* and keeps its offset until its link is gone.
+up is *released* and keeps its offset until its link is gone. A lease's host ports are gone once it is released.
 """
 
 import sqlite3
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from net.errors import Exhausted, Unavailable
-from net.network import PodIdentity
+from net.errors import AlreadyExists, Exhausted, Unavailable
+from net.network import HostPort, PodIdentity
 from net.rtnetlink import IpNetwork
 
 FIRST_OFFSET: Final = 2  # 0 is the network's own, 1 the gateway's
-_SCHEMA_VERSION: Final = 1
+_SCHEMA_VERSION: Final = 2
 _SCHEMA: Final = """
 CREATE TABLE network (
     subnets TEXT NOT NULL,
@@ -33,6 +33,16 @@ CREATE TABLE lease (
     namespace TEXT NOT NULL,
     uid TEXT NOT NULL,
     created_ns INTEGER NOT NULL
+) STRICT;
+"""
+_SCHEMA_2: Final = """
+CREATE TABLE host_port (
+    protocol TEXT NOT NULL,
+    host_port INTEGER NOT NULL,
+    host_ip TEXT NOT NULL,
+    container_port INTEGER NOT NULL,
+    sandbox_id TEXT NOT NULL,
+    PRIMARY KEY (protocol, host_port, host_ip)
 ) STRICT;
 """
 _COLUMNS: Final = "offset, sandbox_id, released, name, namespace, uid, created_ns"
@@ -82,12 +92,12 @@ class Leases:
         self._database.execute("PRAGMA wal_autocheckpoint = 10000")  # `checkpoint` comes first
         with self._transaction() as database:
             (version,) = database.execute("PRAGMA user_version").fetchone()
-            if version == 0:
-                for statement in _SCHEMA.split(";"):
-                    database.execute(statement)
-                database.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
-            elif version != _SCHEMA_VERSION:
+            if version > _SCHEMA_VERSION:
                 raise Unavailable(f"leases {self._path}: format {version} is of another version of crib")
+            for schema in (_SCHEMA, _SCHEMA_2)[version:]:
+                for statement in schema.split(";"):
+                    database.execute(statement)
+            database.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
 
     def close(self) -> None:
         with self._lock:
@@ -110,12 +120,14 @@ class Leases:
             database.execute("INSERT INTO network VALUES (?, ?)", (" ".join(wanted), FIRST_OFFSET - 1))
             return True
 
-    def take(self, pod: PodIdentity, last_offset: int) -> Lease:
+    def take(self, pod: PodIdentity, last_offset: int, ports: Sequence[HostPort] = ()) -> Lease:
         """A lease for the sandbox, with an offset of at most `last_offset`; its old one if it has one.
 
-        Raises Exhausted.
+        `ports` are the sandbox's from now on. Raises AlreadyExists where one is another's, Exhausted.
         """
         with self._transaction() as database:
+            if ports:
+                _take_ports(database, pod.sandbox_id, ports)
             database.execute("UPDATE lease SET released = 0 WHERE sandbox_id = ?", (pod.sandbox_id,))
             if found := _one(database, pod.sandbox_id):
                 return found
@@ -143,9 +155,22 @@ class Leases:
             query = f"SELECT {_COLUMNS} FROM lease WHERE released ORDER BY created_ns LIMIT ?"
             return [_lease(row) for row in database.execute(query, (limit,)).fetchall()]
 
-    def release(self, sandbox_id: str) -> Lease | None:
-        """Give the lease up, if there is one; its offset stays taken until `free`."""
+    def ports(self, sandbox_id: str = "") -> list[tuple[Lease, HostPort]]:
+        """Host ports of one sandbox, or of all, with the leases that they lead to."""
+        names = ", ".join(f"lease.{name}" for name in _COLUMNS.split(", "))
+        query = (
+            f"SELECT {names}, protocol, host_port, container_port, host_ip FROM host_port JOIN lease USING (sandbox_id)"
+        )
         with self._transaction() as database:
+            rows = database.execute(
+                f"{query} WHERE ?1 IN ('', sandbox_id) ORDER BY host_port", (sandbox_id,)
+            ).fetchall()
+        return [(_lease(row[:7]), HostPort(*row[7:])) for row in rows]
+
+    def release(self, sandbox_id: str) -> Lease | None:
+        """Give the lease up, if there is one, and its host ports; its offset stays taken until `free`."""
+        with self._transaction() as database:
+            database.execute("DELETE FROM host_port WHERE sandbox_id = ?", (sandbox_id,))
             database.execute("UPDATE lease SET released = 1 WHERE sandbox_id = ?", (sandbox_id,))
             return _one(database, sandbox_id)
 
@@ -187,6 +212,22 @@ def _subnets(database: sqlite3.Connection) -> tuple[str, ...]:
 def _one(database: sqlite3.Connection, sandbox_id: str) -> Lease | None:
     row = database.execute(f"SELECT {_COLUMNS} FROM lease WHERE sandbox_id = ?", (sandbox_id,)).fetchone()
     return _lease(row) if row else None
+
+
+def _take_ports(database: sqlite3.Connection, sandbox_id: str, ports: Sequence[HostPort]) -> None:
+    """Two ports are in each other's way when their addresses are the same or one of them is any address."""
+    database.execute("DELETE FROM host_port WHERE sandbox_id = ?", (sandbox_id,))
+    for port in ports:
+        query = (
+            "SELECT namespace, name FROM host_port JOIN lease USING (sandbox_id) WHERE protocol = ?1 AND host_port = ?2"
+            " AND sandbox_id != ?4 AND (host_ip = ?3 OR '' IN (host_ip, ?3)"
+            " OR ('::' IN (host_ip, ?3) AND instr(host_ip, ':') AND instr(?3, ':')))"
+        )
+        row = (port.protocol, port.host_port, port.host_ip, sandbox_id)
+        if holder := database.execute(query, row).fetchone():
+            raise AlreadyExists(f"host port {port}: pod {'/'.join(holder)} has it")
+        values = (port.protocol, port.host_port, port.host_ip, port.container_port, sandbox_id)
+        database.execute("INSERT OR REPLACE INTO host_port VALUES (?, ?, ?, ?, ?)", values)
 
 
 def _lease(row: tuple[int, str, int, str, str, str, int]) -> Lease:

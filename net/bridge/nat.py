@@ -1,199 +1,158 @@
-"""Masquerading: crib's own nftables table, written in one transaction over nfnetlink.
+"""What crib's own nftables table consists of: masquerading and host ports. Pure, but for `nftables.commit`.
 
 Nobody else's table is touched, and no verdict here can overrule another table's drop (nftables has no such verdict);
-chains that would drop pods' traffic are reported instead. Sources: linux/netfilter/nf_tables.h, nft(8).
+chains that would drop pods' traffic are reported instead.
+
+Host ports are elements of maps, so that one more costs the same whatever their number: where a packet for this node
+goes is looked up by protocol and port, before that by address as well. A pod that comes back to the bridge by a host
+port is masqueraded, since the other pod's answer would else take the direct way; so are connections from 127.0.0.1.
 """
 
-import errno
-import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, ip_address
 from typing import Final
 
-from net.errors import Unavailable, Unsupported
-from net.netlink import (
-    NETLINK_NETFILTER,
-    NLM_F_APPEND,
-    NLM_F_CREATE,
-    Channel,
-    NetlinkError,
-    Request,
-    attr,
-    attributes,
-    be32,
-    nest,
-    text,
-)
+from net import nftables as nft
+from net.netlink import Request
+from net.network import HostPort
 from net.rtnetlink import IpNetwork
 
-_SUBSYSTEM: Final = 10
-_BATCH_BEGIN: Final = 16
-_BATCH_END: Final = 17
-_NEW_TABLE: Final = 0
-_GET_TABLE: Final = 1
-_DEL_TABLE: Final = 2
-_NEW_CHAIN: Final = 3
-_GET_CHAIN: Final = 4
-_NEW_RULE: Final = 6
-
-_PARTS: Final = {_NEW_CHAIN: "nat chain", _NEW_RULE: "masquerade rule"}
-
-_INET: Final = 1
-_FAMILIES: Final = {1: "inet", 2: "ip", 10: "ip6"}
-_NFPROTO: Final = {4: 2, 6: 10}
-_TABLE_NAME: Final = 1
-_CHAIN_TABLE: Final = 1
-_CHAIN_NAME: Final = 3
-_CHAIN_HOOK: Final = 4
-_CHAIN_POLICY: Final = 5
-_CHAIN_TYPE: Final = 7
-_HOOK_NUMBER: Final = 1
-_HOOK_PRIORITY: Final = 2
-_RULE_TABLE: Final = 1
-_RULE_CHAIN: Final = 2
-_RULE_EXPRESSIONS: Final = 4
-_LIST_ELEMENT: Final = 1
-_EXPRESSION_NAME: Final = 1
-_EXPRESSION_DATA: Final = 2
-_FORWARD: Final = 2
-_POST_ROUTING: Final = 4
-_PRIORITY_SOURCE_NAT: Final = 100
-_POLICY_DROP: Final = bytes(4)
-_REGISTER: Final = 1
-_META_NFPROTO: Final = 15
-_NETWORK_HEADER: Final = 1
-_EQUAL: Final = 0
-_NOT_EQUAL: Final = 1
-_RANDOM_FULLY: Final = 1 << 4  # two connections at once can't choose the same source port
-
-_HEADER: Final = struct.Struct("!BBH")  # nfgenmsg: family, version, resource
-_SOURCE: Final = {4: (12, 4), 6: (8, 16)}  # offset and length of the address in the IP header
-_DESTINATION: Final = {4: (16, 4), 6: (24, 16)}
+PROTOCOLS: Final = {"tcp": 6, "udp": 17, "sctp": 132}
+_LOOPBACK: Final = IPv4Network("127.0.0.0/8")
+_LOCALHOST6: Final = ip_address("::1").packed
+_LOOPBACK_INDEX: Final = 1
+_ANY: Final = ("", "::")
+_ADDRESS: Final = {4: nft.IPV4, 6: nft.IPV6}
 
 
-def install(table: str, subnets: Sequence[IpNetwork]) -> None:
-    """Masquerade what comes from a subnet and leaves it. Replaces the table as a whole, atomically.
+@dataclass(frozen=True, slots=True)
+class OpenPort:
+    """A host port and the pod's addresses that it leads to."""
 
-    Raises Unsupported where the kernel has no nftables, Unavailable when it refuses the table.
-    """
-    chain = "postrouting"
-    name = text(_TABLE_NAME, table)
-    requests = [
-        _request(_NEW_TABLE, NLM_F_CREATE, name),  # so that the removal finds one
-        _delete(table),
-        _request(_NEW_TABLE, NLM_F_CREATE, name),
-        _request(
-            _NEW_CHAIN,
-            NLM_F_CREATE,
-            text(_CHAIN_TABLE, table),
-            text(_CHAIN_NAME, chain),
-            nest(_CHAIN_HOOK, be32(_HOOK_NUMBER, _POST_ROUTING), be32(_HOOK_PRIORITY, _PRIORITY_SOURCE_NAT)),
-            text(_CHAIN_TYPE, "nat"),
-        ),
-    ]
-    for subnet in subnets:
-        expressions = [
-            _expression("meta", be32(1, _REGISTER), be32(2, _META_NFPROTO)),
-            _compare(_EQUAL, bytes([_NFPROTO[subnet.version]])),
-            *_address_in(subnet, _SOURCE, _EQUAL),
-            *_address_in(subnet, _DESTINATION, _NOT_EQUAL),
-            _expression("masq", be32(1, _RANDOM_FULLY)),
+    port: HostPort
+    targets: tuple[IPv4Address | IPv6Address, ...]
+
+
+def table(
+    name: str, bridge: str, subnets: Sequence[IpNetwork], *, masquerade: bool, ports: list[OpenPort]
+) -> list[Request]:
+    """The whole table, replacing what there is; its host port part is there only with `ports`."""
+    requests = nft.replace_table(name)
+    if ports:
+        requests += _sets(name, subnets)
+        requests += [
+            # Packets to or from 127.0.0.0/8 that a link brought: CVE-2020-8558.
+            nft.base_chain(name, "guard", "filter", nft.PRE_ROUTING, nft.PRIORITY_RAW),
+            nft.rule(name, "guard", *_foreign(nft.DESTINATION)),
+            nft.rule(name, "guard", *_foreign(nft.SOURCE)),
+            nft.chain(name, "hostports"),
         ]
-        requests.append(
-            _request(
-                _NEW_RULE,
-                NLM_F_CREATE | NLM_F_APPEND,
-                text(_RULE_TABLE, table),
-                text(_RULE_CHAIN, chain),
-                nest(_RULE_EXPRESSIONS, *expressions),
-            )
-        )
-    _commit(table, requests)
+        for subnet in subnets:
+            requests += _translations(name, subnet.version)
+        for hook, chain in ((nft.PRE_ROUTING, "prerouting"), (nft.LOCAL_OUT, "output")):
+            requests.append(nft.base_chain(name, chain, "nat", hook, nft.PRIORITY_DESTINATION_NAT))
+            requests.append(nft.rule(name, chain, *nft.destination_is_local(), nft.jump("hostports")))
+    requests.append(nft.base_chain(name, "postrouting", "nat", nft.POST_ROUTING, nft.PRIORITY_SOURCE_NAT))
+    for subnet in subnets:
+        inside = [*nft.version_is(subnet.version), *nft.address_in(subnet, nft.SOURCE)]
+        if masquerade:
+            away = nft.address_in(subnet, nft.DESTINATION, nft.NOT_EQUAL)
+            requests.append(nft.rule(name, "postrouting", *inside, *away, nft.masquerade()))
+        if ports:
+            back = [*inside, *nft.destination_was_translated(), *_key(subnet.version, address=True)]
+            found = nft.look_up(f"targets{subnet.version}")
+            requests.append(nft.rule(name, "postrouting", *back, found, nft.masquerade()))
+    if ports:
+        local = [*nft.version_is(4), *nft.address_in(_LOOPBACK, nft.SOURCE)]
+        out = [nft.meta(nft.META_OIFNAME), nft.compare(nft.EQUAL, bridge.encode().ljust(16, b"\0"))]
+        requests.append(nft.rule(name, "postrouting", *local, *out, nft.masquerade()))
+    return requests + open_ports(name, ports)
 
 
-def remove(table: str) -> None:
-    """Delete the table; succeeds when it is gone, and where the kernel has no nftables."""
-    try:
-        _commit(table, [_request(_NEW_TABLE, NLM_F_CREATE, text(_TABLE_NAME, table)), _delete(table)])
-    except Unsupported:
-        pass
+def _foreign(field: dict[int, tuple[int, int]]) -> list[bytes]:
+    other = [nft.meta(nft.META_IIF), nft.compare(nft.NOT_EQUAL, nft.native(_LOOPBACK_INDEX))]
+    return [*other, *nft.version_is(4), *nft.address_in(_LOOPBACK, field), nft.verdict(nft.DROP)]
 
 
-def installed(table: str) -> bool:
-    """Whether the table is there (another program may flush the whole ruleset); why it can't be, `install` tells."""
-    try:
-        with _channel() as channel:
-            return bool(channel.get(_request(_GET_TABLE, 0, text(_TABLE_NAME, table))))
-    except (NetlinkError, Unsupported):
-        return False
+def _sets(name: str, subnets: Sequence[IpNetwork]) -> list[Request]:
+    requests = []
+    for number, subnet in enumerate(subnets):
+        version = subnet.version
+        address, service = _ADDRESS[version], (nft.PROTOCOL, nft.PORT)
+        target = (address, nft.PORT)
+        requests += [
+            nft.make_set(name, f"ports{version}", 3 * number + 1, service, target),
+            nft.make_set(name, f"ports{version}_at", 3 * number + 2, (address, *service), target),
+            nft.make_set(name, f"targets{version}", 3 * number + 3, (address, *service)),
+        ]
+    return requests
 
 
-def forward_drops() -> list[str]:
-    """Chains of any table that drop forwarded packets by default: "ip filter FORWARD"."""
-    found = []
-    with _channel() as channel:
-        replies = channel.dump(Request(_SUBSYSTEM << 8 | _GET_CHAIN, 0, _HEADER.pack(0, 0, 0)))
-    for reply in replies:
-        family, _, _ = _HEADER.unpack_from(reply.body)
-        chain = attributes(reply.body[_HEADER.size :])
-        hook = attributes(chain.get(_CHAIN_HOOK, b"")).get(_HOOK_NUMBER)
-        if family in _FAMILIES and hook == _FORWARD.to_bytes(4, "big") and chain.get(_CHAIN_POLICY) == _POLICY_DROP:
-            names = (chain[key].rstrip(b"\0").decode(errors="replace") for key in (_CHAIN_TABLE, _CHAIN_NAME))
-            found.append(" ".join((_FAMILIES[family], *names)))
-    return found
-
-
-def _commit(table: str, requests: Sequence[Request]) -> None:
-    """All of the requests or none."""
-    frame = _HEADER.pack(0, 0, _SUBSYSTEM)
-    with _channel() as channel:
-        try:
-            errors = channel.send(requests, batch=(Request(_BATCH_BEGIN, 0, frame), Request(_BATCH_END, 0, frame)))
-        except NetlinkError as error:
-            if error.errno in (errno.EOPNOTSUPP, errno.EINVAL):
-                raise Unsupported(f"the kernel has no nftables: {error}") from error
-            raise Unavailable(f"nftables table inet {table}: {error}") from error
-    for refused in errors:
-        part = _PARTS.get(requests[refused.index].kind & 0xFF, "table")
-        if refused.errno in (errno.EAFNOSUPPORT, errno.EOPNOTSUPP, errno.ENOENT):  # ENOENT: a module is missing
-            raise Unsupported(f"the kernel has no nftables with masquerading: {part}: {refused}")
-        raise Unavailable(f"nftables table inet {table}: {part}: {refused}")
-
-
-def _channel() -> Channel:
-    try:
-        return Channel(NETLINK_NETFILTER)
-    except OSError as error:
-        raise Unsupported(f"the kernel has no nftables: {error.strerror}") from error
-
-
-def _request(kind: int, flags: int, *values: bytes) -> Request:
-    return Request(_SUBSYSTEM << 8 | kind, flags, _HEADER.pack(_INET, 0, 0) + b"".join(values))
-
-
-def _delete(table: str) -> Request:
-    return _request(_DEL_TABLE, 0, text(_TABLE_NAME, table))
-
-
-def _expression(name: str, *values: bytes) -> bytes:
-    return nest(_LIST_ELEMENT, text(_EXPRESSION_NAME, name), nest(_EXPRESSION_DATA, *values))
-
-
-def _address_in(subnet: IpNetwork, field: dict[int, tuple[int, int]], comparison: int) -> list[bytes]:
-    """Load the address that `field` describes, mask it and compare it with the subnet's."""
-    offset, length = field[subnet.version]
+def _translations(name: str, version: int) -> list[Request]:
+    """Look the packet up, with its destination address and without. The kernel can't send away what is for [::1]."""
+    checked = nft.version_is(version)
+    if version == 6:
+        checked += [nft.payload(nft.NETWORK_HEADER, *nft.DESTINATION[6]), nft.compare(nft.NOT_EQUAL, _LOCALHOST6)]
+    to = nft.translate_destination(version)
     return [
-        _expression("payload", be32(1, _REGISTER), be32(2, _NETWORK_HEADER), be32(3, offset), be32(4, length)),
-        _expression(
-            "bitwise",
-            be32(1, _REGISTER),
-            be32(2, _REGISTER),
-            be32(3, length),
-            nest(4, attr(1, subnet.netmask.packed)),
-            nest(5, attr(1, bytes(length))),
-        ),
-        _compare(comparison, subnet.network_address.packed),
+        nft.rule(
+            name,
+            "hostports",
+            *checked,
+            *_key(version, address=at),
+            nft.look_up(f"ports{version}{suffix}", data=True),
+            to,
+        )
+        for at, suffix in ((True, "_at"), (False, ""))
     ]
 
 
-def _compare(comparison: int, value: bytes) -> bytes:
-    return _expression("cmp", be32(1, _REGISTER), be32(2, comparison), nest(3, attr(1, value)))
+def _key(version: int, *, address: bool) -> list[bytes]:
+    """Load protocol and port, with `address` behind the packet's destination."""
+    offset = 0
+    loads = []
+    if address:
+        loads.append(nft.payload(nft.NETWORK_HEADER, *nft.DESTINATION[version]))
+        offset = nft.DESTINATION[version][1]
+    loads.append(nft.meta(nft.META_L4PROTO, nft.word(offset)))
+    loads.append(nft.payload(nft.TRANSPORT_HEADER, 2, 2, nft.word(offset + 4)))
+    return loads
+
+
+def open_ports(name: str, ports: Iterable[OpenPort]) -> list[Request]:
+    """Add what leads to the ports; what is there already stays."""
+    return [one for where, elements in _elements(ports).items() for one in nft.add_elements(name, where, elements)]
+
+
+def close_ports(name: str, ports: Sequence[OpenPort]) -> list[Request]:
+    """Remove what leads to the ports, also where a part of it has gone: what isn't there is added first."""
+    requests = open_ports(name, ports)
+    for where, elements in _elements(ports).items():
+        requests += nft.delete_elements(name, where, elements)
+    return requests
+
+
+def _elements(ports: Iterable[OpenPort]) -> dict[str, list[tuple[bytes, bytes]]]:
+    """By set: keys and data."""
+    found: dict[str, dict[bytes, bytes]] = {}
+    for one in ports:
+        protocol = PROTOCOLS[one.port.protocol].to_bytes(1, "big").ljust(4, b"\0")
+        host_port = one.port.host_port.to_bytes(2, "big").ljust(4, b"\0")
+        port = one.port.container_port.to_bytes(2, "big").ljust(4, b"\0")
+        for target in targets(one):
+            version, at = target.version, b""
+            if one.port.host_ip not in _ANY:
+                at = ip_address(one.port.host_ip).packed
+            where = f"ports{version}_at" if at else f"ports{version}"
+            found.setdefault(where, {})[at + protocol + host_port] = target.packed + port
+            found.setdefault(f"targets{version}", {})[target.packed + protocol + port] = b""
+    return {where: list(elements.items()) for where, elements in found.items()}
+
+
+def targets(one: OpenPort) -> list[IPv4Address | IPv6Address]:
+    """Those of the pod's addresses that the port leads to: of its host address's IP version, or all."""
+    if not one.port.host_ip:
+        return list(one.targets)
+    version = ip_address(one.port.host_ip).version
+    return [target for target in one.targets if target.version == version]

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from net import Attachment, NetNs, NetworkStatus, PodIdentity
+from net import Attachment, NetNs, NetworkStatus, PodIdentity, Wants
+from net.network import NOTHING
 from runtime.cgroup import Mount
 from runtime.engine import (
     ContainerExit,
@@ -386,7 +387,7 @@ class FakeNetwork:
     def setup(self) -> None:
         pass
 
-    def attach(self, pod: PodIdentity, netns: NetNs) -> Attachment:
+    def attach(self, pod: PodIdentity, netns: NetNs, wants: Wants = NOTHING) -> Attachment:
         self.world.enter("attach")
         if netns.path not in self.world.pins:
             raise Unavailable(f"no namespace {netns.path}")

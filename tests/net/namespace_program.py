@@ -24,7 +24,7 @@ def serve(control: socket.socket) -> None:
         else:
             assert libc.setns(fds[0], _CLONE_NEWNET) == 0
             answer = []
-            kept = socket.socket(*struct.unpack("=ii", message))
+            kept = socket.socket(*struct.unpack("=iii", message))
         assert libc.setns(home, _CLONE_NEWNET) == 0
         socket.send_fds(control, [b"."], [*answer, kept.fileno()])
         kept.close()

@@ -10,7 +10,8 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +19,9 @@ from typing import Self
 
 from net import rtnetlink
 from net.netlink import Channel, Reply
+from net.netns import Pins
 from net.network import NetNs
+from runtime.linux.mount import mount, umount
 
 _PROGRAM = Path(__file__).with_name("namespace_program.py")
 _RTMGRP_LINK = 1
@@ -32,11 +35,11 @@ class Namespace:
 
     fd: int
     rtnl: socket.socket
-    make_socket: Callable[[int, int, int], socket.socket]
+    make_socket: Callable[[int, int, int, int], socket.socket]
 
-    def socket(self, family: int = socket.AF_INET, kind: int = socket.SOCK_STREAM) -> socket.socket:
+    def socket(self, family: int = socket.AF_INET, kind: int = socket.SOCK_STREAM, protocol: int = 0) -> socket.socket:
         """A socket inside, with a deadline on everything it does."""
-        made = self.make_socket(self.fd, family, kind)
+        made = self.make_socket(self.fd, family, kind, protocol)
         made.settimeout(_DEADLINE_S)
         return made
 
@@ -76,8 +79,8 @@ class Maker:
         fd, rtnl = self._ask(b"new", [], 2)
         return Namespace(fd, socket.socket(fileno=rtnl), self._make_socket)
 
-    def _make_socket(self, namespace: int, family: int, kind: int) -> socket.socket:
-        (fd,) = self._ask(struct.pack("=ii", family, kind), [namespace], 1)
+    def _make_socket(self, namespace: int, family: int, kind: int, protocol: int) -> socket.socket:
+        (fd,) = self._ask(struct.pack("=iii", family, kind, protocol), [namespace], 1)
         return socket.socket(fileno=fd)
 
     def _ask(self, message: bytes, fds: list[int], count: int) -> list[int]:
@@ -108,6 +111,17 @@ class LinkWatch:
             length, kind = struct.unpack_from("=IH", data)
             if kind == rtnetlink.RTM_DELLINK:
                 waiting -= {link.name for link in rtnetlink.links([Reply(kind, data[16:length])])}
+
+
+@contextmanager
+def pinned(namespace: Namespace, name: str) -> Iterator[str]:
+    """The namespace as ip(8) and nsenter(1) find it; yields the path."""
+    pins = Pins(mount, umount)
+    path = pins.pin(namespace.fd, name)
+    try:
+        yield path
+    finally:
+        pins.unpin(path)
 
 
 def talk(server: Namespace | None, client: Namespace | None, address: str, family: int = socket.AF_INET) -> str:
