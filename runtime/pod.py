@@ -303,7 +303,7 @@ class Pod:
 
     async def tcp_socket(self, family: int) -> socket:
         """A new non-blocking TCP socket in the pod's network namespace. Raises Unavailable or DeadlineExceeded."""
-        reply = await self._channel.request(Kind.SOCKET, (), REQUEST_TIMEOUT_S, family=family)
+        reply = await self._channel.request(Kind.SOCKET, (), REQUEST_TIMEOUT_S, family=int(family))
         checked(reply)
         return socket(fileno=reply.fds[0])
 

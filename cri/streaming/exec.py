@@ -14,6 +14,7 @@ from cri.container.exec import exec_start, kill
 from cri.streaming.command import ERROR, STDERR, STDIN, STDOUT, Command
 from cri.streaming.flow import Inflow, Outflow
 from cri.streaming.spdy import Spdy
+from runtime.errors import CribError
 from runtime.pod import Exec as Process
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ class ExecSession(Command):
                     process = monitor.exec(start, *(self._pipe(name, theirs) for name in (STDIN, STDOUT, STDERR)))
             try:
                 return await self._attend(process)
+            except CribError:  # there is nothing to kill, or nobody to do it
+                raise
             except BaseException:
                 await asyncio.shield(kill(process))
                 raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import logging
 import socket
 from typing import TYPE_CHECKING, Final
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 CONNECT_S: Final = 30.0
 _ADDRESSES: Final = ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"))
 _MAX_PORT: Final = 65535
+_logger = logging.getLogger(__name__)
 
 
 class _Connection:
@@ -123,6 +125,13 @@ class ForwardSession:
             connection.task = asyncio.get_running_loop().create_task(self._serve(key, connection))
 
     async def _serve(self, key: str, connection: _Connection) -> None:
+        try:
+            await self._forward(key, connection)
+        except Exception:
+            _logger.exception("forwarding a connection failed")
+            self._drop(key)
+
+    async def _forward(self, key: str, connection: _Connection) -> None:
         assert connection.data is not None and connection.error is not None and connection.inflow
         try:
             sock = await self._connect(connection.port)
