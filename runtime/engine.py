@@ -3,18 +3,21 @@
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
-from socket import AF_UNIX, SOCK_SEQPACKET, socket, socketpair
+from socket import AF_UNIX, SO_PEERCRED, SOCK_SEQPACKET, SOL_SOCKET, socket, socketpair
+from struct import unpack
 from typing import Any, Final
 
 from runtime.channel import Channel
-from runtime.errors import AlreadyExists, Unavailable
+from runtime.errors import AlreadyExists, DeadlineExceeded, Unavailable
 from runtime.linux import mount
 from runtime.linux.caps import last_cap
 from runtime.linux.lib import SyscallError
 from runtime.linux.probe import Probes
 from runtime.plan.compile import Cgroup, Environment, Namespaces
 from runtime.pod import (
+    END_TIMEOUT_S,
     REQUEST_TIMEOUT_S,
     ContainerExit,
     ContainerFact,
@@ -28,6 +31,7 @@ from runtime.pod import (
     StepTiming,
     checked,
     container_exit,
+    gone,
 )
 from runtime.zygote.launch import Zygote
 from runtime.zygote.messages import Kind, close_all
@@ -128,37 +132,76 @@ class Engine:
         found = self._pods.get(pod_id)
         if found:
             return found
-        sock = socket(AF_UNIX, SOCK_SEQPACKET)
-        sock.setblocking(False)
-        try:
-            directory = os.open(self.directory(pod_id), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            sock.close()
+        sock = self._reach(pod_id)
+        if sock is None:
             return None
-        try:
-            sock.connect(f"/proc/self/fd/{directory}/{SOCKET_NAME}")
-        except (FileNotFoundError, ConnectionRefusedError):
-            sock.close()
-            return None
-        finally:
-            os.close(directory)
         channel = Channel(sock)
         try:
             return self._adopt(pod_id, channel, checked(await channel.request(Kind.FACTS, (), REQUEST_TIMEOUT_S)))
         except Unavailable:
             channel.close()
             return None
+        except BaseException:
+            channel.close()
+            raise
+
+    def _reach(self, pod_id: str) -> socket | None:
+        """A socket to the pod's monitor, whether it answers or not; None when it is gone."""
+        try:
+            directory = os.open(self.directory(pod_id), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        sock = socket(AF_UNIX, SOCK_SEQPACKET)
+        sock.setblocking(False)
+        try:
+            sock.connect(f"/proc/self/fd/{directory}/{SOCKET_NAME}")
+        except (FileNotFoundError, ConnectionRefusedError):
+            sock.close()
+            return None
+        except BlockingIOError:
+            sock.close()
+            raise Unavailable(f"pod {pod_id}: its monitor takes no connections") from None
+        finally:
+            os.close(directory)
+        return sock
 
     async def stop_pod(self, pod_id: str) -> None:
         """End a pod's monitor with all that runs under it, and remove what it made. Idempotent.
 
         Raises DeadlineExceeded when the monitor can't be killed.
         """
-        pod = await self.connect(pod_id)
+        try:
+            pod = await self.connect(pod_id)
+        except (DeadlineExceeded, Unavailable):
+            await self._kill_monitor(pod_id)
+            pod = None
         if pod:
             await pod.end()
             self._pods.pop(pod_id, None)
         self._remove_shm_mountpoint(pod_id)
+
+    async def _kill_monitor(self, pod_id: str) -> None:
+        """End a monitor that answers nobody, and that this cribd has never talked to."""
+        pidfd = -1
+        try:
+            for _ in range(
+                2
+            ):  # the second time tells that it lived on after the pidfd was opened: the number is its own
+                sock = self._reach(pod_id)
+                if sock is None:
+                    return
+                with sock:
+                    pid = unpack("iII", sock.getsockopt(SOL_SOCKET, SO_PEERCRED, 12))[0]
+                if pidfd < 0:
+                    pidfd = os.pidfd_open(pid)
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            if not await gone(pidfd, END_TIMEOUT_S):
+                raise DeadlineExceeded(f"pod {pod_id}: its monitor (pid {pid}) does not die")
+        except ProcessLookupError:
+            return
+        finally:
+            if pidfd >= 0:
+                os.close(pidfd)
 
     def drop(self, pod_id: str) -> None:
         """Forget a pod whose monitor was lost, so that `connect` looks for it anew."""

@@ -343,9 +343,9 @@ class Pod:
             await self._channel.request(Kind.END, (), END_TIMEOUT_S)
         except (DeadlineExceeded, Unavailable):
             pass
-        if not await _gone(self._pidfd, END_TIMEOUT_S / 4):
+        if not await gone(self._pidfd, END_TIMEOUT_S / 4):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-            if not await _gone(self._pidfd, END_TIMEOUT_S):
+            if not await gone(self._pidfd, END_TIMEOUT_S):
                 raise DeadlineExceeded(f"pod {self.id}: its monitor (pid {self.monitor_pid}) does not die")
         self.close()
 
@@ -417,7 +417,7 @@ def _memfd(plan: Plan) -> int:
     return fd
 
 
-async def _gone(pidfd: int, timeout_s: float) -> bool:
+async def gone(pidfd: int, timeout_s: float) -> bool:
     """Whether the process behind a pidfd ends in time."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[None] = loop.create_future()

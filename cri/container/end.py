@@ -103,11 +103,15 @@ async def dead(node: Node, container: Container) -> None:
         if await ended(container, min(pause_s, left_s)):
             break
         pause_s = min(2 * pause_s, 1.0)
-        if left_s > 0:
+        if pause_s < 1.0 and left_s > 0:
             continue
         if pids := await node.work(node.cgroups.procs, container.record.cgroup_path):
+            if left_s > 0:
+                continue
             limit_s = node.config.limits.kill_timeout_s
             raise DeadlineExceeded(f"{container.title}: processes {_some(pids)} live on {limit_s:g} s after SIGKILL")
+        if container.state is ContainerState.STARTING and left_s > 0:  # it may not have come to its cgroup yet
+            continue
         why = "killed; the pod's monitor did not tell of its end"
         finish(node, container, _SIGKILL_EXIT, "Error", why, time.time_ns())
     await settle(node, container)

@@ -120,3 +120,33 @@ async def test_one_cribd_per_directory(real: Real) -> None:
 async def test_its_files_are_for_root_alone(real: Real) -> None:
     for path, mode in ((real.daemon.root, 0o700), (real.daemon.state, 0o700), (real.daemon.directory / "s", 0o600)):
         assert path.stat().st_mode & 0o777 == mode
+
+
+async def monitor_of(real: Real, pod: str) -> int:
+    answer = await real.client.PodSandboxStatus(pb.PodSandboxStatusRequest(pod_sandbox_id=pod, verbose=True))
+    return int(json.loads(answer.info["info"])["pid"])
+
+
+async def test_a_monitor_that_hangs(real: Real) -> None:
+    pod = await real.pod()
+    container = await real.run(pod, "sleep", "1000")
+    os.kill(await monitor_of(real, pod), signal.SIGSTOP)
+    await real.client.StopContainer(pb.StopContainerRequest(container_id=container, timeout=0))
+    found = await real.status(container)
+    assert (found.state, found.exit_code) == (pb.CONTAINER_EXITED, 137)
+    await real.client.StopPodSandbox(pb.StopPodSandboxRequest(pod_sandbox_id=pod))
+
+
+async def test_a_monitor_that_hangs_over_a_restart(real: Real) -> None:
+    pod = await real.pod()
+    container = await real.run(pod, "sleep", "1000")
+    monitor = await monitor_of(real, pod)
+    os.kill(monitor, signal.SIGSTOP)
+    real.daemon.kill()
+    await again(real)
+    assert (await real.status(container)).state == pb.CONTAINER_RUNNING
+    request = pb.ExecSyncRequest(container_id=container, cmd=["true"])
+    with pytest.raises(grpc.aio.AioRpcError, match="does not answer"):
+        await real.client.ExecSync(request)
+    await real.remove(pod)
+    await until(lambda: not Path(f"/proc/{monitor}").exists())
