@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 import subprocess
 import sys
@@ -71,6 +72,11 @@ class Real:
         answer = await self.client.ContainerStatus(pb.ContainerStatusRequest(container_id=container))
         found: pb.ContainerStatus = answer.status
         return found
+
+    async def pid(self, container: str) -> int:
+        """Its first process, as the host numbers it."""
+        request = pb.ContainerStatusRequest(container_id=container, verbose=True)
+        return int(json.loads((await self.client.ContainerStatus(request)).info["info"])["pid"])
 
     async def ended(self, container: str) -> pb.ContainerStatus:
         """The status once the container has ended by itself."""

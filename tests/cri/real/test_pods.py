@@ -210,6 +210,31 @@ async def test_a_bad_request_leaves_nothing(real: Real, fields: dict[str, Any], 
     await real.run(pod, "true")
 
 
+async def test_a_cgroup_parent(real: Real) -> None:
+    runtime = (await real.client.RuntimeConfig(pb.RuntimeConfigRequest())).linux
+    name = f"cribtest{os.getpid()}"
+    systemd = runtime.cgroup_driver == pb.SYSTEMD
+    config = real.pod_config(
+        linux=pb.LinuxPodSandboxConfig(cgroup_parent=f"{name}-pod.slice" if systemd else f"/{name}/pod")
+    )
+    pod = await real.pod(config)
+    container = await real.run(pod, "sleep", "1000")
+    cgroups = Path(f"/proc/{await real.pid(container)}/cgroup").read_text()
+    assert (f"{name}-pod.slice" if systemd else f"/{name}/pod/{container}") in cgroups
+    await real.remove(pod)
+    assert not [*Path("/sys/fs/cgroup").glob(f"*/{name}*"), *Path("/sys/fs/cgroup").glob(f"{name}*")]
+
+
+@pytest.mark.parametrize("parent", ["/a/../../b", "/crib-test/" + "x" * 300, "/"])
+async def test_a_cgroup_parent_that_can_not_be(real: Real, parent: str) -> None:
+    config = real.pod_config(linux=pb.LinuxPodSandboxConfig(cgroup_parent=parent))
+    code, text = await refused(real.pod(config))
+    assert code == grpc.StatusCode.INVALID_ARGUMENT
+    assert parent[:20] in text
+    assert not (await real.client.ListPodSandbox(pb.ListPodSandboxRequest())).items
+    assert not list(real.daemon.state.glob("pods/*"))
+
+
 async def test_the_plan_of_a_pod_and_of_a_container(real: Real) -> None:
     pod = await real.pod()
     container = await real.run(pod, "sleep", "1000", envs=[pb.KeyValue(key="PASSWORD", value=b"hunter2")])

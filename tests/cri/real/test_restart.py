@@ -28,19 +28,14 @@ async def again(real: Real) -> None:
     real.client = real.daemon.client()
 
 
-async def pid_of(real: Real, container: str) -> int:
-    answer = await real.client.ContainerStatus(pb.ContainerStatusRequest(container_id=container, verbose=True))
-    return int(json.loads(answer.info["info"])["pid"])
-
-
 async def test_a_crash(real: Real) -> None:
     pod = await real.pod()
     ticking = await real.run(pod, "sh", "-c", "while :; do echo tick; sleep 0.05; done", name="ticking")
     waiting = await real.run(pod, "sh", "-c", "while [ ! -e /go ]; do sleep 0.02; done; exit 9", name="waiting")
     created = await real.create(pod, "sleep", "1000", name="created")
-    pid = await pid_of(real, ticking)
+    pid = await real.pid(ticking)
     ip = (await real.client.PodSandboxStatus(pb.PodSandboxStatusRequest(pod_sandbox_id=pod))).status.network.ip
-    waiting_pid = await pid_of(real, waiting)
+    waiting_pid = await real.pid(waiting)
     real.daemon.kill()
 
     Path(f"/proc/{waiting_pid}/root/go").touch()
@@ -51,7 +46,7 @@ async def test_a_crash(real: Real) -> None:
 
     await again(real)
     assert (await real.status(ticking)).state == pb.CONTAINER_RUNNING
-    assert await pid_of(real, ticking) == pid
+    assert await real.pid(ticking) == pid
     found = await real.status(waiting)
     assert (found.state, found.exit_code, found.reason) == (pb.CONTAINER_EXITED, 9, "Error")
     assert 0 < found.started_at <= found.finished_at
@@ -69,7 +64,7 @@ async def test_a_crash(real: Real) -> None:
 async def test_a_clean_stop_leaves_pods_running(real: Real) -> None:
     pod = await real.pod()
     container = await real.run(pod, "sleep", "1000")
-    pid = await pid_of(real, container)
+    pid = await real.pid(container)
     assert real.daemon.stop() == 0
     assert Path(f"/proc/{pid}").exists()
     assert not (real.daemon.directory / "s").exists()
@@ -80,7 +75,7 @@ async def test_a_clean_stop_leaves_pods_running(real: Real) -> None:
 async def test_a_lost_monitor(real: Real) -> None:
     pod = await real.pod()
     container = await real.run(pod, "sleep", "1000")
-    pid = await pid_of(real, container)
+    pid = await real.pid(container)
     answer = await real.client.PodSandboxStatus(pb.PodSandboxStatusRequest(pod_sandbox_id=pod, verbose=True))
     os.kill(json.loads(answer.info["info"])["pid"], signal.SIGKILL)
     found = await real.ended(container)
