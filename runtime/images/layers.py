@@ -63,11 +63,11 @@ class Unpacker:
         self._config = config
         self._lock = threading.Lock()
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        paths = json.dumps([path for path in sys.path if path])
         try:
             # Isolated and without site: nothing in the environment or the working directory decides what is imported.
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", _START, json.dumps([path for path in sys.path if path])]
-                + [str(theirs.fileno()), str(os.getpid())],
+                [sys.executable, "-I", "-S", "-c", _START, paths, str(theirs.fileno()), str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

@@ -5,18 +5,23 @@ holds what is prepared for containers, is written on a pod's start path and is n
 cribd, and after power loss the directories that it doesn't know are removed. A layer's number is given out only once.
 """
 
+import fcntl
 import json
+import os
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import Exhausted, Unavailable
+from runtime.errors import Exhausted, Unavailable, WrongState
 
 _VERSION = 1
+_LOCK_WAIT_S = 2.0
+_LOCK_POLL_S = 0.05
 _SCHEMA = """
 CREATE TABLE layers (
     number INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -242,3 +247,21 @@ class RootFsRecords:
 
     def checkpoint(self) -> None:
         self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+def lock(path: Path) -> int:
+    """A descriptor that holds the lock on `path`. Raises WrongState.
+
+    A program that a killed cribd was just starting holds the lock until it is executed: that is waited for.
+    """
+    fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    deadline_s = time.monotonic() + _LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return fd
+        except BlockingIOError as error:
+            if time.monotonic() > deadline_s:
+                os.close(fd)
+                raise WrongState(f"image store {path.parent} is in use by another process") from error
+            threading.Event().wait(_LOCK_POLL_S)

@@ -4,12 +4,10 @@ Reading (`list`, `get`) looks at an immutable index and touches no disk. Directo
 setuid programs and secrets of containers that nobody on the host shall reach.
 """
 
-import fcntl
 import logging
 import os
 import re
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass
@@ -21,17 +19,17 @@ from typing import IO, TYPE_CHECKING
 from runtime.errors import (
     AlreadyExists,
     Cancelled,
+    CribError,
     Exhausted,
     InvalidSpec,
     NotFound,
     Unavailable,
-    WrongState,
 )
 from runtime.images import merged
 from runtime.images.image import Auth, FsUsage, Image, ImagesConfig, Progress, RootFs
 from runtime.images.layers import remove_tree, short_name
 from runtime.images.manifest import chain_ids, parse_config
-from runtime.images.records import ImageRecords, Layer, RootFsRecords, StoredImage
+from runtime.images.records import ImageRecords, Layer, RootFsRecords, StoredImage, lock
 from runtime.images.reference import Reference, parse
 from runtime.images.rootfs import Roots, lowers
 from runtime.images.shelf import Shelf
@@ -43,7 +41,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _POLL_S = 0.05
-_LOCK_WAIT_S = 2.0
 _HEX = re.compile(r"[0-9a-f]{1,64}")
 
 
@@ -83,7 +80,7 @@ class Images:
         for directory in (self._root, self._base, self._containers, self._spool):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             directory.chmod(0o700)
-        self._lock_file = _locked(self._root / "images.lock")
+        self._lock_file = lock(self._root / "images.lock")
         self._records = ImageRecords(self._root)
         self._rootfs_records = RootFsRecords(self._root)
         self._rootfs_records.checkpoint()
@@ -283,7 +280,7 @@ class Images:
             doomed = self._shelf.release(stored.layers)
             try:
                 self._records.remove_image(id)
-            except Exhausted:
+            except CribError:
                 # A full disk takes no records: bytes first. Until the record is gone, a restart finds an image
                 # without its layers and forgets it.
                 self._shelf.remove(doomed)
@@ -397,21 +394,3 @@ class Images:
     def list(self) -> list[Image]:
         """Every image, from memory."""
         return [*self._index.images.values()]
-
-
-def _locked(path: Path) -> int:
-    """A descriptor that holds the lock on `path`. Raises WrongState.
-
-    A program that a killed cribd was just starting holds the lock until it is executed: that is waited for.
-    """
-    fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    deadline_s = time.monotonic() + _LOCK_WAIT_S
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return fd
-        except BlockingIOError as error:
-            if time.monotonic() > deadline_s:
-                os.close(fd)
-                raise WrongState(f"image store {path.parent} is in use by another process") from error
-            threading.Event().wait(_POLL_S)

@@ -205,9 +205,19 @@ def test_a_stalled_socket(open_store: OpenStore, liar: Liar, left: Left) -> None
     fails(images, liar, RegistryUnavailable, r"no data for 0\.3 s", left)
 
 
-def test_cancelled_while_stalled(images: Images, liar: Liar, left: Left) -> None:
+def silence(liar: Liar, key: str) -> Answer:
+    def answer(request: Request) -> None:
+        liar.release.wait(60)
+
+    return answer
+
+
+@pytest.mark.parametrize("how", [stall, silence])
+def test_cancelled_while_nothing_comes(
+    images: Images, liar: Liar, left: Left, how: Callable[[Liar, str], Answer]
+) -> None:
     key = big_layer(liar.built)
-    liar.lies[key] = stall(liar, key)
+    liar.lies[key] = how(liar, key)
     cancelled = threading.Event()
     ended_s: list[float] = []
 
