@@ -7,7 +7,6 @@ does the socket answer. SIGTERM ends cribd alone: pods and their monitors keep r
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 from pathlib import Path
@@ -22,8 +21,6 @@ from runtime.zygote.launch import launch
 
 if TYPE_CHECKING:
     from runtime.cgroup import Cgroups
-
-_logger = logging.getLogger("cri.daemon")
 
 
 def main() -> int:
@@ -50,28 +47,37 @@ def main() -> int:
     if os.geteuid() != 0:
         print("cribd: needs to be root", file=sys.stderr)
         return 1
+    locks: tuple[int, ...] = ()
     try:
         locks = prepare(config)
-        cgroups = detect(driver=config.cgroup.driver)
-        zygote = launch(_own_cgroup(config, cgroups))
+        return _run(config, detect(driver=config.cgroup.driver))
     except (CribError, OSError) as error:
         print(f"cribd: {error}", file=sys.stderr)
         return 1
-    from cri.daemon.serve import serve  # gRPC and all: after the zygote
-
-    try:
-        return serve(config, cgroups, zygote)
     finally:
         for lock in locks:
             os.close(lock)
 
 
-def _own_cgroup(config: Config, cgroups: Cgroups) -> tuple[str, ...]:
-    """The cgroup of the zygote and the monitors, made if need be: their memory is crib's own and no pod's."""
-    path = cgroups.join_path(config.cgroup.parent or cgroups.default_parent(config.instance), "monitors")
-    if not cgroups.exists(path):  # it does, with monitors in it, when cribd is started again
-        cgroups.create(path, None)
-    return cgroups.join_files(path)
+def _run(config: Config, cgroups: Cgroups) -> int:
+    """Serve, with the zygote and the monitors in a cgroup of their own: their memory is crib's and no pod's."""
+    own = cgroups.join_path(config.cgroup.parent or cgroups.default_parent(config.instance), "monitors")
+    # It exists, with monitors in it, when cribd is started again.
+    made = () if cgroups.exists(own) else cgroups.create(own, None)
+    status = 1
+    try:
+        zygote = launch(cgroups.join_files(own))
+        try:
+            from cri.daemon.serve import serve  # gRPC and all: after the zygote
+
+            status = serve(config, cgroups, zygote)
+        finally:
+            zygote.close()
+        return status
+    finally:
+        if status and cgroups.remove(own):  # it came to nothing
+            for path in reversed(made):
+                cgroups.remove(path)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -15,7 +15,7 @@ import pytest
 from cri.api import cri_pb2 as pb
 from tests.cri.client import until
 from tests.cri.real.conftest import Real
-from tests.cri.real.daemon import REPOSITORY
+from tests.cri.real.daemon import REPOSITORY, Daemon
 from tests.requires import requires
 
 pytestmark = [pytest.mark.asyncio, requires("root", "busybox", "bridge", "overlay", "nft")]
@@ -110,6 +110,14 @@ async def test_one_cribd_per_directory(real: Real) -> None:
     assert second.returncode == 1
     assert b"another cribd" in text
     assert (await real.client.Version(pb.VersionRequest())).runtime_name == "crib"
+
+
+async def test_a_cribd_that_can_not_start_leaves_nothing(run_dir: Path) -> None:
+    daemon = Daemon(run_dir, '[network]\nsubnet = "300.0.0.0/16"\n')
+    process = await asyncio.create_subprocess_exec(*daemon.arguments, cwd=REPOSITORY, stderr=asyncio.subprocess.PIPE)
+    _, text = await asyncio.wait_for(process.communicate(), 20)
+    assert process.returncode == 1
+    assert b"300.0.0.0/16" in text
 
 
 async def test_its_files_are_for_root_alone(real: Real) -> None:
