@@ -63,12 +63,17 @@ class InfoCalls:
             ),
         ]
         features = pb.RuntimeHandlerFeatures(
-            recursive_read_only_mounts=node.host.recursive_read_only, user_namespaces=node.host.user_namespaces
+            recursive_read_only_mounts=node.host.recursive_read_only,
+            user_namespaces=node.host.user_namespaces,
         )
         return pb.StatusResponse(
             status=pb.RuntimeStatus(conditions=conditions),
             runtime_handlers=[pb.RuntimeHandler(name=name, features=features) for name in sorted(node.handlers)],
-            features=pb.RuntimeFeatures(supplemental_groups_policy=True, mount_options=True),
+            features=pb.RuntimeFeatures(
+                supplemental_groups_policy=True,
+                mount_options=True,
+                user_namespaces_host_network=node.host.user_namespaces,
+            ),
             info=self._info() if request.verbose else {},
         )
 

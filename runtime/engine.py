@@ -15,7 +15,7 @@ from runtime.linux import mount
 from runtime.linux.caps import last_cap
 from runtime.linux.lib import SyscallError
 from runtime.linux.probe import Probes
-from runtime.plan.compile import Cgroup, Environment, Namespaces
+from runtime.plan.compile import Cgroup, Environment, Maps, Namespaces
 from runtime.pod import (
     END_TIMEOUT_S,
     REQUEST_TIMEOUT_S,
@@ -48,6 +48,7 @@ __all__ = [
     "Exec",
     "ExecExit",
     "ExecStart",
+    "Maps",
     "Namespaces",
     "Pod",
     "PodStart",
@@ -107,6 +108,8 @@ class Engine:
                 net=request.net,
                 ipc=request.ipc,
                 pid=request.pid,
+                uids=request.uids,
+                gids=request.gids,
                 hostname=request.hostname,
                 shm_bytes=request.shm_bytes,
                 shm_path=shm,
@@ -238,9 +241,17 @@ class Engine:
             ipc=f"{ns}/ipc" if made["ipc"] else "",
             uts=f"{ns}/uts" if made["hostname"] is not None else "",
             pid=f"/proc/{facts['init_pid']}/ns/pid" if made["pid"] else "",
+            user=f"/proc/{pid}/fd/{facts['user']}" if made["uids"] else "",
         )
         shm = made["shm_path"] or (f"{self.directory(pod_id)}/shm" if made["shm_bytes"] else "")
-        environment = Environment(self._staging, namespaces, shm, bool(made["shm_path"]), self._last_cap)
+        environment = Environment(
+            self._staging,
+            namespaces,
+            shm,
+            bool(made["shm_path"]),
+            self._last_cap,
+            self._probes.overlay_of_descriptors,
+        )
         pod = Pod(pod_id, channel, environment, pidfd, pid)
         pod.init_pid = facts["init_pid"]
         self._pods[pod_id] = pod

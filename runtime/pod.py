@@ -12,7 +12,7 @@ from typing import Any, Final
 from runtime.channel import Channel, Reply
 from runtime.errors import DeadlineExceeded, StepFailed, Unavailable, WrongState
 from runtime.images import RootFs
-from runtime.plan.compile import Cgroup, Environment, Namespaces, compile_exec, compile_start
+from runtime.plan.compile import Cgroup, Environment, Maps, Namespaces, compile_exec, compile_start
 from runtime.plan.plan import Plan, encode
 from runtime.spec import Linux, Process, Spec
 from runtime.zygote.messages import Kind
@@ -31,7 +31,7 @@ class PodStart:
     """What a pod's monitor is asked to make. `hostname` None, `net` and `ipc` False: the host's namespace.
 
     `pid`: a pid namespace shared by the pod's containers, whose init joins `init_cgroup`. `shm_bytes`: size of the
-    pod's own /dev/shm, 0 for none.
+    pod's own /dev/shm, 0 for none. `uids` and `gids`: the mapping of a user namespace that owns the others.
     """
 
     id: str
@@ -42,6 +42,8 @@ class PodStart:
     shm_bytes: int = 64 << 20
     sysctls: Mapping[str, str] = field(default_factory=dict)
     init_cgroup: tuple[str, ...] = ()
+    uids: Maps = ()
+    gids: Maps = ()
 
 
 @dataclass(frozen=True, slots=True)

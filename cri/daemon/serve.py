@@ -67,7 +67,7 @@ async def _serve(config: Config, cgroups: Cgroups, zygote: Zygote) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     clear_socket(config.socket)
-    probes = probe()
+    probes = probe(config.root)
     async with contextlib.AsyncExitStack() as stack:
         store = Store(Path(config.root, "state.db"))
         engine = Engine(Path(config.state), zygote, probes)
@@ -77,7 +77,7 @@ async def _serve(config: Config, cgroups: Cgroups, zygote: Zygote) -> int:
         stack.callback(images.close)
         network = open_network(config.instance, Path(config.root, "net"), _bridge(config))
         stack.callback(network.close)
-        node = Node(config, store, engine, images, network, cgroups, Pins(mount, umount), Host(), zygote)
+        node = Node(config, store, engine, images, network, cgroups, Pins(mount, umount), _host(probes), zygote)
         stack.push_async_callback(node.close, _GRACE_S)
         await node.work(network.setup)
         await recover(node)
@@ -165,6 +165,10 @@ async def _checkpoints(node: Node) -> None:
                 await node.work(node.store.checkpoint)
             except Exception as error:
                 _logger.warning("checkpoint of the records failed", extra={"fields": {"error": str(error)}})
+
+
+def _host(probes: Probes) -> Host:
+    return Host(user_namespaces=probes.user_namespaces, idmapped_mounts=probes.idmapped_mounts)
 
 
 def _images(config: Config) -> ImagesConfig:

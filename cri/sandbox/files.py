@@ -36,6 +36,15 @@ def add_hosts(directory: Path, hostname: str, addresses: tuple[str, ...]) -> Non
     _write(directory / "hosts", hosts(hostname, addresses).encode())
 
 
+def own(directory: Path, uid: int, gid: int) -> None:
+    """Give the files to the root of the pod's user namespace, by its ids outside."""
+    for name in ("hostname", "resolv.conf", "hosts"):
+        try:
+            os.chown(directory / name, uid, gid, follow_symlinks=False)
+        except FileNotFoundError:
+            pass
+
+
 def remove(directory: Path) -> None:
     """Remove the pod's directory; it needn't be there."""
     try:

@@ -19,8 +19,9 @@ from cri.translate.sandbox import sandbox_to_pod
 from net import NetNs, PodIdentity
 from net import netns as pins
 from runtime.cgroup import Cgroups
-from runtime.engine import PodStart
+from runtime.engine import Maps, PodStart
 from runtime.errors import AlreadyExists, InvalidSpec
+from runtime.spec import IDMapping
 
 if TYPE_CHECKING:
     from cri.node import Node
@@ -97,6 +98,10 @@ def _missing(cgroups: Cgroups, path: str) -> tuple[str, ...]:
     return tuple(missing)
 
 
+def _map(mapping: IDMapping) -> Maps:
+    return ((mapping.container_id, mapping.host_id, mapping.size),)
+
+
 async def _make(node: Node, pod: Pod, timing: Timing) -> None:
     try:
         ips = await _start(node, pod, timing)
@@ -122,6 +127,8 @@ async def _start(node: Node, pod: Pod, timing: Timing) -> tuple[str, ...]:
         with timing.step("files", f"write hostname and resolv.conf in {directory}"):
             hostname = plan.etc_hostname(node.defaults.node_name)
             files.make(directory, hostname, plan.resolv_conf, host_network=not plan.network)
+            if plan.user:
+                files.own(directory, plan.user.uid.host_id, plan.user.gid.host_id)
         if pod.record.cgroups:
             path = init or pod.record.cgroup_path
             with timing.step("cgroup", f"make {path}"):
@@ -139,6 +146,8 @@ async def _start(node: Node, pod: Pod, timing: Timing) -> tuple[str, ...]:
                     shm_bytes=plan.shm_bytes if plan.ipc else 0,
                     sysctls={**node.network.pod_sysctls, **plan.sysctls} if plan.network else plan.sysctls,
                     init_cgroup=node.cgroups.join_files(init) if init else (),
+                    uids=_map(plan.user.uid) if plan.user else (),
+                    gids=_map(plan.user.gid) if plan.user else (),
                 )
             )
 
@@ -170,6 +179,8 @@ def _connect(node: Node, pod: Pod, timing: Timing) -> tuple[str, ...]:
         attachment = node.network.attach(identity, netns, wants(pod))
     with timing.step("files", "write hosts"):
         files.add_hosts(node.directory(pod.id), pod.plan.hostname or node.defaults.node_name, attachment.ips)
+        if user := pod.plan.user:
+            files.own(node.directory(pod.id), user.uid.host_id, user.gid.host_id)
     return attachment.ips
 
 

@@ -53,6 +53,8 @@ class PodNamespaces(Protocol):
     def uts(self) -> str: ...
     @property
     def pid(self) -> str | None: ...
+    @property
+    def user(self) -> str: ...
 
 
 def _mode(value: pb.NamespaceMode) -> str:
@@ -142,7 +144,6 @@ def container_namespaces(
     *,
     target_pid: str | None,
     own_cgroup: bool,
-    user_path: str = "",
 ) -> tuple[Namespace, ...]:
     """The OCI list: the pod's are joined, mount is always new, a type left out is the host's.
 
@@ -150,7 +151,7 @@ def container_namespaces(
     """
     found = [Namespace(type="mount")]
     if pod.user is not None:
-        found.append(Namespace(type="user", path=user_path))
+        found.append(Namespace(type="user", path=paths.user))
     if pod.network:
         found.append(Namespace(type="network", path=paths.network))
     if pod.ipc:

@@ -21,6 +21,7 @@ MOVE_MOUNT_F_EMPTY_PATH: Final = 0x04
 MOVE_MOUNT_T_EMPTY_PATH: Final = 0x40
 FSCONFIG_SET_FLAG: Final = 0
 FSCONFIG_SET_STRING: Final = 1
+FSCONFIG_SET_FD: Final = 5
 FSCONFIG_CMD_CREATE: Final = 6
 MNT_DETACH: Final = 2
 
@@ -101,27 +102,37 @@ def move_mount(tree: int, target: int, path: str) -> None:
 
 
 def mount_setattr(
-    fd: int, path: str, *, set_: int = 0, clear: int = 0, propagation: int = 0, recursive: bool = False
+    fd: int,
+    path: str,
+    *,
+    set_: int = 0,
+    clear: int = 0,
+    propagation: int = 0,
+    recursive: bool = False,
+    userns: int = 0,
 ) -> None:
     """mount_setattr(2) on `path` relative to `fd`, or on `fd` itself when `path` is empty. Raises SyscallError."""
     flags = (AT_RECURSIVE if recursive else 0) | (0 if path else AT_EMPTY_PATH)
-    attr = struct.pack("QQQQ", set_, clear, propagation, 0)
-    syscall(
-        "mount_setattr",
-        fd,
-        os.fsencode(path),
-        flags,
-        attr,
-        len(attr),
-        path=path,
-    )
+    attr = struct.pack("QQQQ", set_, clear, propagation, userns)
+    syscall("mount_setattr", fd, os.fsencode(path), flags, attr, len(attr), path=path)
 
 
-def detached(fstype: str, options: dict[str, str], attributes: int = 0) -> int:
-    """A new file system as a detached mount (fsopen, fsconfig, fsmount). Raises SyscallError."""
+def idmap(tree: int, userns: int, *, recursive: bool = False) -> None:
+    """Make the detached mount `tree` show its owners through the mapping of a user namespace. Raises SyscallError."""
+    mount_setattr(tree, "", set_=MountAttr.IDMAP, userns=userns, recursive=recursive)
+
+
+def detached(fstype: str, options: tuple[tuple[str, str | int], ...], attributes: int = 0) -> int:
+    """A new file system as a detached mount (fsopen, fsconfig, fsmount). Raises SyscallError.
+
+    An option's value is a string of at most 255 bytes, a descriptor, or "" for a flag.
+    """
     context = syscall("fsopen", os.fsencode(fstype), 1, path=fstype)
     try:
-        for key, value in options.items():
+        for key, value in options:
+            if isinstance(value, int):
+                syscall("fsconfig", context, FSCONFIG_SET_FD, os.fsencode(key), None, value, path=key)
+                continue
             kind = FSCONFIG_SET_STRING if value else FSCONFIG_SET_FLAG
             argument = os.fsencode(value) if value else None
             syscall("fsconfig", context, kind, os.fsencode(key), argument, 0, path=key)

@@ -4,10 +4,15 @@
 """
 
 import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
+from runtime.linux import userns
 from runtime.linux.lib import SyscallError
-from runtime.linux.mount import detached, open_tree
+from runtime.linux.mount import detached, idmap, move_mount, open_tree, umount
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,23 +20,98 @@ class Probes:
     """What this kernel can do; each false one has a fallback, named in `FALLBACKS`."""
 
     clone_detached_mount: bool
+    idmapped_mounts: bool
+    overlay_of_descriptors: bool
+    user_namespaces: bool
 
 
 FALLBACKS = {
     "clone_detached_mount": "a pod's /dev/shm is one mount in the host's mount namespace (the call came with 6.15)",
+    "idmapped_mounts": "mounts with mappings are refused: the file system has no idmapped mounts",
+    "overlay_of_descriptors": "a mapped root file system's layers are mounted where only its first process sees them "
+    "(overlay takes descriptors of detached mounts from 6.15 on)",
+    "user_namespaces": "pods with user namespaces are refused: overlay takes idmapped layers from 5.19 on",
 }
+_MAPS = ((0, 1 << 20, 1 << 16),)
 
 
-def probe() -> Probes:
-    """Try each interface. Needs CAP_SYS_ADMIN; leaves nothing behind."""
-    tried = {"clone_detached_mount": _clone_detached_mount}
+def probe(directory: str = "/var/tmp") -> Probes:
+    """Try each interface, on the file system of `directory`. Needs CAP_SYS_ADMIN; leaves nothing behind."""
     failing = os.environ.get("CRIB_PROBE_FAIL", "").split(",")
-    return Probes(**{item.name: item.name not in failing and tried[item.name]() for item in fields(Probes)})
+    with tempfile.TemporaryDirectory(dir=directory, prefix="probe-") as place:
+        mapping = _mapping()
+        try:
+            tried: dict[str, Callable[[], bool]] = {
+                "clone_detached_mount": _clone_detached_mount,
+                "idmapped_mounts": lambda: _idmapped(place, mapping),
+                "overlay_of_descriptors": lambda: _overlay(place, mapping, attached=False),
+                "user_namespaces": lambda: any(_overlay(place, mapping, attached=how) for how in (False, True)),
+            }
+            return Probes(**{item.name: item.name not in failing and tried[item.name]() for item in fields(Probes)})
+        finally:
+            if mapping >= 0:
+                os.close(mapping)
+
+
+def _mapping() -> int:
+    """A user namespace, made by a program of its own as cribd never forks itself; -1 where there can be none."""
+    program = "import ctypes; print(ctypes.CDLL(None).unshare(0x10000000), flush=True); input()"
+    command = [sys.executable, "-I", "-S", "-c", program]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        try:
+            if process.stdout.readline() != b"0\n":
+                return -1
+            userns.write_maps(process.pid, _MAPS, _MAPS)
+            return os.open(f"/proc/{process.pid}/ns/user", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return -1
+        finally:
+            process.kill()
+
+
+def _idmapped(place: str, mapping: int) -> bool:
+    if mapping < 0:
+        return False
+    tree = open_tree(place)
+    try:
+        idmap(tree, mapping)
+    except SyscallError:
+        return False
+    finally:
+        os.close(tree)
+    return True
+
+
+def _overlay(place: str, mapping: int, *, attached: bool) -> bool:
+    """Whether overlay takes an idmapped layer, detached or (for a moment, in the host's namespace) attached."""
+    if not _idmapped(place, mapping):
+        return False
+    lower, upper, work = (os.path.join(place, name) for name in ("lower", "upper", "work"))
+    for path in (lower, upper, work):
+        os.makedirs(path, exist_ok=True)
+    tree = open_tree(lower)
+    try:
+        idmap(tree, mapping)
+        layer: tuple[str, str | int] = ("lowerdir+", tree)
+        if attached:
+            target = os.open(lower, os.O_PATH | os.O_CLOEXEC)
+            move_mount(tree, target, lower)
+            os.close(target)
+            layer = ("lowerdir", lower)
+        os.close(detached("overlay", (layer, ("upperdir", upper), ("workdir", work))))
+    except SyscallError:
+        return False
+    finally:
+        os.close(tree)
+        if attached and os.path.ismount(lower):
+            umount(lower)
+    return True
 
 
 def _clone_detached_mount() -> bool:
     try:
-        tree = detached("tmpfs", {"size": "4096"})
+        tree = detached("tmpfs", (("size", "4096"),))
     except SyscallError:
         return False
     try:

@@ -30,6 +30,7 @@ SIGCHLD: Final = 17
 _ZEROS: Final = (0, 0, 0, 0)
 _prctl: Final = function("prctl", 5)
 _PIDFD: Final = int(CLONE.PIDFD)
+_PARENT: Final = int(CLONE.PARENT)
 _INTO_CGROUP: Final = int(CLONE.INTO_CGROUP)
 
 
@@ -60,12 +61,14 @@ def set_title(title: str) -> None:
 def clone3(flags: int, cgroup: int = -1) -> tuple[int, int]:
     """clone3(2) like fork, with a pidfd: returns (pid, pidfd), or (0, -1) in the child. Raises SyscallError.
 
-    `cgroup` is a descriptor of a cgroup v2 directory for CLONE_INTO_CGROUP, or -1. Only for a process with
-    one thread: none of the interpreter's after-fork work is done in the child.
+    `cgroup` is a descriptor of a cgroup v2 directory for CLONE_INTO_CGROUP, or -1. With CLONE_PARENT the child is this
+    process's sibling. Only for a process with one thread: none of the interpreter's after-fork work is done in the
+    child.
     """
     pidfd = ctypes.c_int(-1)
     flags |= _PIDFD | (_INTO_CGROUP if cgroup >= 0 else 0)
-    args = struct.pack("11Q", flags, ctypes.addressof(pidfd), 0, 0, SIGCHLD, 0, 0, 0, 0, 0, max(cgroup, 0))
+    end = 0 if flags & _PARENT else SIGCHLD  # a sibling's end is signalled as this process's own will be
+    args = struct.pack("11Q", flags, ctypes.addressof(pidfd), 0, 0, end, 0, 0, 0, 0, 0, max(cgroup, 0))
     pid: int = syscall_with_gil(NR["clone3"], args, len(args))
     if pid == -1:
         raise SyscallError("clone3", ctypes.get_errno())

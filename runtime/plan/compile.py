@@ -8,15 +8,16 @@ from typing import Final
 from runtime import seccomp as seccomp_compiler
 from runtime.cgroup import Cgroups
 from runtime.cgroup import Mount as CgroupMount
-from runtime.errors import InvalidSpec, Unsupported
+from runtime.errors import InvalidSpec
 from runtime.images import RootFs
 from runtime.linux import caps
 from runtime.linux.mount import MS
 from runtime.linux.namespaces import CLONE, FLAGS
-from runtime.plan import identity, mounts
+from runtime.linux.userns import mapped
+from runtime.plan import identity, mounts, user
 from runtime.plan.options import Options, parse
 from runtime.plan.plan import Plan, Step
-from runtime.spec import Capabilities, Device, Linux, Mount, Process, Spec
+from runtime.spec import Capabilities, Device, IDMapping, Linux, Mount, Process, Spec
 
 _DEFAULT_NODES: Final = (
     ("null", "c", 1, 3, 0o666, 0, 0),
@@ -35,18 +36,23 @@ _DEFAULT_LINKS: Final = (
     ("ptmx", "pts/ptmx"),
 )
 _RLIMITS: Final = {f"RLIMIT_{name}": number for number, name in enumerate(identity.RLIMIT_NAMES)}
+Maps = tuple[tuple[int, int, int], ...]
 _DEFAULT_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _CGROUP_ROOT: Final = "/sys/fs/cgroup"
 
 
 @dataclass(frozen=True, slots=True)
 class Namespaces:
-    """The pod's namespaces as paths (`/proc/MONITOR/ns/net`); "" where the pod uses the host's."""
+    """The pod's namespaces as paths (`/proc/MONITOR/ns/net`); "" where the pod uses the host's.
+
+    `user` owns the others: its containers are mapped.
+    """
 
     network: str = ""
     ipc: str = ""
     uts: str = ""
     pid: str = ""
+    user: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +89,7 @@ class Environment:
     """What compile must know of this host and this pod.
 
     `staging` is an empty directory that root file systems are mounted over; `shm_path` stands for the pod's /dev/shm,
-    and is a real mount only where `shm_attached`.
+    and is a real mount only where `shm_attached`. `overlay_of_descriptors`: what the kernel's overlay can.
     """
 
     staging: str
@@ -91,6 +97,7 @@ class Environment:
     shm_path: str
     shm_attached: bool
     last_cap: int
+    overlay_of_descriptors: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,33 +112,37 @@ class Start:
 
 @dataclass(slots=True)
 class _Build:
-    """The parts of a plan while it grows."""
+    """The parts of a plan while it grows; `uids` and `gids` are there for a container in a user namespace."""
 
+    uids: Maps = ()
+    gids: Maps = ()
+    mappings: dict[tuple[Maps, Maps], str] = field(default_factory=dict)
     sources: list[Step] = field(default_factory=list)
     unshare: int = int(CLONE.NEWNS)
     joins: list[Step] = field(default_factory=list)
+    devices: list[Step] = field(default_factory=list)
+    own_dev: bool = False
     tree: list[Step] = field(default_factory=list)
 
 
 def compile_start(spec: Spec, rootfs: RootFs, cgroup: Cgroup, environment: Environment) -> Start:
     """The plan that makes a container's first process. Raises InvalidSpec or Unsupported."""
     linux = spec.linux or Linux()
-    build = _Build()
+    build = _Build(_maps(linux.uid_mappings), _maps(linux.gid_mappings))
     pid, pid_ns = _namespaces(build, linux, environment)
     own_cgroup_ns = bool(build.unshare & CLONE.NEWCGROUP)
     build.unshare &= ~CLONE.NEWCGROUP
     entered = False
     for number, mount in enumerate(spec.mounts):
         if mount.type == "cgroup" and not entered:
-            build.tree += _enter_cgroup(cgroup, own_cgroup_ns)
+            build.tree += _enter_cgroup(cgroup, own_cgroup_ns, mapped=bool(build.uids))
             entered = True
         _mount(build, mount, f"source{number}", cgroup, environment, own_cgroup_ns)
-        if mount.destination == "/dev" and mount.type == "tmpfs":
-            build.tree.append(mounts.MakeDevices("/dev", _DEFAULT_NODES))
-            build.tree.append(mounts.MakeLinks("/dev", _DEFAULT_LINKS))
     if not entered:
-        build.tree += _enter_cgroup(cgroup, own_cgroup_ns)
-    build.tree += _devices(linux.devices)
+        build.tree += _enter_cgroup(cgroup, own_cgroup_ns, mapped=bool(build.uids))
+    _devices(build, linux.devices)
+    if not build.uids:
+        build.tree += build.devices
     if linux.masked_paths:
         build.tree.append(mounts.MaskPaths(linux.masked_paths))
     if linux.readonly_paths:
@@ -140,11 +151,22 @@ def compile_start(spec: Spec, rootfs: RootFs, cgroup: Cgroup, environment: Envir
         build.tree.append(mounts.ReadOnlyRoot())
     process = spec.process
     plan: list[Step] = [identity.Detach(), *_inherited(process), *build.sources, *build.joins]
+    if build.uids:
+        layers = (rootfs.base, rootfs.lowers, rootfs.upper, rootfs.work, build.uids, build.gids)
+        # Where root inside may look up a path, whatever the modes of the state directory's parents are.
+        attach: Step = user.AttachRoot("/sys")
+        plan.append(user.MountMappedOverlay(*layers, environment.overlay_of_descriptors, environment.staging))
+        plan += build.devices
+        if not cgroup.clone_dir:
+            plan.append(identity.JoinCgroup(cgroup.join_files))
+        plan += [user.JoinUser(), user.CloneAgain(int(CLONE.NEWPID) if pid == "new" else 0), identity.Detach()]
+    else:
+        attach = mounts.MountOverlay(rootfs.base, rootfs.lowers, rootfs.upper, rootfs.work, environment.staging)
     plan.append(identity.Unshare(build.unshare))
     if spec.hostname:
         plan.append(identity.Hostname(spec.hostname))
     plan.append(mounts.Propagation(int(MS.SLAVE)))
-    plan.append(mounts.MountOverlay(rootfs.base, rootfs.lowers, rootfs.upper, rootfs.work, environment.staging))
+    plan.append(attach)
     plan += _label(process)
     plan += build.tree
     plan.append(mounts.PivotRoot())
@@ -160,6 +182,8 @@ def compile_exec(process: Process, linux: Linux, join_files: tuple[str, ...], cl
     plan += _inherited(process)
     plan += _label(process)
     flags = CLONE.NEWNS | CLONE.NEWCGROUP | CLONE.NEWIPC | CLONE.NEWUTS | CLONE.NEWNET
+    if linux.uid_mappings:
+        flags |= CLONE.NEWUSER
     plan.append(identity.JoinProcess("container", int(flags)))
     plan += _become(process, linux, last_cap)
     return tuple(plan)
@@ -171,9 +195,9 @@ def _namespaces(build: _Build, linux: Linux, environment: Environment) -> tuple[
     for kind in wanted:
         if kind not in FLAGS:
             raise InvalidSpec(f"namespace type {kind!r} is unknown")
-    if "user" in wanted:
-        raise Unsupported("user namespaces are not supported yet")
     pod = environment.namespaces
+    if wanted.get("user", "") != pod.user or bool(pod.user) != bool(build.uids and build.gids):
+        raise InvalidSpec("the user namespace is not the pod's, or has no mapping")
     inherited = {"network": pod.network, "ipc": pod.ipc, "uts": pod.uts}
     for kind, own in inherited.items():
         path = wanted.get(kind)
@@ -194,9 +218,9 @@ def _namespaces(build: _Build, linux: Linux, environment: Environment) -> tuple[
     return ("pod", "") if path == pod.pid else ("join", path)
 
 
-def _enter_cgroup(cgroup: Cgroup, own_namespace: bool) -> list[Step]:
-    """Late, so that what building the tree costs is not charged to the container (v1)."""
-    steps: list[Step] = [] if cgroup.clone_dir else [identity.JoinCgroup(cgroup.join_files)]
+def _enter_cgroup(cgroup: Cgroup, own_namespace: bool, *, mapped: bool) -> list[Step]:
+    """Late, so that what building the tree costs is not charged to the container (v1); a mapped root is in it."""
+    steps: list[Step] = [] if cgroup.clone_dir or mapped else [identity.JoinCgroup(cgroup.join_files)]
     if own_namespace:
         steps.append(identity.Unshare(int(CLONE.NEWCGROUP)))
     return steps
@@ -206,15 +230,17 @@ def _mount(
     build: _Build, mount: Mount, key: str, cgroup: Cgroup, environment: Environment, own_cgroup_ns: bool
 ) -> None:
     options = parse(mount.options)
-    if mount.type == "cgroup":
+    if mount.destination == "/dev" and mount.type == "tmpfs":
+        _dev(build, options)
+    elif mount.type == "cgroup":
         _cgroup_mounts(build, mount, options, key, cgroup, own_cgroup_ns)
     elif options.bind or mount.type == "bind":
         shared = mount.source == environment.shm_path and not environment.shm_attached
         if shared:
-            build.tree.append(mounts.CloneSource(key, "shm"))
+            build.sources.append(mounts.CloneSource(key, "shm"))
         else:
             build.sources.append(mounts.OpenSource(key, mount.source, options.recursive, options.make_source))
-        build.tree.append(_attach(key, mount.destination, options, mount.source))
+        _attach(build, key, mount, options, mount.source, mount.destination)
     else:
         source = mount.source or mount.type
         build.tree.append(mounts.Mount(mount.type, mount.destination, options.flags, options.data, source))
@@ -222,18 +248,53 @@ def _mount(
             raise InvalidSpec(f"mount {mount.destination}: a new file system can't be {mount.options}")
 
 
-def _attach(key: str, target: str, options: Options, source: str) -> mounts.Attach:
+def _attach(build: _Build, key: str, mount: Mount, options: Options, source: str, target: str) -> None:
+    """Attach an opened source. What takes the host's privileges is done to it before it is handed in."""
     deep = bool(options.recursive_set or options.recursive_clear)
-    return mounts.Attach(
-        key,
-        target,
-        options.set_ | options.recursive_set,
-        options.clear | options.recursive_clear,
-        deep,
-        # A clone of a shared mount is its peer already: "shared" is what there is, if it is.
-        0 if options.propagation == MS.SHARED else options.propagation or int(MS.PRIVATE),
-        source,
-    )
+    set_, clear = options.set_ | options.recursive_set, options.clear | options.recursive_clear
+    # A clone of a shared mount is its peer already: "shared" is what there is, if it is.
+    propagation = 0 if options.propagation == MS.SHARED else options.propagation or int(MS.PRIVATE)
+    mapping = _mapping(build, mount, options)
+    if not build.uids:
+        if mapping:
+            build.sources.append(user.Adjust(key, mapping, options.idmap_recursive, 0, 0, False, 0, source))
+        build.tree.append(mounts.Attach(key, target, set_, clear, deep, propagation, source))
+        return
+    build.sources.append(user.Adjust(key, mapping, options.idmap_recursive, set_, clear, deep, propagation, source))
+    build.tree.append(mounts.Attach(key, target, 0, 0, False, 0, source))
+
+
+def _mapping(build: _Build, mount: Mount, options: Options) -> str:
+    """The descriptor of the user namespace for an idmapped mount, or ""."""
+    if not (mount.uid_mappings or mount.gid_mappings or options.idmap):
+        return ""
+    maps = _maps(mount.uid_mappings) or build.uids, _maps(mount.gid_mappings) or build.gids
+    if not all(maps):
+        raise InvalidSpec(f"mount {mount.destination}: idmapped without a mapping")
+    if maps == (build.uids, build.gids):
+        return "user"
+    if maps not in build.mappings:
+        build.mappings[maps] = f"mapping{len(build.mappings)}"
+        build.sources.append(user.MakeMapping(build.mappings[maps], *maps))
+    return build.mappings[maps]
+
+
+def _maps(mappings: tuple[IDMapping, ...]) -> Maps:
+    return tuple((each.container_id, each.host_id, each.size) for each in mappings)
+
+
+def _dev(build: _Build, options: Options) -> None:
+    """/dev with the default devices."""
+    if not build.uids:
+        build.tree.append(mounts.Mount("tmpfs", "/dev", options.flags, options.data, "tmpfs"))
+        build.tree.append(mounts.MakeDevices("/dev", _DEFAULT_NODES))
+        build.tree.append(mounts.MakeLinks("/dev", _DEFAULT_LINKS))
+        return
+    build.own_dev = True
+    root = mapped(0, build.uids), mapped(0, build.gids)
+    nodes = tuple((name, kind, major, minor, mode, *root) for name, kind, major, minor, mode, _, _ in _DEFAULT_NODES)
+    build.devices.append(user.MakeDev("dev", options.data, options.set_, nodes, _DEFAULT_LINKS, *root))
+    build.tree.append(mounts.Attach("dev", "/dev", 0, 0, False, 0, "the device file system"))
 
 
 def _cgroup_mounts(
@@ -251,7 +312,7 @@ def _cgroup_mounts(
         else:
             bound = f"{key}.{number}"
             build.sources.append(mounts.OpenSource(bound, part.directory, False, False))
-            build.tree.append(_attach(bound, target, options, part.directory))
+            _attach(build, bound, mount, options, part.directory, target)
         if part.links:
             links = tuple((name, part.target) for name in part.links)
             build.tree.append(mounts.MakeLinks(mount.destination, links))
@@ -259,13 +320,26 @@ def _cgroup_mounts(
         build.tree.append(mounts.RemountReadOnly(mount.destination))
 
 
-def _devices(devices: tuple[Device, ...]) -> list[Step]:
+def _devices(build: _Build, devices: tuple[Device, ...]) -> None:
+    """The request's devices; for a mapped root those below its own /dev come with that file system."""
     by_directory: dict[str, list[tuple[str, str, int, int, int, int, int]]] = {}
+    below_dev = []
     for device in devices:
         mode = 0o666 if device.file_mode is None else device.file_mode
-        node = (os.path.basename(device.path), device.type, device.major, device.minor, mode)
-        by_directory.setdefault(os.path.dirname(device.path), []).append((*node, device.uid or 0, device.gid or 0))
-    return [mounts.MakeDevices(directory, tuple(nodes)) for directory, nodes in by_directory.items()]
+        owner = mapped(device.uid or 0, build.uids), mapped(device.gid or 0, build.gids)
+        if build.own_dev and device.path.startswith("/dev/"):
+            below_dev.append((device.path[5:], device.type, device.major, device.minor, mode, *owner))
+            continue
+        node = (os.path.basename(device.path), device.type, device.major, device.minor, mode, *owner)
+        by_directory.setdefault(os.path.dirname(device.path), []).append(node)
+    if below_dev:
+        dev = build.devices.pop()
+        assert isinstance(dev, user.MakeDev)
+        named = {node[0]: node for node in (*dev.nodes, *below_dev)}
+        build.devices.append(
+            user.MakeDev(dev.key, dev.data, dev.attributes, tuple(named.values()), dev.links, dev.uid, dev.gid)
+        )
+    build.devices += [mounts.MakeDevices(directory, tuple(nodes)) for directory, nodes in by_directory.items()]
 
 
 def _inherited(process: Process) -> list[Step]:
@@ -309,7 +383,7 @@ def _become(process: Process, linux: Linux, last_cap: int) -> list[Step]:
         raise InvalidSpec(f"capability {error.args[0]} is unknown") from None
     bounding, effective, permitted, inheritable, ambient = (mask & (1 << last_cap + 1) - 1 for mask in masks)
     filtered = linux.seccomp is not None
-    user = process.user
+    who = process.user
     label = process.selinux_label
     if process.apparmor_profile and process.apparmor_profile != "unconfined":
         label = f"exec {process.apparmor_profile}"
@@ -319,16 +393,16 @@ def _become(process: Process, linux: Linux, last_cap: int) -> list[Step]:
         identity.Execute(
             args=process.args,
             env=process.env,
-            uid=user.uid,
-            gid=user.gid,
-            groups=user.additional_gids,
+            uid=who.uid,
+            gid=who.gid,
+            groups=who.additional_gids,
             bounding=bounding,
             effective=effective,
             permitted=permitted,
             inheritable=inheritable,
             ambient=ambient,
             last_cap=last_cap,
-            umask=0o022 if user.umask is None else user.umask,
+            umask=0o022 if who.umask is None else who.umask,
             no_new_privileges=process.no_new_privileges,
             seccomp=_filter(linux) if filtered else "",
             seccomp_flags=0 if linux.seccomp is None else seccomp_compiler.flags(linux.seccomp),

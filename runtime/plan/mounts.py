@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
-from errno import ENOENT, ENOTDIR
+from errno import EEXIST, ENOENT, ENOTDIR
 
 from runtime.linux import files
 from runtime.linux.lib import SyscallError
@@ -25,6 +25,11 @@ from runtime.linux.mount import (
 )
 from runtime.plan.plan import Context, Step
 
+TYPE_CHECKING = False  # typing costs a monitor memory
+
+if TYPE_CHECKING:
+    Nodes = tuple[tuple[str, str, int, int, int, int, int], ...]  # name, kind, major, minor, mode, uid, gid
+
 _PROPAGATION = {MS.SHARED: "shared", MS.SLAVE: "slave", MS.PRIVATE: "private"}
 
 
@@ -32,6 +37,22 @@ def attributes(set_: int) -> str:
     """Mount attributes as `ro,nosuid`, or `rw`."""
     names = [flag.name.lower() for flag in MountAttr if set_ & flag and flag.name and flag != MountAttr.ATIME_MASK]
     return ",".join("ro" if name == "rdonly" else name for name in names) or "rw"
+
+
+def make_nodes(directory: int, nodes: Nodes) -> None:
+    """Make device nodes in an open directory. One that is there already stays as it is: it may be the host's /dev."""
+    for name, kind, major, minor, mode, uid, gid in nodes:
+        form = {"c": stat.S_IFCHR, "u": stat.S_IFCHR, "b": stat.S_IFBLK, "p": stat.S_IFIFO}[kind]
+        device = 0 if kind == "p" else os.makedev(major, minor)
+        try:
+            os.mknod(name, form | mode, device, dir_fd=directory)
+        except FileExistsError:
+            status = os.lstat(name, dir_fd=directory)
+            if stat.S_IFMT(status.st_mode) != form or status.st_rdev != device:
+                raise SyscallError("mknod", EEXIST, name) from None
+        else:
+            if uid or gid:
+                os.chown(name, uid, gid, dir_fd=directory, follow_symlinks=False)
 
 
 class OpenSource(Step):
@@ -176,26 +197,16 @@ class Attach(Step):
 class MakeDevices(Step):
     """Device nodes in one directory below the root, as (name, kind, major, minor, mode, uid, gid).
 
-    `kind` is c, u, b or p.
-
-    A node that is there already is replaced. Runs with umask 0.
+    `kind` is c, u, b or p. Runs with umask 0.
     """
 
     directory: str
-    nodes: tuple[tuple[str, str, int, int, int, int, int], ...]
+    nodes: Nodes
 
     def run(self, context: Context) -> None:
         parent = files.make_directories(context.root, self.directory)
         try:
-            for name, kind, major, minor, mode, uid, gid in self.nodes:
-                form = {"c": stat.S_IFCHR, "u": stat.S_IFCHR, "b": stat.S_IFBLK, "p": stat.S_IFIFO}[kind]
-                try:
-                    os.mknod(name, form | mode, os.makedev(major, minor), dir_fd=parent)
-                except FileExistsError:
-                    os.unlink(name, dir_fd=parent)
-                    os.mknod(name, form | mode, os.makedev(major, minor), dir_fd=parent)
-                if uid or gid:
-                    os.chown(name, uid, gid, dir_fd=parent, follow_symlinks=False)
+            make_nodes(parent, self.nodes)
         finally:
             os.close(parent)
 

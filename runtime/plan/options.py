@@ -46,6 +46,7 @@ _PROPAGATION: Final[dict[str, int]] = {
     "rshared": MS.SHARED,
 }
 MAKE_SOURCE: Final = "x-crib.mkdir"
+_OTHERS: Final = frozenset(("bind", "rbind", "idmap", "ridmap", "defaults", MAKE_SOURCE))
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,8 @@ class Options:
     bind: bool = False
     recursive: bool = False
     make_source: bool = False
+    idmap: bool = False
+    idmap_recursive: bool = False
     flags: int = 0
     data: str = ""
     set_: int = 0
@@ -93,12 +96,14 @@ def parse(options: tuple[str, ...]) -> Options:
             flags = flags | flag if on else flags & ~flag
         elif option in _PROPAGATION:
             propagation = _PROPAGATION[option]
-        elif option not in ("bind", "rbind", "defaults", MAKE_SOURCE):
+        elif option not in _OTHERS:
             data.append(option)
     return Options(
         bind="bind" in options or "rbind" in options,
         recursive="rbind" in options,
         make_source=MAKE_SOURCE in options,
+        idmap="idmap" in options or "ridmap" in options,
+        idmap_recursive="ridmap" in options,
         flags=int(flags),
         data=",".join(data),
         set_=int(set_),

@@ -11,6 +11,7 @@ from runtime.linux.lib import SyscallError
 # Neither typing nor dataclasses at run time: what they import would cost every monitor memory.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any, Final, dataclass_transform
 else:
 
@@ -24,13 +25,15 @@ KINDS: Final[dict[str, type[Step]]] = {}
 class Context:
     """What the steps of one plan share: descriptors by name, and the root file system being built.
 
-    `fds` holds what the parent handed in and what steps opened for later ones.
+    `fds` holds what the parent handed in and what steps opened for later ones. `announce` tells the parent of a process
+    (pid, pidfd) that takes this one's place.
     """
 
-    __slots__ = ("directory", "executable", "fds", "root", "warnings")
+    __slots__ = ("announce", "directory", "executable", "fds", "root", "warnings")
 
     def __init__(self, fds: dict[str, int]) -> None:
         self.fds = fds
+        self.announce: Callable[[int, int], None] | None = None
         self.root = -1
         self.executable = ""
         self.directory = "/"

@@ -5,6 +5,7 @@ path. It imports nothing, opens nothing but what the plan's steps open, prints n
 travels as numbers and a string.
 
 The handshake on the SEQPACKET socket `sync`:
+ 0. a child that clones another process in its place sends {"pid": n} with the pidfd, and ends; that one goes on
  1. the child runs every step but the last, and sends {"d": [ns, …], "s": started_ns, "w": [warning, …]}, with the
     terminal's master if one was opened
  2. the child runs the last step, execve; the socket closes by itself
@@ -15,7 +16,7 @@ import os
 import socket
 
 from runtime.linux.process import close_all_but
-from runtime.plan import identity, mounts  # noqa: F401 - the kinds of steps that a plan can name
+from runtime.plan import identity, mounts, user  # noqa: F401 - the kinds of steps that a plan can name
 from runtime.plan.plan import Context, Outcome, decode, run
 from runtime.zygote.messages import pack
 
@@ -27,6 +28,7 @@ def become(plan: bytes, fds: dict[str, int], sync: socket.socket) -> None:
         close_all_but(keep)
         steps = decode(plan)
         context = Context(fds)
+        context.announce = lambda pid, pidfd: _announce(sync, pid, pidfd)
         outcome = run(steps[:-1], context)
         if outcome.failed < 0:
             terminal = [context.fds["terminal"]] if "terminal" in context.fds else []
@@ -42,3 +44,7 @@ def become(plan: bytes, fds: dict[str, int], sync: socket.socket) -> None:
             pass
     finally:
         os._exit(127)
+
+
+def _announce(sync: socket.socket, pid: int, pidfd: int) -> None:
+    socket.send_fds(sync, [pack({"pid": pid})], [pidfd])

@@ -24,11 +24,27 @@ _DRAIN_BYTES: Final = 16 << 20
 
 
 class Process:
-    """One child of the monitor. `sync` is open until the child has become its program or failed."""
+    """One child of the monitor. `sync` is open until the child has become its program or failed.
 
-    __slots__ = ("code", "exited_ns", "failure", "n", "pid", "pidfd", "report", "started_ns", "sync", "terminal")
+    `staged`: `pid` is a process that will be replaced by one which it clones.
+    """
+
+    __slots__ = (
+        "code",
+        "exited_ns",
+        "failure",
+        "n",
+        "pid",
+        "pidfd",
+        "report",
+        "staged",
+        "started_ns",
+        "sync",
+        "terminal",
+    )
 
     def __init__(self, n: int, pid: int, pidfd: int, sync: socket.socket) -> None:
+        self.staged = False
         self.n = n  # the request that waits for the start
         self.pid = pid
         self.pidfd = pidfd
@@ -48,10 +64,14 @@ class Process:
         """Take what the child reports; True when the start is decided, one way or the other."""
         assert self.sync is not None
         data, fds, _, _ = socket.recv_fds(self.sync, _READ_BYTES, 1)
-        if fds:
+        message = marshal.loads(data) if data else {}
+        if fds and "pid" not in message:
             self.terminal = fds[0]
         if data:
-            message = marshal.loads(data)
+            if "pid" in message:
+                os.close(self.pidfd)
+                self.pid, self.pidfd, self.staged = message["pid"], fds[0], False
+                return False
             if "failed" in message:
                 self.failure = message
             else:

@@ -17,6 +17,7 @@ from runtime.linux import mount, namespaces
 from runtime.linux.lib import SyscallError
 from runtime.linux.namespaces import CLONE
 from runtime.linux.process import PR_SET_CHILD_SUBREAPER, clone3, prctl, set_name, set_title
+from runtime.linux.userns import mapped
 from runtime.zygote.attach import attach, detach_all
 from runtime.zygote.child import become
 from runtime.zygote.container import Container, Process
@@ -24,11 +25,14 @@ from runtime.zygote.log import Log
 from runtime.zygote.messages import Kind, ProtocolError, close_all, receive, send
 from runtime.zygote.podinit import reap_for_ever
 from runtime.zygote.tree import kill_tree
+from runtime.zygote.userpod import join_user_pod
 
 TYPE_CHECKING = False  # typing costs a monitor memory
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, Final
+
+    from runtime.linux.userns import Maps
 
 # As plain numbers: an enum's arithmetic is Python code, and what it touches is memory of each monitor's own.
 _NEWNET: Final = int(CLONE.NEWNET)
@@ -36,6 +40,7 @@ _NEWIPC: Final = int(CLONE.NEWIPC)
 _NEWUTS: Final = int(CLONE.NEWUTS)
 _NEWPID: Final = int(CLONE.NEWPID)
 _SHM_ATTRIBUTES: Final = int(mount.MountAttr.NOSUID | mount.MountAttr.NODEV | mount.MountAttr.NOEXEC)
+_MADE: Final = ("net", "ipc", "pid", "uids", "gids", "hostname", "shm_bytes", "shm_path")
 SOCKET_NAME: Final = "monitor.sock"
 _PLAN_LIMIT_BYTES: Final = 4 << 20
 _SYSCTL_PATH: Final = str.maketrans("./", "/.")  # as sysctl(8): "eth0/1" in a dotted name is the file eth0.1
@@ -57,6 +62,7 @@ class Monitor:
         self._own_pid_ns = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
         self._pod_pid_ns = -1
         self._pod_init: tuple[int, int] | None = None  # pid, pidfd
+        self._user = -1
         self._shm = -1
         self._wake = -1
         self._made: dict[str, Any] = {}  # what the pod was made with, for the next cribd
@@ -218,31 +224,42 @@ class Monitor:
 
     def _make_pod(self, connection: socket.socket, fields: dict[str, Any]) -> None:
         """Make the pod's namespaces in this process; its children inherit them."""
+        self._made = {name: fields[name] for name in _MADE}
         fds: list[int] = []
         sockets: list[socket.socket] = []
+        flags = _NEWIPC if fields["ipc"] else 0
+        flags |= _NEWUTS if fields["hostname"] is not None else 0
+        if fields["uids"]:
+            flags |= _NEWNET if fields["net"] else 0
+            init = tuple(fields["init_cgroup"]) if fields["pid"] else None
+            self._user, pod_init = join_user_pod(flags, fields["uids"], fields["gids"], init)
+            if pod_init:
+                self._take_pod_init(pod_init, os.pidfd_open(pod_init))
+        else:
+            if fields["net"]:
+                namespaces.unshare(_NEWNET)
+            if flags:
+                namespaces.unshare(flags)
+            if fields["pid"]:
+                self._start_pod_init(tuple(fields["init_cgroup"]))
         if fields["net"]:
-            namespaces.unshare(_NEWNET)
             # Opened inside, so that cribd can configure the namespace without ever entering it.
             sockets.append(socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0))
             fds = [os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC), sockets[0].fileno()]
-        flags = (_NEWIPC if fields["ipc"] else 0) | (_NEWUTS if fields["hostname"] is not None else 0)
-        if flags:
-            namespaces.unshare(flags)
         if fields["hostname"] is not None:
             socket.sethostname(fields["hostname"])
         for name, value in fields["sysctls"].items():
-            with open(f"/proc/sys/{name.translate(_SYSCTL_PATH)}", "wb", buffering=0) as file:
-                file.write(value.encode())
+            self._set_sysctl(f"/proc/sys/{name.translate(_SYSCTL_PATH)}", value, fields["uids"])
         if fields["shm_bytes"]:
-            options = {"size": str(fields["shm_bytes"]), "mode": "1777"}
+            options: tuple[tuple[str, str], ...] = (("size", str(fields["shm_bytes"])), ("mode", "1777"))
+            if fields["uids"]:
+                root = mapped(0, fields["uids"]), mapped(0, fields["gids"])
+                options = (*options, ("uid", str(root[0])), ("gid", str(root[1])))
             self._shm = mount.detached("tmpfs", options, _SHM_ATTRIBUTES)
             if fields["shm_path"]:  # this kernel can't clone a detached mount: it has to be somewhere
                 target = os.open(fields["shm_path"], os.O_PATH | os.O_CLOEXEC)
                 mount.move_mount(self._shm, target, fields["shm_path"])
                 os.close(target)
-        if fields["pid"]:
-            self._start_pod_init(tuple(fields["init_cgroup"]))
-        self._made = {name: fields[name] for name in ("net", "ipc", "pid", "hostname", "shm_bytes", "shm_path")}
         self._send(connection, Kind.OK, tuple(fds), re=fields["n"], **self._facts())
         if fds:
             os.close(fds[0])
@@ -252,8 +269,25 @@ class Monitor:
         pid, pidfd = clone3(_NEWPID)
         if pid == 0:
             reap_for_ever(cgroup)
+        self._take_pod_init(pid, pidfd)
+
+    def _take_pod_init(self, pid: int, pidfd: int) -> None:
         self._pod_init = (pid, pidfd)
         self._pod_pid_ns = os.open(f"/proc/{pid}/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+
+    @staticmethod
+    def _set_sysctl(path: str, value: str, uids: Maps) -> None:
+        """Write a kernel parameter; those of an ipc namespace belong to the root of its user namespace."""
+        try:
+            _write(path, value)
+        except PermissionError:
+            if not uids:
+                raise
+            os.seteuid(mapped(0, uids))
+            try:
+                _write(path, value)
+            finally:
+                os.seteuid(0)
 
     def _clone(self, pid_ns: int, flags: int, cgroup_dir: str) -> tuple[int, int]:
         """clone3 with the child's pid namespace taken from `pid_ns` (a descriptor, -1: as it is)."""
@@ -299,8 +333,12 @@ class Monitor:
         child |= {"shm": self._shm} if self._shm >= 0 else {}
         plan = os.pread(fds[0], _PLAN_LIMIT_BYTES, 0)
         flags = _NEWPID if fields["pid"] == "new" else 0
+        inherited = pid_ns
+        if self._user >= 0:  # what it clones after joining the user namespace is what enters the pid namespace
+            child |= {"user": self._user} | ({"pid": pid_ns} if pid_ns >= 0 else {})
+            inherited, flags = -1, 0
         try:
-            pid, pidfd = self._clone(pid_ns, flags, fields["clone_dir"])
+            pid, pidfd = self._clone(inherited, flags, fields["clone_dir"])
             if pid == 0:
                 become(plan, child, theirs)
         except SyscallError:
@@ -314,6 +352,7 @@ class Monitor:
             close_all([end[1] for end in ends] + ([stdin[0]] if stdin else []) + ([pid_ns] if pid_ns >= 0 else []))
         container = Container(fields["n"], pid, pidfd, mine, fields)
         container.log = log
+        container.staged = self._user >= 0
         if stdin:
             os.set_blocking(stdin[1], False)
             container.stdin = stdin[1]
@@ -412,6 +451,10 @@ class Monitor:
             self._ended(info)
 
     def _ended(self, info: Any) -> None:
+        for container in self._containers.values():
+            # The news of the process that takes another's place comes before either of the two can end.
+            while container.staged and container.sync and select.select([container.sync], [], [], 0)[0]:
+                self._handlers[container.sync.fileno()]()
         for container in self._containers.values():
             if container.pid == info.si_pid and not container.ended:
                 container.end(info)
@@ -529,6 +572,7 @@ class Monitor:
             "pid": os.getpid(),
             "init_pid": self._pod_init[0] if self._pod_init else 0,
             "pod": self._made,
+            "user": self._user,
             "containers": [container.fact() for container in self._containers.values() if not container.sync],
         }
 
@@ -553,6 +597,11 @@ class Monitor:
         os.unlink(SOCKET_NAME, dir_fd=self._directory)
         connection, n = self._ending
         self._send(connection, Kind.OK, re=n)
+
+
+def _write(path: str, value: str) -> None:
+    with open(path, "wb", buffering=0) as file:
+        file.write(value.encode())
 
 
 def _oom_killed(memory_events: str) -> bool:

@@ -31,6 +31,8 @@ _POD: dict[str, Any] = {
     "net": False,
     "ipc": False,
     "pid": False,
+    "uids": (),
+    "gids": (),
     "hostname": None,
     "sysctls": {},
     "shm_bytes": 4096,
@@ -91,7 +93,7 @@ class Zygote:
         sys.path_importer_cache.clear()
         prctl(PR_SET_DUMPABLE, 0)
         os.chdir("/")
-        directory = detached("tmpfs", {})
+        directory = detached("tmpfs", ())
         signal.signal(signal.SIGCHLD, lambda *_: None)
         for _ in range(_WARM_UP_ROUNDS):
             _warm_up(f"/proc/self/fd/{directory}")

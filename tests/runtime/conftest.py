@@ -16,7 +16,7 @@ from runtime.cgroup import Cgroups, detect
 from runtime.engine import Cgroup, ContainerExit, ContainerStart, Engine, Pod, PodStart, Started
 from runtime.images import RootFs
 from runtime.linux.probe import probe
-from runtime.spec import Capabilities, Linux, Mount, Namespace, Process, Resources, Root, Spec, User
+from runtime.spec import Capabilities, IDMapping, Linux, Mount, Namespace, Process, Resources, Root, Spec, User
 from runtime.zygote.launch import launch
 
 POD_ID = "a" * 64
@@ -25,6 +25,8 @@ _APPLETS = (
 )
 _CAPABILITIES = ("CAP_CHOWN", "CAP_KILL", "CAP_MKNOD", "CAP_SETGID", "CAP_SETUID")
 TIMEOUT_S = 30
+FIRST_ID, COUNT_IDS = 1 << 20, 1 << 16
+MAPS = ((0, FIRST_ID, COUNT_IDS),)
 
 
 @pytest.fixture(scope="session")
@@ -114,6 +116,10 @@ def container(
     """A usual container; a namespace that is None in `namespaces` is the host's."""
     wanted = {"pid": "", "mount": "", "network": pod.namespaces.network, "ipc": pod.namespaces.ipc}
     wanted |= {"uts": pod.namespaces.uts}
+    mapping: tuple[IDMapping, ...] = ()
+    if pod.namespaces.user:
+        wanted["user"] = pod.namespaces.user
+        mapping = (IDMapping(container_id=0, host_id=FIRST_ID, size=COUNT_IDS),)
     merged = {**wanted, **(namespaces or {})}
     usual = (
         Mount(destination="/proc", type="proc", options=("nosuid", "nodev", "noexec")),
@@ -129,7 +135,13 @@ def container(
         process=process(base),
         root=Root(path="rootfs", readonly=readonly),
         mounts=usual + mounts,
-        linux=linux(Linux(namespaces=tuple(Namespace(type=k, path=v) for k, v in merged.items() if v is not None))),
+        linux=linux(
+            Linux(
+                namespaces=tuple(Namespace(type=k, path=v) for k, v in merged.items() if v is not None),
+                uid_mappings=mapping,
+                gid_mappings=mapping,
+            )
+        ),
     )
 
 

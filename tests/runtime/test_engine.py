@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -16,7 +17,7 @@ import pytest
 from runtime.cgroup import detect
 from runtime.engine import Cgroup, Engine, Exec, ExecStart, Pod, PodStart
 from runtime.errors import StepFailed, Unavailable, WrongState
-from runtime.linux.probe import Probes, probe
+from runtime.linux.probe import probe
 from runtime.spec import Linux, Mount, Process, User
 from runtime.zygote.launch import interpreter, launch
 from tests.requires import requires
@@ -143,7 +144,7 @@ async def test_without_clones_of_detached_mounts_shm_is_shared_too(
     layer: Path, state_dir: Path, tmp_path: Path
 ) -> None:
     state_dir.mkdir()
-    engine = Engine(state_dir, launch(), Probes(clone_detached_mount=False))
+    engine = Engine(state_dir, launch(), replace(probe(), clone_detached_mount=False))
     bench = Bench(engine, layer, tmp_path, detect(), f"/crib-test-{os.getpid()}-shm")
     try:
         pod = await bench.pod()

@@ -32,6 +32,7 @@ class Namespaces:
     ipc: str = "/proc/7/ns/ipc"
     uts: str = "/proc/7/ns/uts"
     pid: str | None = "/proc/8/ns/pid"
+    user: str = ""
 
 
 def image(**config: Any) -> Image:

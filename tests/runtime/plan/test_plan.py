@@ -5,14 +5,15 @@ from __future__ import annotations
 import errno
 import marshal
 
+import msgspec
 import pytest
 
 from runtime.errors import InvalidSpec, StepFailed
 from runtime.images import RootFs
-from runtime.plan import identity, mounts
+from runtime.plan import identity, mounts, user
 from runtime.plan.compile import Cgroup, Environment, Namespaces, compile_exec, compile_start
 from runtime.plan.plan import KINDS, Context, Plan, decode, encode, run
-from runtime.spec import Capabilities, Linux, Mount, Namespace, Process, Rlimit, Root, Spec, User
+from runtime.spec import Capabilities, IDMapping, Linux, Mount, Namespace, Process, Rlimit, Root, Spec, User
 
 ROOTFS = RootFs(base="/l", lowers=("2", "1"), upper="/u", work="/w")
 CGROUP = Cgroup("/p/c", ("/sys/fs/cgroup/p/c/cgroup.procs",), "", ("/sys/fs/cgroup/p/c",), "", ())
@@ -161,3 +162,55 @@ def test_limits_are_told_by_name() -> None:
 def test_every_step_is_of_a_phase() -> None:
     phases = {"namespaces", "rootfs", "mounts", "cgroup", "identity", "exec"}
     assert {kind.phase for kind in KINDS.values()} == phases
+
+
+MAPPING = (IDMapping(container_id=0, host_id=1000000, size=65536),)
+
+
+def mapped_plan(*mounts: Mount, namespaces: tuple[Namespace, ...] = ALL_NEW) -> Plan:
+    pod = Namespaces(POD.network, POD.ipc, POD.uts, "", "/proc/7/fd/9")
+    wanted = spec(mounts=mounts, namespaces=(*namespaces, Namespace(type="user", path=pod.user)))
+    assert wanted.linux is not None
+    linux = msgspec.structs.replace(wanted.linux, uid_mappings=MAPPING, gid_mappings=MAPPING)
+    environment = Environment("/run/crib/rootfs", pod, "/shm", False, 40)
+    return compile_start(msgspec.structs.replace(wanted, linux=linux), ROOTFS, CGROUP, environment).plan
+
+
+def test_a_user_namespace_is_entered_after_all_that_takes_the_hosts_privileges() -> None:
+    plan = mapped_plan(
+        Mount(destination="/dev", type="tmpfs", options=("nosuid", "mode=755")),
+        Mount(destination="/v", type="bind", source="/srv", options=("rbind", "ro", "ridmap"), uid_mappings=MAPPING),
+    )
+    kinds = [type(step) for step in plan]
+    entered = kinds.index(user.CloneAgain)
+    assert kinds.index(user.JoinUser) == entered - 1
+    before = {mounts.OpenSource, user.Adjust, user.MountMappedOverlay, user.MakeDev, identity.JoinCgroup}
+    assert before <= set(kinds[:entered])
+    assert not before & set(kinds[entered:])
+    after = {identity.Unshare, user.AttachRoot, mounts.Attach, mounts.PivotRoot, identity.Execute}
+    assert after <= set(kinds[entered:])
+    assert kinds[entered + 1] is identity.Detach
+    adjusted = next(step for step in plan if isinstance(step, user.Adjust))
+    assert (adjusted.mapping, adjusted.mapping_recursive, adjusted.set_) == ("user", True, 1)
+
+
+def test_another_mapping_gets_a_namespace_of_its_own_once() -> None:
+    other = (IDMapping(container_id=0, host_id=5, size=1),)
+    volumes = [
+        Mount(
+            destination=f"/{n}", type="bind", source="/srv", options=("bind",), uid_mappings=other, gid_mappings=other
+        )
+        for n in range(2)
+    ]
+    plan = mapped_plan(*volumes)
+    assert [type(step) for step in plan].count(user.MakeMapping) == 1
+    assert [step.mapping for step in plan if isinstance(step, user.Adjust)] == ["mapping0"] * 2
+    assert decode(encode(plan))[-1].describe() == plan[-1].describe()
+
+
+def test_a_pods_user_namespace_is_all_of_its_containers() -> None:
+    pod = Namespaces(user="/proc/7/fd/9")
+    with pytest.raises(InvalidSpec, match="user namespace"):
+        compile_start(spec(namespaces=()), ROOTFS, CGROUP, Environment("/s", pod, "", False, 40))
+    with pytest.raises(InvalidSpec, match="idmapped without a mapping"):
+        plan_of(spec(mounts=(Mount(destination="/v", type="bind", source="/srv", options=("idmap",)),)))
