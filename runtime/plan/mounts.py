@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
-from errno import EEXIST, ENOENT, ENOTDIR
+from errno import ENOENT, ENOTDIR
 
 from runtime.linux import files
 from runtime.linux.lib import SyscallError
@@ -30,6 +30,7 @@ TYPE_CHECKING = False  # typing costs a monitor memory
 if TYPE_CHECKING:
     Nodes = tuple[tuple[str, str, int, int, int, int, int], ...]  # name, kind, major, minor, mode, uid, gid
 
+_SHOWN = 12
 _PROPAGATION = {MS.SHARED: "shared", MS.SLAVE: "slave", MS.PRIVATE: "private"}
 
 
@@ -40,19 +41,21 @@ def attributes(set_: int) -> str:
 
 
 def make_nodes(directory: int, nodes: Nodes) -> None:
-    """Make device nodes in an open directory. One that is there already stays as it is: it may be the host's /dev."""
+    """Make device nodes in an open directory. What is there already stays as it is: it may be the host's /dev."""
     for name, kind, major, minor, mode, uid, gid in nodes:
         form = {"c": stat.S_IFCHR, "u": stat.S_IFCHR, "b": stat.S_IFBLK, "p": stat.S_IFIFO}[kind]
         device = 0 if kind == "p" else os.makedev(major, minor)
         try:
             os.mknod(name, form | mode, device, dir_fd=directory)
         except FileExistsError:
-            status = os.lstat(name, dir_fd=directory)
-            if stat.S_IFMT(status.st_mode) != form or status.st_rdev != device:
-                raise SyscallError("mknod", EEXIST, name) from None
-        else:
-            if uid or gid:
-                os.chown(name, uid, gid, dir_fd=directory, follow_symlinks=False)
+            continue
+        if uid or gid:
+            os.chown(name, uid, gid, dir_fd=directory, follow_symlinks=False)
+
+
+def some(names: list[str]) -> str:
+    """The first few of many names."""
+    return " ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
 
 
 class OpenSource(Step):
@@ -211,7 +214,7 @@ class MakeDevices(Step):
             os.close(parent)
 
     def describe(self) -> str:
-        return f"make devices in {self.directory}: {' '.join(node[0] for node in self.nodes)}"
+        return f"make devices in {self.directory}: {some([node[0] for node in self.nodes])}"
 
 
 class MakeLinks(Step):

@@ -16,7 +16,7 @@ from runtime.linux.lib import SyscallError
 from runtime.linux.mount import MS, detached, idmap, mount, mount_setattr, move_mount, open_tree
 from runtime.linux.namespaces import CLONE, setns, unshare
 from runtime.linux.process import clone3
-from runtime.plan.mounts import attributes, make_nodes
+from runtime.plan.mounts import attributes, make_nodes, some
 from runtime.plan.plan import Context, Step
 
 TYPE_CHECKING = False  # typing costs a monitor memory
@@ -182,7 +182,7 @@ class MakeDev(Step):
         return directory
 
     def describe(self) -> str:
-        return f"make devices for /dev: {' '.join(node[0] for node in self.nodes)}"
+        return f"make devices for /dev: {some([node[0] for node in self.nodes])}"
 
 
 class JoinUser(Step):

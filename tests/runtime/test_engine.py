@@ -18,7 +18,7 @@ from runtime.cgroup import detect
 from runtime.engine import Cgroup, Engine, Exec, ExecStart, Pod, PodStart
 from runtime.errors import StepFailed, Unavailable, WrongState
 from runtime.linux.probe import probe
-from runtime.spec import Linux, Mount, Process, User
+from runtime.spec import Device, Linux, Mount, Process, User
 from runtime.zygote.launch import interpreter, launch
 from tests.requires import requires
 from tests.runtime.conftest import POD_ID, TIMEOUT_S, Bench, container
@@ -321,3 +321,24 @@ async def test_kernel_parameters_of_a_pod(bench: Bench) -> None:
     files = "/proc/sys/net/ipv4/conf/lo/forwarding /proc/sys/kernel/shm_rmid_forced"
     _, log = await bench.run(pod, "c", container(pod, "sh", "-c", f"cat {files}"))
     assert log.split() == ["1", "1"]
+
+
+async def test_devices_that_are_there_already_stay(bench: Bench, tmp_path: Path) -> None:
+    """A container with the host's /dev and devices of its own must not replace the host's."""
+    (tmp_path / "dev").mkdir()
+    os.mknod(tmp_path / "dev/null", 0o20640, os.makedev(1, 3))
+    (tmp_path / "dev/ptmx").symlink_to("pts/ptmx")
+    before = os.lstat(tmp_path / "dev/null")
+    devices = tuple(
+        Device(path=f"/own/{n}", type="c", major=1, minor=m) for n, m in (("null", 3), ("ptmx", 5), ("x", 5))
+    )
+    pod = await bench.pod()
+    mount = Mount(destination="/own", type="bind", source=str(tmp_path / "dev"), options=("rbind",))
+    spec = container(
+        pod, "true", mounts=(mount,), linux=lambda linux: msgspec.structs.replace(linux, devices=devices)
+    )  # fmt: skip
+    exited, _ = await bench.run(pod, "c", spec)
+    assert exited.code == 0
+    assert os.lstat(tmp_path / "dev/null") == before
+    assert (tmp_path / "dev/ptmx").is_symlink()
+    assert (tmp_path / "dev/x").is_char_device()
