@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from runtime.cgroup import devices, files, tree, units
 from runtime.cgroup.dbus import Connection, Refused
-from runtime.cgroup.v2 import V2, writes
+from runtime.cgroup.v2 import V2, controllers_of, writes
 from runtime.cgroup.writes import Write, carry_out, carry_out_or_revert, revert
 from runtime.errors import CribError, InvalidSpec, NotFound, Unavailable, WrongState
 from runtime.spec import Resources
@@ -36,6 +36,11 @@ class Systemd(V2):
 
     driver = "systemd"
 
+    def __init__(self, root: str) -> None:
+        super().__init__(root)
+        # systemd enables what its properties ask for, and disables the rest again: that moves every process below.
+        self._always = frozenset()
+
     def join_path(self, parent: str, *names: str) -> str:
         return units.slice_below(parent, names)
 
@@ -52,7 +57,7 @@ class Systemd(V2):
             for above in made:
                 rollback.callback(self._undo, above)  # innermost first
             self._start(name, path, limits)
-            self._hand_down(path, {write.controller for write in limits if not write.tolerant})
+            self._hand_down(path, controllers_of(limits))
             carry_out(path, lambda _: self._root + path, limits)
             if not policy.open:
                 self._programs.attach(self._root + path, policy)
@@ -64,7 +69,7 @@ class Systemd(V2):
         directory = self._directory(path)
         limits = self._available(writes(self._completed(path, resources)))
         policy = devices.policy(resources.devices) if resources.devices else None
-        self._hand_down(path, {write.controller for write in limits if not write.tolerant})
+        self._hand_down(path, controllers_of(limits))
         # The kernel judges first; systemd takes what it's told and would only log a refusal.
         undo = carry_out_or_revert(path, lambda _: directory, limits)
         try:

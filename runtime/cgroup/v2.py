@@ -5,6 +5,7 @@ The kernel's documentation: Documentation/admin-guide/cgroup-v2.rst.
 
 import errno
 import os
+from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Final
@@ -163,6 +164,10 @@ def _unified(file: str, value: str) -> Write:
     return Write(controller, file, lines, f"unified {file}", value.strip())
 
 
+def controllers_of(limits: Iterable[Write]) -> frozenset[str]:
+    return frozenset(write.controller for write in limits if not write.tolerant)
+
+
 class V2:
     """The cgroupfs driver on v2; see `Cgroups`. `root` is where the hierarchy is mounted."""
 
@@ -172,7 +177,7 @@ class V2:
     def __init__(self, root: str) -> None:
         self._root = root
         self.controllers = frozenset(files.read(f"{root}/cgroup.controllers").split())
-        self._wanted = self.controllers.intersection(_HANDED_DOWN)
+        self._always = self.controllers.intersection(_HANDED_DOWN)
         self._programs = Programs()
 
     def join_path(self, parent: str, *names: str) -> str:
@@ -191,7 +196,7 @@ class V2:
             rollback.callback(tree.remove_made, self._root, made)
             if path not in made:
                 self._take_over(path)
-            self._hand_down(path, {write.controller for write in limits if not write.tolerant})
+            self._hand_down(path, controllers_of(limits))
             carry_out(path, lambda _: self._root + path, limits)
             if not policy.open:
                 self._programs.attach(self._root + path, policy)
@@ -203,7 +208,7 @@ class V2:
         directory = self._directory(path)
         limits = self._available(writes(self._completed(path, resources)))
         policy = devices.policy(resources.devices) if resources.devices else None
-        self._hand_down(path, {write.controller for write in limits if not write.tolerant})
+        self._hand_down(path, controllers_of(limits))
         undo = carry_out_or_revert(path, lambda _: directory, limits)
         try:
             if policy is not None:
@@ -269,26 +274,26 @@ class V2:
         enabled = files.read(f"{self._root}{path}/cgroup.subtree_control").split()
         files.write(f"{self._root}{path}/cgroup.subtree_control", " ".join(f"-{controller}" for controller in enabled))
 
-    def _hand_down(self, path: str, needed: set[str]) -> None:
+    def _hand_down(self, path: str, needed: frozenset[str]) -> None:
         """Enable the controllers in every cgroup above `path`. Raises WrongState for a `needed` one that can't be."""
         parent = path.rpartition("/")[0]
+        wanted = self._always | needed
         try:
-            if self._lacking(parent):
+            if self._lacking(parent, wanted):
                 # Usual for the first pod below a parent only; from the root down, as each can only pass on what it has.
                 for above in ("", *tree.lineage(parent)) if parent else ("",):
-                    self._enable(above, self._lacking(above))
-            lacking = self._lacking(parent) & needed
+                    self._enable(above, self._lacking(above, wanted))
+            lacking = self._lacking(parent, needed)
         except OSError as error:
             raise tree.explain(error, path) from error
         if lacking:
-            raise WrongState(
-                f"cgroup {path}: controllers {', '.join(sorted(lacking))} can't be enabled: {self._obstacle(parent)}"
-            )
+            obstacle = self._obstacle(parent, lacking)
+            raise WrongState(f"cgroup {path}: controllers {', '.join(sorted(lacking))} can't be enabled: {obstacle}")
 
-    def _lacking(self, path: str) -> set[str]:
-        return set(self._wanted.difference(files.read(f"{self._root}{path}/cgroup.subtree_control").split()))
+    def _lacking(self, path: str, wanted: frozenset[str]) -> frozenset[str]:
+        return wanted.difference(files.read(f"{self._root}{path}/cgroup.subtree_control").split())
 
-    def _enable(self, path: str, lacking: set[str]) -> None:
+    def _enable(self, path: str, lacking: frozenset[str]) -> None:
         if not lacking or self._is_leaf(path):
             return
         file = f"{self._root}{path}/cgroup.subtree_control"
@@ -312,10 +317,10 @@ class V2:
         directory = self._root + path
         return bool(files.read(f"{directory}/cgroup.procs")) and os.path.exists(f"{directory}/cgroup.type")
 
-    def _obstacle(self, parent: str) -> str:
+    def _obstacle(self, parent: str, lacking: frozenset[str]) -> str:
         for above in ("", *tree.lineage(parent)) if parent else ("",):
             directory = self._root + above
-            if not self._lacking(above):
+            if not self._lacking(above, lacking):
                 continue
             if self._is_leaf(above):
                 return f"cgroup {above or '/'} holds processes itself (cgroup v2 allows them in leaves only)"
