@@ -12,6 +12,7 @@ from cri.container.exec import exec_sync
 from cri.container.remove import remove
 from cri.container.start import start
 from cri.container.stop import stop
+from cri.container.update import update
 from cri.daemon import log
 from cri.node import Node
 from cri.rpc import Call, Handler
@@ -33,6 +34,7 @@ class ContainerCalls:
             "ContainerStatus": self.status,
             "ListContainers": self.list,
             "ExecSync": self.exec_sync,
+            "UpdateContainerResources": self.update,
         }
 
     def _find(self, id: str) -> Container | None:
@@ -85,3 +87,11 @@ class ContainerCalls:
         container = self._get(request.container_id)
         stdout, stderr, code = await exec_sync(self._node, container, list(request.cmd), request.timeout)
         return pb.ExecSyncResponse(stdout=stdout, stderr=stderr, exit_code=code)
+
+    async def update(
+        self, request: pb.UpdateContainerResourcesRequest, call: Call
+    ) -> pb.UpdateContainerResourcesResponse:
+        if not request.HasField("linux"):
+            raise InvalidSpec("linux is missing: there is nothing to update")
+        await update(self._node, self._get(request.container_id), request.linux)
+        return pb.UpdateContainerResourcesResponse()

@@ -80,6 +80,13 @@ class Container:
         return self.record.state
 
     @property
+    def resources(self) -> pb.LinuxContainerResources:
+        """The limits in force, as requested last."""
+        if self.record.resources:
+            return pb.LinuxContainerResources.FromString(self.record.resources)
+        return self.config.linux.resources
+
+    @property
     def alive(self) -> bool:
         """Whether it has processes, or is about to."""
         return self.state in (ContainerState.STARTING, ContainerState.RUNNING)

@@ -66,8 +66,8 @@ def status(container: Container) -> pb.ContainerStatus:
         found.exit_code = record.exit_code
         found.reason = record.reason
         found.message = record.message
-    if config.linux.HasField("resources"):
-        found.resources.linux.CopyFrom(config.linux.resources)
+    if config.linux.HasField("resources") or record.resources:
+        found.resources.linux.CopyFrom(container.resources)
     if record.user is not None:
         user = record.user
         found.user.linux.uid, found.user.linux.gid = user.uid, user.gid

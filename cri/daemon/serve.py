@@ -29,6 +29,7 @@ from cri.recovery import recover
 from cri.rpc import MESSAGE_LIMIT_BYTES, generic_handler
 from cri.sandbox.calls import SandboxCalls
 from cri.state.store import Store
+from cri.stats.calls import StatsCalls
 from cri.streaming.calls import StreamingCalls
 from cri.streaming.server import StreamingServer
 from cri.translate.capabilities import capabilities
@@ -133,6 +134,7 @@ def make_server(node: Node, probes: Probes, streaming: StreamingServer) -> grpc.
         **SandboxCalls(node).handlers(),
         **ContainerCalls(node).handlers(),
         **StreamingCalls(node, streaming).handlers(),
+        **StatsCalls(node).handlers(),
     }
     server.add_generic_rpc_handlers(
         (

@@ -10,6 +10,7 @@ from cri.node import Node
 from cri.rpc import Call, Handler
 from cri.sandbox import end, view
 from cri.sandbox.run import run
+from cri.translate.resources import resources
 from runtime.errors import InvalidSpec
 
 
@@ -26,6 +27,7 @@ class SandboxCalls:
             "RemovePodSandbox": self.remove,
             "PodSandboxStatus": self.status,
             "ListPodSandbox": self.list,
+            "UpdatePodSandboxResources": self.update,
         }
 
     async def run(self, request: pb.RunPodSandboxRequest, call: Call) -> pb.RunPodSandboxResponse:
@@ -54,3 +56,16 @@ class SandboxCalls:
 
     async def list(self, request: pb.ListPodSandboxRequest, call: Call) -> pb.ListPodSandboxResponse:
         return pb.ListPodSandboxResponse(items=view.listed(self._node, request.filter))
+
+    async def update(
+        self, request: pb.UpdatePodSandboxResourcesRequest, call: Call
+    ) -> pb.UpdatePodSandboxResourcesResponse:
+        """Take note of the pod's new resources (KEP-1287): the pod's cgroup itself is the kubelet's to write."""
+        pod = self._node.pods.get(request.pod_sandbox_id)
+        log.bind(sandbox_id=pod.id)
+        async with pod.changing():
+            pod.must_be_ready()
+            for part in (request.resources, request.overhead):
+                resources(part, cgroup_version=self._node.cgroups.version)
+            self._node.save(pod, resources=request.SerializeToString())
+        return pb.UpdatePodSandboxResourcesResponse()

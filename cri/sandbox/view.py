@@ -64,6 +64,7 @@ def info(node: Node, pod: Pod) -> dict[str, str]:
         "cgroupPath": pod.record.cgroup_path,
         "owes": list(pod.record.owes),
         "message": pod.record.message,
+        "resources": _resources(pod),
         "config": json_format.MessageToDict(pod.config, preserving_proto_field_name=True),
         "runtimeSpec": {
             "hostname": pod.plan.hostname or "",
@@ -77,3 +78,14 @@ def info(node: Node, pod: Pod) -> dict[str, str]:
         },
     }
     return {"info": json.dumps(found)}
+
+
+def _resources(pod: Pod) -> dict[str, object]:
+    """The pod's resources and overhead in force, as requested last."""
+    linux = pod.config.linux
+    now = pb.UpdatePodSandboxResourcesRequest(overhead=linux.overhead, resources=linux.resources)
+    if pod.record.resources:
+        now = pb.UpdatePodSandboxResourcesRequest.FromString(pod.record.resources)
+    found: dict[str, object] = json_format.MessageToDict(now, preserving_proto_field_name=True)
+    found.pop("pod_sandbox_id", None)
+    return found

@@ -39,6 +39,7 @@ class SandboxRecord(_Record, frozen=True):
     `config` is the request's PodSandboxConfig, serialised deterministically. Its containers' cgroups are below
     `cgroup_path`; `cgroups` are those made for the pod itself, outermost first, `init_cgroup` among them where the pod
     shares a pid namespace. `owes` names what teardown has still to give back, and is empty once all of it is gone.
+    `resources` is the last UpdatePodSandboxResourcesRequest, if there was one.
     """
 
     id: SandboxId
@@ -56,6 +57,7 @@ class SandboxRecord(_Record, frozen=True):
     monitor_pid: int = 0
     owes: tuple[str, ...] = ()
     message: str = ""
+    resources: bytes = b""
 
 
 class UserRecord(_Record, frozen=True):
@@ -69,7 +71,8 @@ class ContainerRecord(_Record, frozen=True):
 
     `config` is the request's ContainerConfig, serialised deterministically. `image_ref` is the repo digest (or the id,
     where the image has none) that ContainerStatus reports, `image_name` what the user asked for. `stop_sent` and
-    `stop_deadline_ns` keep a stop going over cribd's restart.
+    `stop_deadline_ns` keep a stop going over cribd's restart. `resources` is a LinuxContainerResources once they have
+    been updated: `config` stays what was asked for.
     """
 
     id: ContainerId
@@ -93,6 +96,7 @@ class ContainerRecord(_Record, frozen=True):
     message: str = ""
     stop_sent: bool = False
     stop_deadline_ns: int = 0
+    resources: bytes = b""
 
 
 class StepRecord(_Record, frozen=True):

@@ -1,0 +1,1 @@
+"""What containers and pods use, as the CRI tells it."""
