@@ -28,17 +28,23 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(failure.USAGE)
 
 
-def parser() -> argparse.ArgumentParser:
-    """`handler` of what it returns is "module:function" below cri.cli."""
+def _common() -> _Parser:
+    """What may stand before the command or behind it. A new one each time: parsers share their parents' actions, and
+    a default that is set for one would count for all."""
     common = _Parser(add_help=False, argument_default=argparse.SUPPRESS)
     common.add_argument("--endpoint", metavar="unix:///PATH", help=f"cribd's socket (default {ENDPOINT})")
     common.add_argument("-o", "--output", choices=("table", "json"), help="for people or for programs")
+    return common
+
+
+def parser() -> argparse.ArgumentParser:
+    """`handler` of what it returns is "module:function" below cri.cli."""
     top = _Parser(
         prog="crib",
         description="Run and look at pods, containers and images through cribd.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        parents=[common],
+        parents=[_common()],
         allow_abbrev=False,
     )
     top.add_argument("--version", action="store_true", help="this command's own version")
@@ -46,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(metavar="COMMAND", parser_class=_Parser)
 
     def command(name: str, handler: str, text: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=text, description=text, parents=[common], allow_abbrev=False)
+        added = commands.add_parser(name, help=text, description=text, parents=[_common()], allow_abbrev=False)
         added.set_defaults(handler=handler)
         return added
 
@@ -103,6 +109,9 @@ def _run(run: argparse.ArgumentParser) -> None:
     run.add_argument("--net", choices=("pod", "host"), default="pod", help="its own network, or the host's")
     run.add_argument("-e", "--env", metavar="KEY[=VALUE]", action="append", default=[], help="without a value: yours")
     run.add_argument("-v", "--volume", metavar="SOURCE:TARGET[:ro]", action="append", default=[], help="bind mount")
+    run.add_argument(
+        "-p", "--publish", metavar="[IP:]PORT:PORT[/udp]", action="append", default=[], help="the host's, the pod's"
+    )
     run.add_argument("-u", "--user", metavar="USER[:GID]", default="", help="a number, or a name of the image's")
     run.add_argument("-w", "--workdir", metavar="DIR", default="", help="instead of the image's")
     run.add_argument("-m", "--memory", metavar="SIZE", default="", help="limit, like 512Mi")

@@ -27,6 +27,9 @@ from cri.cli.remove import LABEL
 STOP_S: Final = 10
 _NAME: Final = re.compile(r"[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?")
 _SIZE: Final = re.compile(r"(\d+)([kmgKMG]?)i?[bB]?")
+_PORT: Final = re.compile(
+    r"((?P<address>[0-9.]+|\[[0-9a-fA-F:]+\]):)?(?P<host>\d{1,5}):(?P<pod>\d{1,5})(/(?P<protocol>tcp|udp|sctp))?"
+)
 _PROPAGATION: Final = {
     "private": pb.PROPAGATION_PRIVATE,
     "rprivate": pb.PROPAGATION_PRIVATE,
@@ -195,6 +198,7 @@ def _sandbox(name: str, options: Namespace) -> pb.PodSandboxConfig:
         metadata=pb.PodSandboxMetadata(name=name, uid=identifier, namespace="default"),
         hostname="" if on_host else name,
         log_directory=posixpath.join(os.path.abspath(options.log_dir), identifier),
+        port_mappings=[_port(text) for text in options.publish],
         labels={LABEL: name, **_pairs("--label", options.label)},
         linux=pb.LinuxPodSandboxConfig(
             cgroup_parent=options.cgroup_parent,
@@ -277,6 +281,19 @@ def _mount(text: str) -> pb.Mount:
                 f"--volume {text!r}: no option {option!r} (ro, rw, rro, private, slave, shared)", failure.USAGE
             )
     return pb.Mount(host_path=os.path.abspath(source), container_path=target, **fields)
+
+
+def _port(text: str) -> pb.PortMapping:
+    """[ADDRESS:]HOST-PORT:POD-PORT[/PROTOCOL]; an IPv6 address in brackets."""
+    match = _PORT.fullmatch(text)
+    if not match:
+        raise Failure(f"--publish {text!r}: not [ADDRESS:]PORT:PORT[/tcp, /udp or /sctp]", failure.USAGE)
+    return pb.PortMapping(
+        protocol=(match["protocol"] or "tcp").upper(),
+        host_ip=(match["address"] or "").strip("[]"),
+        host_port=int(match["host"]),
+        container_port=int(match["pod"]),
+    )
 
 
 def _pairs(option: str, given: list[str]) -> dict[str, str]:

@@ -61,7 +61,7 @@ def test_up_twice_and_down_twice(here: None) -> None:
     assert f"my address: {address}/" in shown, "the log"
     assert shown.count(address) >= 2, "the pods"
     assert "execute sh" in shown and "from call to answer" in shown, "the timeline"
-    for hint in ("crib ps", f"crictl --runtime-endpoint unix://{STATE}/crib.sock", "./hack/down"):
+    for hint in ("crib ps", f"crictl -r unix://{STATE}/crib.sock -i ", "./hack/down"):
         assert hint in shown
 
     again = hack("up")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from collections.abc import Callable
@@ -24,7 +25,8 @@ def requests_of(fake: Fake, method: str) -> list[object]:
 def test_run_asks_for_what_a_kubelet_asks_for(fake: Fake, crib: Crib, tmp_path: Path) -> None:
     crib(
         "run", "--name", "t", "--net", "host", "-e", "A=b=c", "-e", "HOME", "-v", f"{tmp_path}:/data:ro,rslave",
-        "-m", "64Mi", "--cpus", "0.5", "-u", "1000:100", "-w", "/tmp", "--read-only", "-l", "x=y", IMAGE, "true",
+        "-m", "64Mi", "--cpus", "0.5", "-u", "1000:100", "-w", "/tmp", "--read-only", "-l", "x=y",
+        "-p", "8080:80", "-p", "[::1]:5353:53/udp", IMAGE, "true",
     )  # fmt: skip
     [request] = requests_of(fake, "CreateContainer")
     assert isinstance(request, pb.CreateContainerRequest)
@@ -43,6 +45,10 @@ def test_run_asks_for_what_a_kubelet_asks_for(fake: Fake, crib: Crib, tmp_path: 
     assert config.image.image.startswith("sha256:") and config.image.user_specified_image == IMAGE
     assert pod.linux.security_context.namespace_options.network == pb.NODE and not pod.hostname
     assert pod.labels["x"] == "y"
+    assert list(pod.port_mappings) == [
+        pb.PortMapping(host_port=8080, container_port=80),
+        pb.PortMapping(protocol=pb.UDP, host_ip="::1", host_port=5353, container_port=53),
+    ]
 
 
 def test_run_fetches_a_missing_image(fake: Fake, crib: Crib) -> None:
@@ -184,6 +190,7 @@ def test_usage(crib: Crib) -> None:
     assert "invalid choice: 'nosuch'" in crib.error("nosuch", code=2)
     assert "see crib exec --help" in crib.error("exec", code=2)
     assert "--rm and --detach exclude each other" in crib.error("run", "-d", "--rm", IMAGE, code=2)
+    assert "not [ADDRESS:]PORT:PORT" in crib.error("run", "-p", "80", IMAGE, code=2)
     assert "not SOURCE:/TARGET" in crib.error("run", "-v", "x", IMAGE, code=2)
     assert crib.full(code=2).stderr.startswith(b"usage: crib")
     assert "is not unix:///PATH" in Crib("tcp://x", crib.log_dir).error("ps", code=2)
@@ -225,3 +232,13 @@ def test_version(crib: Crib, fake: Fake) -> None:
     fake.close()
     away = crib.full("version", code=4)
     assert away.stdout == b"crib 0.1.0\n"
+
+
+def test_options_of_every_command_stand_before_it_or_behind(crib: Crib, fake: Fake) -> None:
+    elsewhere = Crib("unix:///nowhere", crib.log_dir)
+    for arguments in (
+        ["--endpoint", fake.endpoint, "-o", "json", "pods"],
+        ["pods", "-o", "json", "--endpoint", fake.endpoint],
+    ):
+        assert json.loads(elsewhere(*arguments)) == []
+    assert "unix:///last" in elsewhere.error("--endpoint", fake.endpoint, "pods", "--endpoint", "unix:///last", code=4)
