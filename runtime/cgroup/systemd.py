@@ -4,17 +4,20 @@ A container is a slice of its own. A scope would go when its last process ends, 
 and could not be there before its first process is: a slice stays until it is stopped, takes its process by
 CLONE_INTO_CGROUP (a scope's is moved by systemd, at the cost of an RCU grace period), and needs no process to begin
 with. runc runs containers in slices, too. What systemd has been told is repeated by it now and then (after a
-daemon-reload, or when a sibling starts), so every limit that it has a property for is set as one.
+daemon-reload, or when a sibling starts), so every limit that it has a property for is set as one; what it has none for
+and writes all the same (memory.oom.group, which the kubelet sets) is written again when that happens.
 
 The price: systemd delegates scopes and services, no slices. Cgroups that a container makes below its own can lose
 their controllers when the container's limits are changed.
 """
 
+from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from typing import Any, Final
 
 from runtime.cgroup import devices, files, tree, units
 from runtime.cgroup.dbus import Connection, Refused
+from runtime.cgroup.guard import Guard
 from runtime.cgroup.v2 import V2, controllers_of, writes
 from runtime.cgroup.writes import Write, carry_out, carry_out_or_revert, revert
 from runtime.errors import CribError, InvalidSpec, NotFound, Unavailable, WrongState
@@ -28,6 +31,8 @@ _ALWAYS: Final[dict[str, tuple[str, Any]]] = {
     "MemoryAccounting": ("b", True),
     "TasksAccounting": ("b", True),
 }
+# Files that systemd writes with every other change, and has no exact property for.
+_REWRITTEN: Final = ("cpu.idle", "cpu.max", "memory.oom.group", "memory.zswap.max", "memory.zswap.writeback")
 _STOPPED: Final = ("NoSuchUnit", "LoadFailed")
 
 
@@ -40,6 +45,7 @@ class Systemd(V2):
         super().__init__(root)
         # systemd enables what its properties ask for, and disables the rest again: that moves every process below.
         self._always = frozenset()
+        self._guard = Guard()
 
     def join_path(self, parent: str, *names: str) -> str:
         return units.slice_below(parent, names)
@@ -62,7 +68,15 @@ class Systemd(V2):
             if not policy.open:
                 self._programs.attach(self._root + path, policy)
             rollback.pop_all()
+        for file in self._rewritten(path, limits):
+            self._guard.keep(file)
         return tuple(made)
+
+    def adopt(self, path: str, resources: Resources) -> None:
+        limits = [write for write in self._available(writes(resources)) if write.file in _REWRITTEN]
+        carry_out(path, lambda _: self._root + path, limits)
+        for file in self._rewritten(path, limits):
+            self._guard.keep(file)
 
     def update(self, path: str, resources: Resources) -> None:
         name = units.slice_name(tree.checked(path))
@@ -70,17 +84,24 @@ class Systemd(V2):
         limits = self._available(writes(self._completed(path, resources)))
         policy = devices.policy(resources.devices) if resources.devices else None
         self._hand_down(path, controllers_of(limits))
-        # The kernel judges first; systemd takes what it's told and would only log a refusal.
-        undo = carry_out_or_revert(path, lambda _: directory, limits)
+        guarded = self._rewritten(path, limits)
+        for file in guarded:
+            self._guard.release(file)
         try:
-            self._tell(name, path, limits)
-            if policy is not None:
-                self._programs.attach(directory, policy)
-        except CribError:
-            revert(lambda _: directory, undo)
-            with suppress(CribError):
-                self._tell(name, path, undo)
-            raise
+            # The kernel judges first; systemd takes what it's told and would only log a refusal.
+            undo = carry_out_or_revert(path, lambda _: directory, limits)
+            try:
+                self._tell(name, path, limits)
+                if policy is not None:
+                    self._programs.attach(directory, policy)
+            except CribError:
+                revert(lambda _: directory, undo)
+                with suppress(CribError):
+                    self._tell(name, path, undo)
+                raise
+        finally:
+            for file in guarded:
+                self._guard.keep(file)
 
     def remove(self, path: str) -> bool:
         name = units.slice_name(tree.checked(path))
@@ -140,6 +161,9 @@ class Systemd(V2):
                 raise NotFound(f"cgroup {path}: systemd has no slice {name}") from refusal
             raise InvalidSpec(f"cgroup {path}: systemd refuses limits of slice {name}: {refusal}") from refusal
         carry_out(path, lambda _: self._root + path, quota)
+
+    def _rewritten(self, path: str, limits: Iterable[Write]) -> tuple[str, ...]:
+        return tuple(f"{self._root}{path}/{write.file}" for write in limits if write.file in _REWRITTEN)
 
     def _quota(self, path: str) -> tuple[Write, ...]:
         """What sets cpu.max as it is now."""

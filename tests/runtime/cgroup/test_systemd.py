@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import select
 import signal
 import socket
 import subprocess
@@ -10,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from runtime.cgroup import units, v2
+from runtime.cgroup import detect, units, v2
 from runtime.cgroup.dbus import PRIVATE_SOCKET, SYSTEM_SOCKET, Connection, Refused
 from runtime.errors import DeadlineExceeded, InvalidSpec, Unavailable
+from runtime.linux import inotify
 from runtime.spec import CPU, BlockIO, DeviceCgroup, HugepageLimit, Memory, Pids, Resources, ThrottleDevice
 from tests.requires import requires
-from tests.runtime.cgroup.conftest import Place
+from tests.runtime.cgroup.conftest import DEADLINE_S, Place
 
 MIB = 1 << 20
 under_systemd = pytest.mark.parametrize("place", ["systemd"], indirect=True)
@@ -138,6 +141,35 @@ def _files(path: str) -> dict[str, str]:
     return {name: file.read_text().strip() for name, file in found.items() if file.exists()}
 
 
+def _wait_for(file: Path, value: str) -> None:
+    watching = inotify.inotify_init()
+    inotify.add_watch(watching, str(file), inotify.IN_MODIFY)
+    while file.read_text().strip() != value:
+        assert select.select([watching], [], [], DEADLINE_S)[0], f"{file} is still {file.read_text()}"
+        list(inotify.read_events(watching))
+    os.close(watching)
+
+
+@requires("root", "systemd")
+@under_systemd
+def test_an_earlier_cribds_cgroup_is_adopted(place: Place) -> None:
+    limits = Resources(memory=Memory(limit=64 * MIB), unified={"memory.oom.group": "1"}, cpu=CPU(quota=12_345))
+    path = place.make("older", limits=limits)
+    group, quota = (Path(f"/sys/fs/cgroup{path}/{name}") for name in ("memory.oom.group", "cpu.max"))
+    later = detect(driver="systemd")
+    group.write_text("0")
+    later.adopt(path, limits)
+    _wait_for(group, "1")
+    for file, wrong in ((group, "0"), (quota, "20000 100000")):
+        right = file.read_text().strip()
+        file.write_text(wrong)
+        _wait_for(file, right)
+    # An update is not taken for a disturbance.
+    for cgroups in (later, place.cgroups):
+        cgroups.update(path, Resources(unified={"memory.oom.group": "1"}, cpu=CPU(quota=12_345)))
+    assert quota.read_text().strip() == "12345 100000"
+
+
 @requires("root", "systemd")
 @under_systemd
 def test_limits_and_devices_survive_systemd(place: Place) -> None:
@@ -146,7 +178,7 @@ def test_limits_and_devices_survive_systemd(place: Place) -> None:
         cpu=CPU(shares=512, quota=30_000, period=100_000),
         memory=Memory(limit=64 * MIB, swap=64 * MIB),
         pids=Pids(limit=33),
-        unified={"memory.high": str(48 * MIB)},
+        unified={"memory.high": str(48 * MIB), "memory.oom.group": "1"},
         devices=(
             DeviceCgroup(allow=False, type="a", access="rwm"),
             DeviceCgroup(allow=True, type="c", major=1, minor=3),
@@ -178,6 +210,7 @@ def test_limits_and_devices_survive_systemd(place: Place) -> None:
         _systemctl(*disturb)
         other = place.make("other", limits=Resources(memory=Memory(limit=32 * MIB), cpu=CPU(cpus="")))
         assert _files(path) == before, disturb
+        _wait_for(Path(f"/sys/fs/cgroup{path}/memory.oom.group"), "1")
         program.tell("")
         assert (program.line(), program.line()) == ("ok", "denied")
         assert place.cgroups.remove(other)
