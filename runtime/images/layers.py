@@ -70,7 +70,6 @@ class Unpacker:
                 [sys.executable, "-I", "-S", "-c", _START, paths, str(theirs.fileno()), str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
                 cwd="/",
                 env={"LC_ALL": "C.UTF-8"},
@@ -185,7 +184,7 @@ def _read_report(report: dict[str, Any]) -> Unpacked:
         message = f"unpack: {report['message']}"
         if report["failed"] == "limit" or report["errno"] in (ENOSPC, EDQUOT):
             raise Exhausted(message)
-        if report["errno"] in (EIO, EROFS, ENOMEM):
+        if report["failed"] == "defect" or report["errno"] in (EIO, EROFS, ENOMEM):
             raise Unavailable(message)
         raise BadImage(message)
     return Unpacked(

@@ -10,7 +10,8 @@ import time
 from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import unquote, urljoin, urlsplit
+from urllib.request import getproxies, proxy_bypass
 from weakref import WeakSet
 
 import urllib3
@@ -22,7 +23,7 @@ from urllib3.response import BaseHTTPResponse
 from runtime.errors import Cancelled, NotFound
 from runtime.images import auth as credentials
 from runtime.images.errors import BadContent, RegistryDenied, RegistryUnavailable
-from runtime.images.hosts import Endpoint
+from runtime.images.hosts import Endpoint, is_loopback
 from runtime.images.image import Auth, ImagesConfig
 from runtime.images.reference import Reference
 
@@ -206,7 +207,7 @@ class Session:
         self.check()
         host = urlsplit(url).netloc
         try:
-            response = self._pool(endpoint).request(
+            response = self._pool(endpoint, url).request(
                 method, url, headers=headers, body=body, redirect=False, retries=False, preload_content=False
             )
         except ReadTimeoutError as error:
@@ -221,17 +222,28 @@ class Session:
             self._open[response] = answer
         return answer
 
-    def _pool(self, endpoint: Endpoint) -> urllib3.PoolManager:
+    def _pool(self, endpoint: Endpoint, url: str) -> urllib3.PoolManager:
+        proxy = _proxy(url)
         with self._lock:
-            pool = self._pools.get(endpoint.tls)
+            pool = self._pools.get((endpoint.tls, proxy))
             if pool is None:
-                options: dict[str, Any] = {"ssl_context": endpoint.tls.context()}
+                options: dict[str, Any] = {
+                    "ssl_context": endpoint.tls.context(),
+                    "maxsize": self._config.max_parallel + 1,
+                    "timeout": urllib3.Timeout(
+                        connect=self._config.connect_timeout_s, read=self._config.progress_timeout_s
+                    ),
+                }
                 if endpoint.tls.skip_verify:
                     options |= {"cert_reqs": "CERT_NONE", "assert_hostname": False}
-                timeout = urllib3.Timeout(connect=self._config.connect_timeout_s, read=self._config.progress_timeout_s)
-                pool = urllib3.PoolManager(maxsize=self._config.max_parallel + 1, timeout=timeout, **options)
+                if proxy:
+                    user = unquote(urlsplit(proxy).netloc.rpartition("@")[0])
+                    headers = urllib3.make_headers(proxy_basic_auth=user) if user else None
+                    pool = urllib3.ProxyManager(proxy, proxy_headers=headers, **options)
+                else:
+                    pool = urllib3.PoolManager(**options)
                 pool.pool_classes_by_scheme = self._pool_classes()
-                self._pools[endpoint.tls] = pool
+                self._pools[endpoint.tls, proxy] = pool
             return pool
 
     def _pool_classes(self) -> dict[str, type[HTTPConnectionPool]]:
@@ -300,6 +312,14 @@ class Session:
         if answer.status != 200:
             raise Busy(f"token service {host} answers {answer.status}")
         return credentials.read_token(data, host)
+
+
+def _proxy(url: str) -> str | None:
+    """The proxy that the environment names for `url` (http_proxy, https_proxy, no_proxy); never one for loopback."""
+    parts = urlsplit(url)
+    if is_loopback(parts.netloc) or proxy_bypass(parts.hostname or ""):
+        return None
+    return getproxies().get(parts.scheme)
 
 
 def _reason(error: BaseException) -> str:

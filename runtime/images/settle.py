@@ -1,8 +1,9 @@
 """What a layer leaves to the layers below it, filled in when those are there.
 
 A layer may hold entries in directories that it doesn't list, and hard links to files that only a lower layer holds.
-As if it had been unpacked on top of them, the directories take owner, mode, times and attributes from below, and the
-links become copies with everything that the file below has.
+As if it had been unpacked on top of them, such directories take owner, mode, times and attributes from below; where
+there is a symlink to a directory below (/bin to /usr/bin), the entries go where it leads; and links become copies with
+everything that the file below has.
 """
 
 import os
@@ -11,7 +12,7 @@ import stat
 from pathlib import Path
 
 from runtime.images.errors import BadImage
-from runtime.images.layers import Unpacked
+from runtime.images.layers import Unpacked, remove_tree
 from runtime.images.merged import Found, Merged
 
 _BLOCK = 4096
@@ -24,13 +25,23 @@ def settle(layer: Path, below: tuple[Path, ...], unpacked: Unpacked) -> int:
     """
     own = Merged((layer,))
     view = Merged(below) if below else None
+    moved: dict[str, str] = {}
     for path in unpacked.implied:
+        path = _where(path, moved)
         here = own.lookup(path, follow=False)
         there = view.lookup(path, follow=False) if view else None
-        if here and there and stat.S_ISDIR(here.status.st_mode) and stat.S_ISDIR(there.status.st_mode):
+        if view is None or here is None or there is None or not stat.S_ISDIR(here.status.st_mode):
+            continue
+        if stat.S_ISDIR(there.status.st_mode):
             _adopt(here.path, there)
+        elif stat.S_ISLNK(there.status.st_mode) and (target := view.resolve(path)):
+            directory = _directory(layer, own, view, target)
+            if directory is not None:
+                _merge(here.path, directory)
+                moved[path] = target
     grown = 0
     for name, target in unpacked.lower_links:
+        name, target = _where(name, moved), _where(target, moved)
         source = own.lookup(target, follow=False) or (view.lookup(target, follow=False) if view else None)
         parent = own.lookup(os.path.dirname(name))
         if source is None or parent is None or stat.S_ISDIR(source.status.st_mode):
@@ -39,6 +50,52 @@ def settle(layer: Path, below: tuple[Path, ...], unpacked: Unpacked) -> int:
             )
         grown += _copy(source, os.path.join(parent.path, os.path.basename(name)))
     return grown
+
+
+def _where(path: str, moved: dict[str, str]) -> str:
+    """`path` after the moves so far, in their order."""
+    for old, new in moved.items():
+        if path.startswith(old + "/"):
+            path = new + path[len(old) :]
+    return path
+
+
+def _directory(layer: Path, own: Merged, view: Merged, target: str) -> str | None:
+    """The layer's own directory `target`, which below is one without symlinks; made as below where it is missing.
+
+    None if the layer has something else there.
+    """
+    path = str(layer)
+    done = ""
+    for name in target.split("/"):
+        done = f"{done}/{name}" if done else name
+        path = f"{path}/{name}"
+        there = view.lookup(done, follow=False)
+        if there is None or not stat.S_ISDIR(there.status.st_mode):
+            return None
+        here = own.lookup(done, follow=False)
+        if here is None:
+            os.mkdir(path)
+            _adopt(path, there)
+        elif not stat.S_ISDIR(here.status.st_mode):
+            return None
+    return path
+
+
+def _merge(source: str, target: str) -> None:
+    """Move everything in the directory `source` into `target`, where it wins; removes `source`."""
+    for entry in list(os.scandir(source)):
+        there = f"{target}/{entry.name}"
+        if entry.is_dir(follow_symlinks=False) and os.path.isdir(there) and not os.path.islink(there):
+            _merge(entry.path, there)
+            continue
+        if os.path.lexists(there):
+            if os.path.isdir(there) and not os.path.islink(there):
+                remove_tree(Path(there))
+            else:
+                os.unlink(there)
+        os.rename(entry.path, there)
+    os.rmdir(source)
 
 
 def _adopt(path: str, there: Found) -> None:

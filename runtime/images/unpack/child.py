@@ -14,6 +14,7 @@ import os
 import resource
 import signal
 import socket
+import sys
 from dataclasses import asdict, dataclass
 
 from runtime.images.unpack.apply import Applier
@@ -59,6 +60,9 @@ def _confine(job: Job) -> None:
     os.umask(0)
     os.chroot(job.root)  # noqa: TID251 (this is the program that is to be confined, not cribd)
     os.chdir("/")
+    # What was not imported yet never is: a layer has files at the interpreter's paths.
+    sys.path.clear()
+    sys.meta_path.clear()
     caps.drop_bounding(_KEEP, last)
     caps.capset(_KEEP, _KEEP, 0)
     prctl(PR_SET_NO_NEW_PRIVS, 1)
@@ -93,15 +97,20 @@ def _report(job: Job, blob: int, control: int) -> dict[str, object]:
         return _failure("bad", str(error))
     except MemoryError:
         return _failure("limit", f"takes more than {_MEMORY_LIMIT_BYTES} bytes of memory")
+    except EOFError:
+        raise
     except OSError as error:
         where = f"{os.fsdecode(error.filename)!r}: " if error.filename else ""
         return _failure("system", f"{where}{(error.strerror or str(error)).lower()}", error.errno or 0)
+    except Exception as error:  # a defect; a traceback would read source files by name, inside the layer
+        return _failure("defect", f"{type(error).__name__}: {error}")
 
 
 def _work(job: Job, blob: int, control: int, report: int) -> None:
     """One layer, in the fork; never returns."""
     status = 1
     try:
+        os.dup2(0, 2)  # cribd's log is not the layer's
         left = memoryview(json.dumps(_report(job, blob, control)).encode() + b"\n")
         while left:
             left = left[os.write(report, left) :]

@@ -351,3 +351,20 @@ def test_bad_token_services(
 ) -> None:
     token_service(liar, answer)
     fails(images, liar, error, match, left)
+
+
+def test_a_proxy(open_store: OpenStore, liar: Liar, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The liar is asked for whole URLs; it looks at the path's end alone."""
+    (tmp_path / "registry.invalid").mkdir()
+    (tmp_path / "registry.invalid" / "hosts.toml").write_text('server = "http://registry.invalid"')
+    images = open_store(hosts_dir=tmp_path)
+    monkeypatch.setenv("http_proxy", f"http://me:p%40ss@{liar.host}")
+    assert images.pull("registry.invalid/app").id == liar.built.id
+    assert all(path.startswith("http://registry.invalid/v2/") for path, _ in liar.seen)
+    secret = "Basic " + base64.b64encode(b"me:p@ss").decode()
+    assert all(headers["proxy-authorization"] == secret for _, headers in liar.seen)
+    liar.seen.clear()
+    monkeypatch.setenv("no_proxy", "invalid")
+    with pytest.raises(RegistryUnavailable):
+        images.pull("registry.invalid/app:2")
+    assert liar.seen == []

@@ -215,6 +215,34 @@ def test_directories_that_a_layer_implies_are_as_below(images: Images, run_dir: 
     assert load(images, below.tar(), implying, layer(z="1"), name="local/longer:1").layers[:2] == image.layers
 
 
+def test_entries_below_a_symlink_of_a_lower_layer_go_where_it_leads(images: Images) -> None:
+    """A layer that lists bin/tool alone, on top of one where bin leads to usr/bin, doesn't hide all of bin."""
+    below = Layer().directory("usr").directory("usr/bin", mode=0o711, uid=4).file("usr/bin/sh", "sh")
+    below.directory("usr/bin/d", mode=0o700).symlink("bin", "usr/bin").symlink("dangling", "nowhere").symlink(
+        "f", "usr/bin/sh"
+    )
+    above = Layer().file("bin/tool", "tool").file("bin/d/e", "e").file("usr/bin/own", "own").file("bin/own", "wins")
+    above.file("dangling/x", "x").file("f/y", "y").file("bin/.wh.gone").hardlink("bin/alias", "usr/bin/sh")
+    image = load(images, below.tar(), above.tar())
+    for path, text in {
+        "bin/tool": "tool",
+        "usr/bin/tool": "tool",
+        "bin/sh": "sh",
+        "bin/alias": "sh",
+        "bin/d/e": "e",
+        "usr/bin/own": "wins",
+        "dangling/x": "x",
+        "f/y": "y",
+    }.items():
+        assert images.read_file(image.id, path, 10) == text.encode(), path
+    top = Path(images.prepare("c", image.id).base, image.layers[1])
+    assert sorted(path.name for path in top.iterdir()) == ["dangling", "f", "usr"]
+    assert (stat.S_IMODE((top / "usr/bin").lstat().st_mode), (top / "usr/bin").lstat().st_uid) == (0o711, 4)
+    assert stat.S_IMODE((top / "usr/bin/d").lstat().st_mode) == 0o700
+    assert stat.S_ISCHR((top / "usr/bin/gone").lstat().st_mode)
+    images.discard("c")
+
+
 def test_hard_links_into_lower_layers(images: Images, run_dir: Path) -> None:
     below = Layer().directory("bin").file("bin/tool", "tool", mode=0o4755, uid=9, mtime=5)
     above = Layer().directory("bin").hardlink("bin/alias", "bin/tool").hardlink("bin/again", "bin/alias")
