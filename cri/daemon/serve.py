@@ -104,7 +104,7 @@ async def _serve(config: Config, cgroups: Cgroups, zygote: Zygote) -> int:
         if not left:
             await node.work(network.teardown)
     if not left:  # the zygote has ended, too
-        cgroups.remove(node.cgroup_parent)
+        cgroups.remove(cgroups.join_path(node.cgroup_parent))
     return 0
 
 

@@ -39,9 +39,10 @@ def detect(root: str = "/sys/fs/cgroup", driver: str = "auto") -> Cgroups:
         mounts = cgroup_mounts(file.read())
     root = os.path.realpath(root)
     if any(mount.point == root and mount.fstype == "cgroup2" for mount in mounts):
-        if driver == "systemd" and not os.path.isdir(_SYSTEMD):
+        booted = os.path.isdir(_SYSTEMD)
+        if driver == "systemd" and not booted:
             raise Unavailable("cgroup driver systemd: systemd is not this host's init system")
-        return Systemd(root) if driver == "systemd" else V2(root)
+        return Systemd(root) if booted and driver != "cgroupfs" else V2(root)
     if driver == "systemd":
         raise InvalidSpec("cgroup driver systemd: this host has cgroup v1")
     found = hierarchies(mounts, root)

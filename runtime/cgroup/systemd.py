@@ -51,7 +51,7 @@ class Systemd(V2):
         return units.slice_below(parent, names)
 
     def default_parent(self, instance: str) -> str:
-        return f"{instance}.slice"
+        return f"{instance.replace('-', '_')}.slice"  # a dash would put it into another slice
 
     def create(self, path: str, resources: Resources | None) -> tuple[str, ...]:
         name = units.slice_name(tree.checked(path))

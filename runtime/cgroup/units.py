@@ -38,7 +38,7 @@ def slice_path(name: str) -> str:
     """Where systemd puts a slice: "a-b.slice" is /a.slice/a-b.slice. Raises InvalidSpec for what names no slice."""
     parts = name.removesuffix(_SUFFIX).split("-")
     if not name.endswith(_SUFFIX) or not all(_PART.fullmatch(part) for part in parts):
-        raise InvalidSpec(f"cgroup parent {name!r} is not a systemd slice, as the cgroup driver systemd needs it")
+        raise InvalidSpec(f"{name!r} is no name of a systemd slice")
     if len(name) > _LONGEST_NAME:
         raise InvalidSpec(f"slice name of {len(name)} characters is too long: {name}")
     return "".join("/" + "-".join(parts[:count]) + _SUFFIX for count in range(1, len(parts) + 1))
@@ -47,8 +47,13 @@ def slice_path(name: str) -> str:
 def slice_below(parent: str, names: Iterable[str]) -> str:
     """The path of the slice `names` below a slice, given by its name or its path. Raises InvalidSpec."""
     name = parent.rstrip("/").rpartition("/")[2]
-    path = slice_path(name)
-    if "/" in parent and parent.rstrip("/") != path:
+    try:
+        path = slice_path(name)
+    except InvalidSpec as error:
+        raise InvalidSpec(
+            f"cgroup parent {parent!r} is no systemd slice, as the cgroup driver systemd needs it"
+        ) from error
+    if parent.strip("/") not in (name, path.strip("/")):
         raise InvalidSpec(f"cgroup parent {parent!r}: systemd has slice {name} at {path}")
     escaped = (part.replace("\\", "\\x5c").replace("-", "\\x2d") for part in names)
     return slice_path("-".join([name.removesuffix(_SUFFIX), *escaped]) + _SUFFIX)
