@@ -13,6 +13,7 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from cri.api import cri_pb2 as pb
+from cri.container import volumes
 from cri.container.container import Container
 from cri.container.end import UNKNOWN_EXIT, finish, on_exit, settle
 from cri.container.remove import forget
@@ -160,7 +161,7 @@ async def _compare(node: Node, pod: Pod) -> None:
 async def _container(node: Node, container: Container) -> None:
     if container.state is ContainerState.CREATING:
         await settle(node, container)
-        await node.work(node.images.discard, container.id)
+        await node.work(volumes.release, node, container)
         forget(node, container)
     elif container.record.stop_deadline_ns and container.alive:
         left_s = (container.record.stop_deadline_ns - time.time_ns()) / 1e9
@@ -174,7 +175,7 @@ async def _sweep(node: Node) -> None:
     known = {pod.id for pod in node.pods}
     await node.work(node.network.reconcile, known)
     for container_id in await node.work(node.images.prepared):
-        if node.containers.find(container_id) is None:
+        if node.containers.find(volumes.owner(container_id)) is None:
             await node.work(node.images.discard, container_id)
     directory = node.directory("")
     for name in await node.work(_names, str(directory)):

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Final
 import msgspec
 
 from cri.api import cri_pb2 as pb
-from cri.container import host
+from cri.container import host, volumes
 from cri.container.container import Container
 from cri.container.end import settle
 from cri.container.remove import forget
-from cri.state.records import ContainerId, ContainerRecord, ContainerState, SandboxId, UserRecord
+from cri.state.records import ContainerId, ContainerRecord, ContainerState, SandboxId, UserRecord, VolumeRecord
 from cri.translate.container import ContainerInput, check_container, container_to_spec
 from cri.translate.fingerprint import difference
 from cri.translate.logs import log_path
@@ -84,6 +84,7 @@ class _Made:
     user: ResolvedUser
     spec: Spec
     rootfs: RootFs
+    volumes: tuple[VolumeRecord, ...]
 
 
 async def _make(node: Node, container: Container) -> None:
@@ -102,6 +103,7 @@ async def _make(node: Node, container: Container) -> None:
                 image_ref=made.image.repo_digests[0] if made.image.repo_digests else made.image.id,
                 image_name=_image_name(container.config.image, made.image),
                 user=UserRecord(uid=user.uid, gid=user.gid, groups=user.additional_gids),
+                volumes=made.volumes,
                 stop_signal=stop_signal(container.config, made.image.config.stop_signal),
             )
     except Exception as error:
@@ -114,17 +116,20 @@ def _build(node: Node, container: Container) -> _Made:
     config = container.config
     image = node.images.get(config.image.image)
     user = _user(node, config.linux.security_context, image)
-    spec = host.with_cdi_devices(config, container_to_spec(_given(node, container, image, user)))
+    held = volumes.hold(node, container)
+    spec = host.with_cdi_devices(config, container_to_spec(_given(node, container, image, user, held)))
     host.check_propagation(spec.mounts)
     rootfs = node.images.prepare(container.id, image.id)
     if container.record.log_path:
         os.makedirs(os.path.dirname(container.record.log_path), mode=0o755, exist_ok=True)
     assert spec.linux is not None
     node.cgroups.create(container.record.cgroup_path, spec.linux.resources)
-    return _Made(image, user, spec, rootfs)
+    return _Made(image, user, spec, rootfs, held)
 
 
-def _given(node: Node, container: Container, image: Image, user: ResolvedUser) -> ContainerInput:
+def _given(
+    node: Node, container: Container, image: Image, user: ResolvedUser, held: tuple[VolumeRecord, ...]
+) -> ContainerInput:
     """What the translation needs to know."""
     pod, config = container.pod, container.config
     handler = node.handlers[pod.record.handler]
@@ -150,6 +155,7 @@ def _given(node: Node, container: Container, image: Image, user: ResolvedUser) -
         handler=handler,
         pod=pod.plan,
         target_pid=host.target_pid(node, container),
+        image_volumes={volume.target: volume.lowers for volume in held},
         seccomp_file=host.seccomp_file(security),
         devices=host.requested_devices(config),
         host_devices=host.every_device() if security.privileged else {},
@@ -185,7 +191,7 @@ async def _abandon(node: Node, container: Container, error: Exception) -> None:
     """Undo what was made. What can't be undone now stays out of the lists, and is removed with the pod."""
     try:
         await settle(node, container)
-        await node.work(node.images.discard, container.id)
+        await node.work(volumes.release, node, container)
     except Exception as failure:
         fields = {"container": container.id, "error": str(failure)}
         _logger.error("clean-up of a failed container failed", extra={"fields": fields})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
+from cri.container import volumes
 from cri.container.end import dead
 from runtime.errors import DeadlineExceeded, NotFound, Unavailable, WrongState
 
@@ -27,7 +28,7 @@ async def _remove(node: Node, container: Container) -> None:
     if container.pod.running is not None:
         with contextlib.suppress(NotFound, WrongState, Unavailable, DeadlineExceeded):  # never started, or no monitor
             await container.pod.running.forget(container.id)
-    await node.work(node.images.discard, container.id)
+    await node.work(volumes.release, node, container)
     forget(node, container)
 
 

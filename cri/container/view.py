@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import posixpath
 from typing import TYPE_CHECKING, Final, cast
 
 import msgspec
@@ -59,6 +60,10 @@ def status(container: Container) -> pb.ContainerStatus:
         log_path=record.log_path,
         stop_signal=cast(pb.Signal, to_cri(record.stop_signal)),
     )
+    for mount in found.mounts:
+        for volume in record.volumes:
+            if volume.target == posixpath.normpath(mount.container_path):
+                mount.image.image_ref = volume.image_id
     if record.state in (ContainerState.RUNNING, ContainerState.EXITED):
         found.started_at = record.started_ns
     if record.state is ContainerState.EXITED:

@@ -66,6 +66,14 @@ class UserRecord(_Record, frozen=True):
     groups: tuple[int, ...] = ()
 
 
+class VolumeRecord(_Record, frozen=True):
+    """An image mounted at `target`; `lowers` are the directories of its layers, top first."""
+
+    target: str
+    image_id: str
+    lowers: tuple[str, ...]
+
+
 class ContainerRecord(_Record, frozen=True):
     """One container. Times in ns since the epoch, 0 where it has not come to that.
 
@@ -86,6 +94,7 @@ class ContainerRecord(_Record, frozen=True):
     cgroup_path: str
     cgroups: tuple[str, ...] = ()
     user: UserRecord | None = None
+    volumes: tuple[VolumeRecord, ...] = ()
     log_path: str = ""
     stop_signal: int = 15
     pid: int = 0

@@ -301,6 +301,16 @@ class Images:
         finally:
             self._shelf.remove(self._shelf.release(stored.layers))
 
+    def has(self, image_id: str, path: str) -> bool:
+        """Whether the image's merged layers have something at `path`, symlinks resolved inside. Raises NotFound."""
+        with self._lock:
+            layers = self._stored[self.get(image_id).id].layers
+            self._shelf.hold(layers)
+        try:
+            return merged.Merged(tuple(self._base / name for name in lowers(layers))).lookup(path) is not None
+        finally:
+            self._shelf.remove(self._shelf.release(layers))
+
     def prepare(self, container_id: str, image_id: str) -> RootFs:
         """Make a container's upper and work directories on top of an image. The same again returns the same.
 

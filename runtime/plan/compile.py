@@ -11,10 +11,10 @@ from runtime.cgroup import Mount as CgroupMount
 from runtime.errors import InvalidSpec
 from runtime.images import RootFs
 from runtime.linux import caps
-from runtime.linux.mount import MS
+from runtime.linux.mount import MS, MountAttr
 from runtime.linux.namespaces import CLONE, FLAGS
 from runtime.linux.userns import mapped
-from runtime.plan import identity, mounts, user
+from runtime.plan import identity, layers, mounts, user
 from runtime.plan.options import Options, parse
 from runtime.plan.plan import Plan, Step
 from runtime.spec import Capabilities, Device, IDMapping, Linux, Mount, Process, Spec
@@ -118,6 +118,7 @@ class _Build:
     gids: Maps = ()
     mappings: dict[tuple[Maps, Maps], str] = field(default_factory=dict)
     sources: list[Step] = field(default_factory=list)
+    images: list[Step] = field(default_factory=list)
     unshare: int = int(CLONE.NEWNS)
     joins: list[Step] = field(default_factory=list)
     devices: list[Step] = field(default_factory=list)
@@ -150,12 +151,12 @@ def compile_start(spec: Spec, rootfs: RootFs, cgroup: Cgroup, environment: Envir
     if spec.root.readonly:
         build.tree.append(mounts.ReadOnlyRoot())
     process = spec.process
-    plan: list[Step] = [identity.Detach(), *_inherited(process), *build.sources, *build.joins]
+    plan: list[Step] = [identity.Detach(), *_inherited(process), *build.sources, *build.images, *build.joins]
     if build.uids:
-        layers = (rootfs.base, rootfs.lowers, rootfs.upper, rootfs.work, build.uids, build.gids)
+        root = (rootfs.base, rootfs.lowers, rootfs.upper, rootfs.work, build.uids, build.gids)
         # Where root inside may look up a path, whatever the modes of the state directory's parents are.
         attach: Step = user.AttachRoot("/sys")
-        plan.append(user.MountMappedOverlay(*layers, environment.overlay_of_descriptors, environment.staging))
+        plan.append(user.MountMappedOverlay(*root, environment.overlay_of_descriptors, environment.staging))
         plan += build.devices
         if not cgroup.clone_dir:
             plan.append(identity.JoinCgroup(cgroup.join_files))
@@ -234,6 +235,13 @@ def _mount(
         _dev(build, options)
     elif mount.type == "cgroup":
         _cgroup_mounts(build, mount, options, key, cgroup, own_cgroup_ns)
+    elif mount.type == "overlay" and options.lowers:
+        descriptors = environment.overlay_of_descriptors
+        build.images.append(
+            layers.OpenImage(key, options.lowers, options.sub_path, bool(build.uids), descriptors, environment.staging)
+        )
+        attributes = int(options.set_ | MountAttr.RDONLY)
+        build.tree.append(mounts.Attach(key, mount.destination, attributes, 0, False, int(MS.PRIVATE), "an image"))
     elif options.bind or mount.type == "bind":
         shared = mount.source == environment.shm_path and not environment.shm_attached
         if shared:

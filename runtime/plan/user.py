@@ -13,9 +13,10 @@ from errno import EPERM
 
 from runtime.linux import userns
 from runtime.linux.lib import SyscallError
-from runtime.linux.mount import MS, detached, idmap, mount, mount_setattr, move_mount, open_tree
-from runtime.linux.namespaces import CLONE, setns, unshare
+from runtime.linux.mount import detached, idmap, mount_setattr, move_mount
+from runtime.linux.namespaces import CLONE, setns
 from runtime.linux.process import clone3
+from runtime.plan.layers import overlay
 from runtime.plan.mounts import attributes, make_nodes, some
 from runtime.plan.plan import Context, Step
 
@@ -94,44 +95,10 @@ class MountMappedOverlay(Step):
     def run(self, context: Context) -> None:
         status = os.stat(self.upper)
         os.chown(self.upper, userns.mapped(status.st_uid, self.uids), userns.mapped(status.st_gid, self.gids))
-        layers: list[int] = []
-        try:
-            for name in self.lowers:
-                layers.append(open_tree(f"{self.base}/{name}"))
-                idmap(layers[-1], context.fds["user"])
-            context.root = self._of_descriptors(layers) if self.from_descriptors else self._of_mounts(layers)
-        finally:
-            for layer in layers:
-                os.close(layer)
-
-    def _of_descriptors(self, layers: list[int]) -> int:
-        own = [os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) for path in (self.upper, self.work)]
-        try:
-            options = [("lowerdir+", layer) for layer in layers]
-            return detached("overlay", (*options, ("upperdir", own[0]), ("workdir", own[1])))
-        finally:
-            for fd in own:
-                os.close(fd)
-
-    def _of_mounts(self, layers: list[int]) -> int:
-        unshare(CLONE.NEWNS)
-        mount("", "/", "", MS.REC | MS.PRIVATE)
-        mount("tmpfs", self.at, "tmpfs", MS.NOSUID | MS.NODEV | MS.NOEXEC, "mode=700")
-        os.chdir(self.at)
-        for number, layer in enumerate((*layers, -1)):
-            os.mkdir(str(number))
-            target = os.open(str(number), os.O_PATH | os.O_CLOEXEC)
-            try:
-                if layer >= 0:
-                    move_mount(layer, target, str(number))
-            finally:
-                os.close(target)
-        lowers = ":".join(str(number) for number in range(len(layers)))
-        options = f"lowerdir={lowers},upperdir={self.upper},workdir={self.work}"
-        mount("overlay", str(len(layers)), "overlay", 0, options)
-        tree = open_tree(str(len(layers)))
-        os.chdir("/")
-        return tree
+        lowers = [f"{self.base}/{name}" for name in self.lowers]
+        context.root = overlay(
+            lowers, context.fds["user"], (self.upper, self.work), self.at if not self.from_descriptors else ""
+        )
 
     def describe(self) -> str:
         return f"mount overlay of {len(self.lowers)} idmapped layers from {self.base}, writable part {self.upper}"

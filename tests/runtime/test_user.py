@@ -16,6 +16,7 @@ import pytest_asyncio
 
 from runtime.cgroup import detect
 from runtime.engine import Cgroup, Engine, ExecStart, Pod, PodStart
+from runtime.errors import StepFailed
 from runtime.linux.probe import probe
 from runtime.spec import Device, IDMapping, Linux, Mount, Process, User
 from runtime.zygote.launch import launch
@@ -221,3 +222,58 @@ async def test_a_new_engine_knows_the_mapping(mapped: Bench, state_dir: Path) ->
     exited, log = await mapped.run(again, "c", container(again, "id", "-u"))
     assert (exited.code, log) == (0, "0\n")
     assert stat.S_ISREG(os.stat(again.namespaces.user).st_mode)
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> tuple[str, ...]:
+    """Two layers and an empty directory above them."""
+    base = tmp_path / "image"
+    for name, files in (("top", {}), ("2", {"sub/two": "2"}), ("1", {"sub/one": "1", "other": "x"})):
+        (base / name).mkdir(parents=True)
+        for path, text in files.items():
+            (base / name / path).parent.mkdir(exist_ok=True)
+            (base / name / path).write_text(text)
+    (base / "1/link").symlink_to("/sub")
+    return tuple(str(base / name) for name in ("top", "2", "1"))
+
+
+def image_volumes(image: tuple[str, ...]) -> tuple[Mount, ...]:
+    lowers = f"lowerdir={':'.join(image)}"
+    return (
+        Mount(destination="/image", type="overlay", source="overlay", options=("ro", lowers)),
+        Mount(destination="/part", type="overlay", source="overlay", options=("ro", lowers, "x-crib.subpath=link")),
+    )
+
+
+_LOOK = "cat /image/sub/one /image/sub/two /part/one; ls /part; stat -c %u /image/other; touch /image/x /part/x"
+
+
+async def test_images_are_mounted_read_only_and_mapped(mapped: Bench, image: tuple[str, ...]) -> None:
+    pod = await user_pod(mapped)
+    _, log = await mapped.run(pod, "c", container(pod, "sh", "-c", _LOOK, mounts=image_volumes(image)))
+    assert log.startswith("121one\ntwo\n0\n")
+    assert log.count("Read-only file system") == 2
+
+
+@pytest.mark.parametrize("descriptors", [True, False])
+async def test_images_are_mounted_read_only(
+    image: tuple[str, ...], layer: Path, state_dir: Path, tmp_path: Path, descriptors: bool
+) -> None:
+    state_dir.mkdir()
+    probes = probe(str(tmp_path))
+    if descriptors and not probes.overlay_of_descriptors:
+        pytest.skip("this kernel's overlay takes no descriptors of detached mounts")
+    engine = Engine(state_dir, launch(), replace(probes, overlay_of_descriptors=descriptors))
+    bench = Bench(engine, layer, tmp_path, detect(), f"/crib-test-{os.getpid()}-image")
+    try:
+        pod = await bench.pod()
+        _, log = await bench.run(pod, "c", container(pod, "sh", "-c", _LOOK, mounts=image_volumes(image)))
+        assert log.startswith("121one\ntwo\n0\n")
+        assert log.count("Read-only file system") == 2
+        missing = Mount(destination="/p", type="overlay", options=(f"lowerdir={':'.join(image)}", "x-crib.subpath=no"))
+        with pytest.raises(StepFailed, match="image volume: sub path no"):
+            await bench.start(pod, "d", container(pod, "true", mounts=(missing,)))
+    finally:
+        await engine.stop_pod(POD_ID)
+        engine.close()
+        await bench.remove_cgroups()
