@@ -43,6 +43,7 @@ class Client:
         self.endpoint = f"unix://{path}"
         self._path = path
         self._channel: grpc.Channel | None = None
+        self._behind: list[Any] = []
 
     def close(self) -> None:
         if self._channel is not None:
@@ -63,7 +64,8 @@ class Client:
 
     def call_behind(self, method: str, **fields: Any) -> None:
         """Make a call whose answer nobody waits for."""
-        self._stub(method).future(_request(method, fields))
+        # Kept, for gRPC cancels a call with the last reference to its future.
+        self._behind.append(self._stub(method).future(_request(method, fields)))
 
     def _answer(self, method: str, future: Any) -> Answer | None:
         try:
