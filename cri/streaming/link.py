@@ -22,6 +22,8 @@ LINGER_S: Final = 5.0
 """For the client to close first, when everything has been said: its own last words would else cost it ours."""
 WAITING_HIGH_BYTES: Final = 1 << 20
 """Of what came from the client and has found no taker: above it, the connection is not read."""
+WAITING_LIMIT_BYTES: Final = 64 << 20
+"""Of the same, where the client keeps windows, and the connection is read because they are told on it."""
 WRITE_HIGH_BYTES: Final = 512 << 10
 WRITE_LIMIT_BYTES: Final = 8 << 20
 """Of what the client does not read, its own pings' answers among them: above it, the connection is broken off."""
@@ -182,15 +184,19 @@ class Link(asyncio.Protocol):
 
     def waiting(self, size: int) -> None:
         """So many more bytes (or fewer) wait for a taker."""
-        before, self._waiting_bytes = self._waiting_bytes, self._waiting_bytes + size
-        if self._transport is None or self._transport.is_closing():
+        self._waiting_bytes += size
+        if self._transport is None or self._wire is None or self._transport.is_closing() or self._finishing:
             return
-        if before <= WAITING_HIGH_BYTES < self._waiting_bytes:
-            self._transport.pause_reading()
-            self._watch_hang_up(True)
-        elif self._waiting_bytes <= WAITING_HIGH_BYTES < before:
-            self._watch_hang_up(False)
-            self._transport.resume_reading()
+        if self._hang_up is not None:
+            if self._waiting_bytes <= WAITING_HIGH_BYTES:
+                self._watch_hang_up(False)
+                self._transport.resume_reading()
+        elif self._waiting_bytes > WAITING_HIGH_BYTES:
+            if not self._wire.paced():
+                self._transport.pause_reading()
+                self._watch_hang_up(True)
+            elif self._waiting_bytes > WAITING_LIMIT_BYTES:
+                self._transport.abort()
 
     def flush(self) -> None:
         """Hand what the wire has to say to the transport."""
@@ -207,8 +213,7 @@ class Link(asyncio.Protocol):
             self._wire.close()
         self.flush()
         self._finishing = True
-        if self._waiting_bytes > WAITING_HIGH_BYTES:
-            self._waiting_bytes = 0
+        if self._hang_up is not None:
             self._watch_hang_up(False)
             self._transport.resume_reading()
         self._timer.cancel()

@@ -2,9 +2,9 @@
 
 What Kubernetes' clients (moby/spdystream) leave out decides how windows are kept: they send no WINDOW_UPDATE and heed
 none. So a peer's windows hold from the first sign that it keeps them, SETTINGS or WINDOW_UPDATE; one that has used up
-the initial 64 KiB without a sign is sent a PING, and if the answer comes before a sign it keeps none. Then what slows
-the writer is the connection. Likewise our windows bind a peer that keeps some, and else the reader of the connection
-must stop reading when enough is waiting.
+the initial 64 KiB without a sign is sent a PING, and if the answer comes before a sign it keeps none; nor does one that
+sends more than our windows allow. Then what slows a writer, on either side, is the connection, which its reader must
+stop reading when enough is waiting.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class Spdy:
                 raise WireError(f"data on stream {number}, which was never opened")
             return  # it was on its way when the stream ended here
         stream.to_receive -= len(data)
-        if stream.to_receive < 0 and self._keeps_windows:
+        if stream.to_receive < 0 and self.paced():
             self._forget(number)
             self._control(RST_STREAM, 0, _PAIR.pack(number, FLOW_CONTROL_ERROR))
             events.append(Reset(number))
@@ -269,6 +269,12 @@ class Spdy:
     def reply(self, stream: int) -> None:
         """Accept a stream that the peer opened."""
         self._control(SYN_REPLY, 0, _U32.pack(stream) + self._compressed({}))
+
+    def paced(self) -> bool:
+        """Whether the peer keeps windows; one that has given no sign of it by the time this matters doesn't."""
+        if self._keeps_windows is None:
+            self._keeps_windows = False
+        return self._keeps_windows
 
     def room(self, stream: int) -> int:
         found = self._streams.get(stream)

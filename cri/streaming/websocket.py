@@ -138,6 +138,9 @@ class Channels:
     def take(self) -> bytes:
         return self._socket.take()
 
+    def paced(self) -> bool:
+        return False
+
     def room(self, stream: int) -> int:
         return UNLIMITED
 

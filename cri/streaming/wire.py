@@ -67,6 +67,10 @@ class Wire(Protocol):
         """What is to be sent to the peer, once."""
         ...
 
+    def paced(self) -> bool:
+        """Whether the peer sends no more on a stream than was consumed of it; else the connection has to be held up."""
+        ...
+
     def room(self, stream: int) -> int:
         """How many bytes `send` may be given now."""
         ...

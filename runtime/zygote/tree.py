@@ -15,24 +15,27 @@ _PASSES: Final = 64
 
 
 def kill_tree(root: int, directories: tuple[str, ...]) -> None:
-    """SIGKILL the process `root`, its descendants, and whoever shares its session, within the container's cgroup.
+    """SIGKILL the process `root`, its descendants, and whoever shares a session with one, in the container's cgroup.
 
-    What daemonized has a parent of its own by now but still the session, unless it made a new one while an ancestor
-    lived: passes repeat until one finds nothing new, so a tree that grows meanwhile is caught as well.
+    They are stopped first, and killed when a pass over the cgroup finds no more of them: what is stopped doesn't fork,
+    and a parent that is dead can't be told any more. What daemonized before still has the session, unless it made a
+    new one and its parent has gone.
     """
-    known = {root}
+    known: dict[int, tuple[int, int]] = {}
+    tree = {root}
     for _ in range(_PASSES):
         members = _members(directories)
-        grown = set(known)
         for pid, (parent, session) in members.items():
-            if parent in grown or session in grown:
-                grown.add(pid)
-        fresh = [pid for pid in grown if pid in members]
+            if parent in tree or session in tree:
+                tree.add(pid)
+        fresh = [pid for pid in members if pid in tree and pid not in known]
         for pid in fresh:
-            _kill(pid, members[pid])
-        if grown == known and not fresh:
-            return
-        known = grown
+            known[pid] = members[pid]
+            _signal(pid, members[pid], signal.SIGSTOP)
+        if not fresh:
+            break
+    for pid, seen in known.items():
+        _signal(pid, seen, signal.SIGKILL)
 
 
 def _members(directories: tuple[str, ...]) -> dict[int, tuple[int, int]]:
@@ -54,7 +57,7 @@ def _stat(pid: int) -> tuple[str, int, int] | None:
     return state.decode(), int(parent), int(session)
 
 
-def _kill(pid: int, seen: tuple[int, int]) -> None:
+def _signal(pid: int, seen: tuple[int, int], number: int) -> None:
     """Signal by pidfd, checked to be the process that was seen: a pid may have been used again."""
     try:
         pidfd = os.pidfd_open(pid)
@@ -63,7 +66,7 @@ def _kill(pid: int, seen: tuple[int, int]) -> None:
     try:
         stat = _stat(pid)
         if stat and stat[2] == seen[1]:
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            signal.pidfd_send_signal(pidfd, number)
     except ProcessLookupError:
         pass
     finally:
