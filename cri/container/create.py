@@ -151,7 +151,7 @@ def _given(
         cgroup_path=container.record.cgroup_path,
         cgroup_version=node.cgroups.version,
         defaults=node.defaults,
-        host=node.host,
+        host=host.now(node.host),
         handler=handler,
         pod=pod.plan,
         target_pid=host.target_pid(node, container),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import stat
 from collections.abc import Iterator
@@ -10,9 +11,11 @@ from typing import TYPE_CHECKING, Final
 from cri.api import cri_pb2 as pb
 from cri.state.records import ContainerState
 from cri.translate import cdi, propagation, seccomp
+from cri.translate.defaults import Host
 from cri.translate.devices import HostDevice, paths
 from cri.translate.field import show
 from cri.translate.namespaces import TARGET
+from runtime import apparmor
 from runtime.errors import InvalidSpec, WrongState
 from runtime.spec import Mount, Spec
 
@@ -22,6 +25,16 @@ if TYPE_CHECKING:
 
 _DEVICES_LIMIT: Final = 4096
 _OWN_DEVICES: Final = frozenset(("/dev/pts", "/dev/shm", "/dev/mqueue", "/dev/fd", "/dev/console"))
+
+
+def now(known: Host) -> Host:
+    """The host with the AppArmor profiles that are loaded at this moment."""
+    if not known.apparmor:
+        return known
+    try:
+        return dataclasses.replace(known, apparmor_profiles=apparmor.loaded())
+    except OSError:  # securityfs isn't mounted any more: the kernel will tell
+        return known
 
 
 def requested_devices(config: pb.ContainerConfig) -> dict[str, tuple[HostDevice, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import gc
 import logging
 import os
@@ -38,6 +39,7 @@ from cri.translate.seccomp import seccomp
 from net import BridgeConfig, open_network
 from net.errors import CribError as NetError
 from net.netns import Pins
+from runtime import apparmor
 from runtime.cgroup import Cgroups
 from runtime.engine import Engine
 from runtime.errors import CribError
@@ -80,6 +82,9 @@ async def _serve(config: Config, cgroups: Cgroups, zygote: Zygote) -> int:
         stack.callback(network.close)
         node = Node(config, store, engine, images, network, cgroups, Pins(mount, umount), _host(probes), zygote)
         stack.push_async_callback(node.close, _GRACE_S)
+        if node.host.apparmor:
+            default = await node.work(apparmor.load_default)
+            node.defaults = dataclasses.replace(node.defaults, apparmor_default=default)
         await node.work(network.setup)
         await recover(node)
         streaming = StreamingServer(node)
@@ -170,7 +175,11 @@ async def _checkpoints(node: Node) -> None:
 
 
 def _host(probes: Probes) -> Host:
-    return Host(user_namespaces=probes.user_namespaces, idmapped_mounts=probes.idmapped_mounts)
+    return Host(
+        user_namespaces=probes.user_namespaces,
+        idmapped_mounts=probes.idmapped_mounts,
+        apparmor=apparmor.enabled(),
+    )
 
 
 def _images(config: Config) -> ImagesConfig:

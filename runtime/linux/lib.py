@@ -25,8 +25,26 @@ _COMMON: Final[dict[str, int]] = {
     "mount_setattr": 442,
 }
 _BY_MACHINE: Final[dict[str, dict[str, int]]] = {
-    "x86_64": {"execve": 59, "capset": 126, "pivot_root": 155, "keyctl": 250, "seccomp": 317, "bpf": 321},
-    "aarch64": {"execve": 221, "capset": 91, "pivot_root": 41, "keyctl": 219, "seccomp": 277, "bpf": 280},
+    "x86_64": {
+        "execve": 59,
+        "capset": 126,
+        "pivot_root": 155,
+        "set_mempolicy": 238,
+        "keyctl": 250,
+        "ioprio_set": 251,
+        "seccomp": 317,
+        "bpf": 321,
+    },
+    "aarch64": {
+        "ioprio_set": 30,
+        "pivot_root": 41,
+        "capset": 91,
+        "keyctl": 219,
+        "execve": 221,
+        "set_mempolicy": 237,
+        "seccomp": 277,
+        "bpf": 280,
+    },
 }
 
 

@@ -3,6 +3,7 @@
 `CRIB_PROBE_FAIL` (names, comma separated) makes probes fail, so that the fallbacks are tested everywhere.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -90,23 +91,32 @@ def _overlay(place: str, mapping: int, *, attached: bool) -> bool:
     lower, upper, work = (os.path.join(place, name) for name in ("lower", "upper", "work"))
     for path in (lower, upper, work):
         os.makedirs(path, exist_ok=True)
-    tree = open_tree(lower)
-    try:
-        idmap(tree, mapping)
-        layer: tuple[str, str | int] = ("lowerdir+", tree)
-        if attached:
-            target = os.open(lower, os.O_PATH | os.O_CLOEXEC)
-            move_mount(tree, target, lower)
-            os.close(target)
-            layer = ("lowerdir", lower)
-        os.close(detached("overlay", (layer, ("upperdir", upper), ("workdir", work))))
-    except SyscallError:
-        return False
-    finally:
-        os.close(tree)
-        if attached and os.path.ismount(lower):
-            umount(lower)
+    with contextlib.ExitStack() as stack:
+        tree = open_tree(lower)
+        stack.callback(os.close, tree)
+        try:
+            idmap(tree, mapping)
+            layer: tuple[str, str | int] = ("lowerdir+", tree)
+            if attached:
+                target = _open(lower, stack)
+                move_mount(tree, target, lower)
+                stack.callback(umount, lower)
+                layer = ("lowerdir", f"/proc/self/fd/{_open(lower, stack)}")
+            own = (
+                ("upperdir", f"/proc/self/fd/{_open(upper, stack)}"),
+                ("workdir", f"/proc/self/fd/{_open(work, stack)}"),
+            )
+            os.close(detached("overlay", (layer, *own)))
+        except SyscallError:
+            return False
     return True
+
+
+def _open(path: str, stack: contextlib.ExitStack) -> int:
+    """By descriptor: an option of fsconfig(2) is short."""
+    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    stack.callback(os.close, fd)
+    return fd
 
 
 def _clone_detached_mount() -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import struct
 
 from runtime.linux.lib import NR, SyscallError, check, function, syscall, syscall_with_gil
@@ -19,7 +20,10 @@ PR_SET_KEEPCAPS: Final = 8
 PR_SET_NAME: Final = 15
 PR_CAPBSET_DROP: Final = 24
 PR_SET_CHILD_SUBREAPER: Final = 36
+PR_SET_SECUREBITS: Final = 28
+PR_SET_TIMERSLACK: Final = 29
 PR_SET_NO_NEW_PRIVS: Final = 38
+PR_SET_THP_DISABLE: Final = 41
 PR_CAP_AMBIENT: Final = 47
 PR_CAP_AMBIENT_RAISE: Final = 2
 PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
@@ -29,6 +33,7 @@ KEYCTL_JOIN_SESSION_KEYRING: Final = 1
 SIGCHLD: Final = 17
 _ZEROS: Final = (0, 0, 0, 0)
 _prctl: Final = function("prctl", 5)
+_personality: Final = function("personality", 1)
 _PIDFD: Final = int(CLONE.PIDFD)
 _PARENT: Final = int(CLONE.PARENT)
 _INTO_CGROUP: Final = int(CLONE.INTO_CGROUP)
@@ -93,6 +98,48 @@ def close_all_but(keep: tuple[int, ...]) -> None:
 def join_session_keyring() -> None:
     """Join a new anonymous session keyring. Raises SyscallError."""
     syscall("keyctl", KEYCTL_JOIN_SESSION_KEYRING, None)
+
+
+_IOPRIO_WHO_PROCESS: Final = 1
+_CPUS: Final = range(os.sysconf("SC_NPROCESSORS_CONF"))
+_TIMERSLACK_NS: Final = 50_000
+_COREDUMP_FILTER: Final = b"0x33"  # core(5): the kernel's own default
+
+
+def default_scheduling() -> None:
+    """Any processor and memory node, nice 0, SCHED_OTHER, no I/O priority: what a service manager gave cribd is not
+    for containers, whose cgroup says what they may use. Raises OSError.
+    """
+    os.sched_setaffinity(0, _CPUS)
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    os.setpriority(os.PRIO_PROCESS, 0, 0)
+    syscall("ioprio_set", _IOPRIO_WHO_PROCESS, 0, 0)
+    try:
+        syscall("set_mempolicy", 0, None, 0)
+    except SyscallError:  # a kernel without NUMA
+        pass
+
+
+def default_attributes() -> None:
+    """Reset what passes from parent to child and through execve, and nobody sees: ignored and blocked signals, secure
+    bits, timer slack, personality, huge pages, what a core dump holds. Raises OSError.
+    """
+    for number in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}:  # which Python ignores
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    prctl(PR_SET_TIMERSLACK, _TIMERSLACK_NS)  # 0 would be what the parent had
+    check("personality", _personality(0))
+    for option in (PR_SET_SECUREBITS, PR_SET_THP_DISABLE):
+        try:
+            prctl(option, 0)
+        except SyscallError:  # not permitted, or not in this kernel: then it isn't set either
+            pass
+    try:
+        with open("/proc/self/coredump_filter", "wb", buffering=0) as file:
+            file.write(_COREDUMP_FILTER)
+    except FileNotFoundError:  # a kernel without core dumps
+        pass
 
 
 class Exec:

@@ -25,6 +25,7 @@ from runtime.linux.process import (
     PR_SET_PDEATHSIG,
     Exec,
     close_range,
+    default_scheduling,
     join_session_keyring,
     prctl,
 )
@@ -52,7 +53,7 @@ TIOCSWINSZ = 0x5414
 
 
 class Detach(Step):
-    """Let go of what the parent was: session, keyring, signals, parent-death signal, directory.
+    """Let go of what the parent was: session, keyring, signals, scheduling, parent-death signal, directory.
 
     The umask is 0 until `Execute` sets the process's own: what the steps make has exactly the modes they say.
     """
@@ -66,6 +67,7 @@ class Detach(Step):
         except SyscallError as error:  # kernels without keyrings, or a nested runtime's filter
             context.warnings.append(str(error))
         prctl(PR_SET_PDEATHSIG, 0)
+        default_scheduling()
         os.umask(0)
         os.chdir("/")
         for number in INHERITED_DISPOSITIONS:
@@ -73,7 +75,7 @@ class Detach(Step):
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
     def describe(self) -> str:
-        return "new session and keyring, default signals"
+        return "new session and keyring, default signals and scheduling"
 
 
 class JoinCgroup(Step):

@@ -27,27 +27,21 @@ class OpenImage(Step):
 
     def run(self, context: Context) -> None:
         mapping = context.fds["user"] if self.mapped else -1
-        tree = overlay(self.lowers, mapping, None, "" if self.from_descriptors else self.at)
-        context.fds[self.key] = tree
-        if not self.sub_path:
-            return
-        try:
-            part = files.open_in_root(tree, self.sub_path, os.O_PATH)
-        except SyscallError as error:
-            raise SyscallError("image volume: sub path", error.errno or 0, self.sub_path) from None
-        try:
-            context.fds[self.key] = open_tree("", dirfd=part)
-        finally:
-            os.close(part)
-            os.close(tree)
+        context.fds[self.key] = overlay(
+            self.lowers, mapping, None, "" if self.from_descriptors else self.at, self.sub_path
+        )
 
     def describe(self) -> str:
         part = f", {self.sub_path} of it" if self.sub_path else ""
         return f"open an image of {len(self.lowers)} layers{part}"
 
 
-def overlay(lowers: tuple[str, ...] | list[str], mapping: int, own: tuple[str, str] | None, at: str) -> int:
-    """An overlay of the directories `lowers`, top first, as a detached mount. Raises SyscallError.
+def overlay(
+    lowers: tuple[str, ...] | list[str], mapping: int, own: tuple[str, str] | None, at: str, sub_path: str = ""
+) -> int:
+    """An overlay of the directories `lowers`, top first, as a detached mount: all of it or the part at `sub_path`.
+
+    Raises SyscallError.
 
     `mapping` is the user namespace to show the layers through, or -1. `own`: upper and work directory, None for a
     read-only one. Overlay takes descriptors of detached mounts as layers from Linux 6.15 on; before that, `at` is
@@ -59,10 +53,30 @@ def overlay(lowers: tuple[str, ...] | list[str], mapping: int, own: tuple[str, s
             layers.append(open_tree(path))
             if mapping >= 0:
                 idmap(layers[-1], mapping)
-        return _of_mounts(layers, own, at) if at else _of_descriptors(layers, own)
+        if at:
+            return _of_mounts(layers, own, at, sub_path)
+        tree = _of_descriptors(layers, own)
+        if not sub_path:
+            return tree
+        try:
+            return _part(tree, sub_path)
+        finally:
+            os.close(tree)
     finally:
         for layer in layers:
             os.close(layer)
+
+
+def _part(root: int, path: str) -> int:
+    """A copy of what is at `path` below the open directory `root`, as a detached mount."""
+    try:
+        part = files.open_in_root(root, path, os.O_PATH)
+    except SyscallError as error:
+        raise SyscallError("image volume: sub path", error.errno or 0, path) from None
+    try:
+        return open_tree("", dirfd=part)
+    finally:
+        os.close(part)
 
 
 def _of_descriptors(layers: list[int], own: tuple[str, str] | None) -> int:
@@ -75,7 +89,7 @@ def _of_descriptors(layers: list[int], own: tuple[str, str] | None) -> int:
             os.close(fd)
 
 
-def _of_mounts(layers: list[int], own: tuple[str, str] | None, at: str) -> int:
+def _of_mounts(layers: list[int], own: tuple[str, str] | None, at: str, sub_path: str) -> int:
     unshare(CLONE.NEWNS)
     mount("", "/", "", MS.REC | MS.PRIVATE)
     mount("tmpfs", at, "tmpfs", MS.NOSUID | MS.NODEV | MS.NOEXEC, "mode=700")
@@ -92,6 +106,9 @@ def _of_mounts(layers: list[int], own: tuple[str, str] | None, at: str) -> int:
     if own:
         options += f",upperdir={own[0]},workdir={own[1]}"
     mount("overlay", str(len(layers)), "overlay", 0, options)
-    tree = open_tree(str(len(layers)))
-    os.chdir("/")
-    return tree
+    root = os.open(str(len(layers)), os.O_PATH | os.O_CLOEXEC)  # a part of a mount can't be copied once it is detached
+    try:
+        return _part(root, sub_path) if sub_path else open_tree("", dirfd=root)
+    finally:
+        os.close(root)
+        os.chdir("/")

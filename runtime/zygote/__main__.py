@@ -37,6 +37,7 @@ def _serve(fd: int, host_ns: int, cgroup: list[str]) -> None:
     import socket
 
     from runtime.linux.namespaces import CLONE, setns
+    from runtime.linux.process import default_attributes
     from runtime.zygote.zygote import Zygote
 
     setns(host_ns, CLONE.NEWNS)
@@ -44,6 +45,7 @@ def _serve(fd: int, host_ns: int, cgroup: list[str]) -> None:
     for name in cgroup:  # here, where it isn't mounted read-only
         with open(name, "wb", buffering=0) as file:
             file.write(b"0")
+    default_attributes()
     os.set_inheritable(fd, False)
     Zygote(socket.socket(fileno=fd)).serve()
 

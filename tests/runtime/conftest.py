@@ -153,7 +153,13 @@ def state_dir(run_dir: Path) -> Path:
 @pytest_asyncio.fixture
 async def bench(layer: Path, state_dir: Path, tmp_path: Path) -> AsyncIterator[Bench]:
     state_dir.mkdir()
-    made = Bench(Engine(state_dir, launch(), probe()), layer, tmp_path, detect(), f"/crib-test-{os.getpid()}-engine")
+    made = Bench(
+        Engine(state_dir, launch(), probe()),
+        layer,
+        tmp_path,
+        detect(driver="cgroupfs"),
+        f"/crib-test-{os.getpid()}-engine",
+    )
     yield made
     made.cgroups.kill(made.cgroup)
     for pod_id in os.listdir(state_dir / "pods") if (state_dir / "pods").exists() else ():

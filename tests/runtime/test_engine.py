@@ -145,7 +145,7 @@ async def test_without_clones_of_detached_mounts_shm_is_shared_too(
 ) -> None:
     state_dir.mkdir()
     engine = Engine(state_dir, launch(), replace(probe(), clone_detached_mount=False))
-    bench = Bench(engine, layer, tmp_path, detect(), f"/crib-test-{os.getpid()}-shm")
+    bench = Bench(engine, layer, tmp_path, detect(driver="cgroupfs"), f"/crib-test-{os.getpid()}-shm")
     try:
         pod = await bench.pod()
         await bench.run(pod, "c1", container(pod, "sh", "-c", "echo shared > /dev/shm/x"))

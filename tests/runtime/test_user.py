@@ -36,7 +36,7 @@ async def mapped(request: pytest.FixtureRequest, layer: Path, state_dir: Path, t
         pytest.skip("this kernel's overlay takes no descriptors of detached mounts")
     state_dir.mkdir()
     engine = Engine(state_dir, launch(), replace(probes, overlay_of_descriptors=request.param == "descriptors"))
-    bench = Bench(engine, layer, tmp_path, detect(), f"/crib-test-{os.getpid()}-user")
+    bench = Bench(engine, layer, tmp_path, detect(driver="cgroupfs"), f"/crib-test-{os.getpid()}-user")
     yield bench
     bench.cgroups.kill(bench.cgroup)
     await bench.engine.stop_pod(POD_ID)
@@ -264,7 +264,7 @@ async def test_images_are_mounted_read_only(
     if descriptors and not probes.overlay_of_descriptors:
         pytest.skip("this kernel's overlay takes no descriptors of detached mounts")
     engine = Engine(state_dir, launch(), replace(probes, overlay_of_descriptors=descriptors))
-    bench = Bench(engine, layer, tmp_path, detect(), f"/crib-test-{os.getpid()}-image")
+    bench = Bench(engine, layer, tmp_path, detect(driver="cgroupfs"), f"/crib-test-{os.getpid()}-image")
     try:
         pod = await bench.pod()
         _, log = await bench.run(pod, "c", container(pod, "sh", "-c", _LOOK, mounts=image_volumes(image)))

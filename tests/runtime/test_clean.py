@@ -1,0 +1,176 @@
+"""What a container and an exec inherit, field by field: from a cribd that was started with everything odd."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import re
+import resource
+import signal
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import pytest_asyncio
+
+from runtime.cgroup import detect
+from runtime.engine import Cgroup, Engine, ExecStart
+from runtime.linux.probe import probe
+from runtime.linux.process import PR_SET_TIMERSLACK, prctl
+from runtime.spec import Capabilities, Linux, Process, Rlimit, User
+from runtime.zygote.launch import launch
+from tests.requires import requires
+from tests.runtime.conftest import POD_ID, TIMEOUT_S, Bench, container
+
+pytestmark = [requires("root", "overlay", "busybox"), pytest.mark.asyncio]
+
+# /proc/self/status: what every field is, as a pattern; "" is anything (what the kernel counts, or the machine decides).
+STATUS = {
+    "Name": "cat", "Umask": "0022", "State": "R .*", "Tgid": r"\d+", "Ngid": "0", "Pid": r"\d+", "PPid": r"\d+",
+    "TracerPid": "0", "Uid": r"7\t7\t7\t7", "Gid": r"8\t8\t8\t8", "FDSize": r"\d+", "Groups": "8 9 ",
+    "NStgid": "", "NSpid": "", "NSpgid": "", "NSsid": "", "Kthread": "0",
+    "VmPeak": "", "VmSize": "", "VmLck": "", "VmPin": "", "VmHWM": "", "VmRSS": "", "RssAnon": "", "RssFile": "",
+    "RssShmem": "", "VmData": "", "VmStk": "", "VmExe": "", "VmLib": "", "VmPTE": "", "VmSwap": "",
+    "HugetlbPages": "", "CoreDumping": "0", "THP_enabled": "1", "untag_mask": "", "Threads": "1", "SigQ": "",
+    "SigPnd": "0+", "ShdPnd": "0+", "SigBlk": "0+", "SigIgn": "0+", "SigCgt": "0+",
+    "CapInh": "0+20", "CapPrm": "0+20", "CapEff": "0+20", "CapBnd": "0+21", "CapAmb": "0+20",
+    "NoNewPrivs": "1", "Seccomp": "0", "Seccomp_filters": "0", "Speculation_Store_Bypass": "",
+    "SpeculationIndirectBranch": "", "Cpus_allowed": "", "Cpus_allowed_list": "", "Mems_allowed": "",
+    "Mems_allowed_list": "", "voluntary_ctxt_switches": "", "nonvoluntary_ctxt_switches": "",
+    "x86_Thread_features": "", "x86_Thread_features_locked": "",
+}  # fmt: skip
+# Every other file that tells of inherited state.
+FILES = {
+    "oom_score_adj": "13",
+    "coredump_filter": "0+33",
+    "personality": "0+",
+    "timerslack_ns": "50000",
+    "cmdline": r"cat\0/proc/self/cmdline\0",
+    "environ": r"PATH=/bin\0A=b\0",
+}
+LIMITS = {
+    "Max open files": ("100", "200"),
+    "Max core file size": ("0", "unlimited"),
+    "Max processes": ("500", "600"),
+    "Max nice priority": ("0", "0"),
+}
+COMMAND = (
+    "cat /proc/self/status; for f in oom_score_adj coredump_filter personality timerslack_ns; do echo @$f; "
+    "cat /proc/self/$f; done; echo @limits; cat /proc/self/limits; echo @stat; cat /proc/self/stat; echo @cwd; "
+    "readlink /proc/self/cwd; echo @fd; ls /proc/self/fd; echo @cpus; grep Cpus_allowed_list /proc/self/status"
+)
+
+
+@contextlib.contextmanager
+def odd() -> Iterator[None]:
+    """This process as nobody would start cribd, for what it starts meanwhile."""
+    cpus, mask = os.sched_getaffinity(0), os.umask(0o177)
+    libc = ctypes.CDLL(None)
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        os.sched_setaffinity(0, {min(cpus)})
+        os.setpriority(os.PRIO_PROCESS, 0, 7)
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
+        prctl(PR_SET_TIMERSLACK, 999)
+        libc.personality(0x0040000)  # ADDR_NO_RANDOMIZE
+        Path("/proc/self/coredump_filter").write_text("0x7f")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit[0] - 1, limit[1]))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+        Path("/proc/self/coredump_filter").write_text("0x33")
+        libc.personality(0)
+        prctl(PR_SET_TIMERSLACK, 50_000)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+        os.setpriority(os.PRIO_PROCESS, 0, 0)
+        os.sched_setaffinity(0, cpus)
+        os.umask(mask)
+
+
+@pytest_asyncio.fixture
+async def odd_bench(layer: Path, state_dir: Path, tmp_path: Path) -> AsyncIterator[Bench]:
+    state_dir.mkdir()
+    with odd():
+        zygote = launch()
+    engine = Engine(state_dir, zygote, probe())
+    bench = Bench(engine, layer, tmp_path, detect(driver="cgroupfs"), f"/crib-test-{os.getpid()}-clean")
+    yield bench
+    bench.cgroups.kill(bench.cgroup)
+    await engine.stop_pod(POD_ID)
+    engine.close()
+    await bench.remove_cgroups()
+
+
+def chosen(process: Process) -> Process:
+    one = ("CAP_KILL",)
+    return msgspec.structs.replace(
+        process,
+        user=User(uid=7, gid=8, additional_gids=(8, 9), umask=0o022),
+        capabilities=Capabilities(
+            bounding=("CAP_CHOWN", *one), effective=one, permitted=one, inheritable=one, ambient=one
+        ),
+        oom_score_adj=13,
+        env=("PATH=/bin", "A=b"),
+        rlimits=(
+            Rlimit(type="RLIMIT_NOFILE", soft=100, hard=200),
+            Rlimit(type="RLIMIT_CORE", soft=0, hard=2**64 - 1),
+            Rlimit(type="RLIMIT_NPROC", soft=500, hard=600),
+            Rlimit(type="RLIMIT_NICE", soft=0, hard=0),
+        ),
+    )
+
+
+def check(text: str) -> None:
+    status, *parts = re.split(r"^@(\w+)\n", text, flags=re.MULTILINE)
+    files = dict(zip(parts[::2], parts[1::2], strict=True))
+    found = {name: value for name, _, value in (line.partition(":\t") for line in status.splitlines())}
+    wrong = {name: value for name, value in found.items() if name not in STATUS}
+    wrong |= {n: found[n] for n, p in STATUS.items() if n in found and p and not re.fullmatch(p, found[n])}
+    for name in ("oom_score_adj", "coredump_filter", "personality", "timerslack_ns"):
+        if not re.fullmatch(FILES[name], files[name].strip()):
+            wrong[name] = files[name]
+    for name, pair in LIMITS.items():
+        line = next(line for line in files["limits"].splitlines() if line.startswith(name))
+        if tuple(line.removeprefix(name).split()[:2]) != pair:
+            wrong[name] = line
+    stat = files["stat"].rpartition(")")[2].split()
+    for name, index, value in (("tty", 4, "0"), ("nice", 16, "0"), ("rt_priority", 37, "0"), ("policy", 38, "0")):
+        if stat[index] != value:
+            wrong[name] = stat[index]
+    if files["cwd"] != "/\n":
+        wrong["cwd"] = files["cwd"]
+    if set(files["fd"].split()) != {"0", "1", "2", "3"}:  # 3 is the directory that ls reads
+        wrong["fd"] = files["fd"]
+    own = next(line for line in Path("/proc/self/status").read_text().splitlines() if "Cpus_allowed_list" in line)
+    if files["cpus"].strip() != own:
+        wrong["cpus"] = files["cpus"]
+    assert wrong == {}
+
+
+async def test_a_container_inherits_what_is_written_here(odd_bench: Bench) -> None:
+    pod = await odd_bench.pod()
+    _, log = await odd_bench.run(pod, "c", container(pod, "sh", "-c", COMMAND, process=chosen))
+    check(log)
+    for name in ("cmdline", "environ"):
+        _, log = await odd_bench.run(pod, name, container(pod, "cat", f"/proc/self/{name}", process=chosen))
+        assert re.fullmatch(FILES[name].replace("cmdline", name), log.rstrip("\n")), log
+
+
+async def test_an_exec_inherits_what_is_written_here(odd_bench: Bench, null: int, tmp_path: Path) -> None:
+    pod = await odd_bench.pod()
+    await odd_bench.start(pod, "c", container(pod, "sleep", "100"))
+    process = chosen(Process(cwd="/", user=User(uid=0, gid=0), args=("sh", "-c", COMMAND), no_new_privileges=True))
+    cgroup = Cgroup.of(odd_bench.cgroups, f"{odd_bench.cgroup}/c")
+    output = os.open(tmp_path / "output", os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        start = ExecStart("e", "c", process, Linux(), cgroup.join_files, cgroup.clone_dir)
+        done = await asyncio.wait_for(pod.exec(start, null, output, output).wait(), TIMEOUT_S)
+    finally:
+        os.close(output)
+    assert done.code == 0
+    check((tmp_path / "output").read_text())
