@@ -12,7 +12,7 @@ from typing import Any, Final
 from runtime.channel import Channel, Reply
 from runtime.errors import DeadlineExceeded, StepFailed, Unavailable, WrongState
 from runtime.images import RootFs
-from runtime.plan.compile import Cgroup, Environment, Maps, Namespaces, compile_exec, compile_start
+from runtime.plan.compile import Cgroup, Environment, Maps, Namespaces, compile_exec, compile_start, watches
 from runtime.plan.plan import Plan, encode
 from runtime.spec import Linux, Process, Spec
 from runtime.zygote.messages import Kind
@@ -221,6 +221,7 @@ class Pod:
                 pid_ns=request.pid_target or start.pid_ns,
                 own_pid=start.pid == "new" and not request.pid_target,
                 terminal=start.terminal,
+                watches=start.watches,
                 stdin=request.stdin,
                 stdin_once=request.stdin_once,
                 log=request.log_path or "",
@@ -268,6 +269,7 @@ class Pod:
             if not exited.done():
                 exited.set_exception(_failure(plan, reply.fields))
 
+        held = watches(request.process, request.linux)
         memfd = _memfd(plan)
         try:
             self._channel.post(
@@ -276,7 +278,8 @@ class Pod:
                 replied,
                 id=request.container_id,
                 exec=request.id,
-                clone_dir=request.clone_dir,
+                clone_dir="" if held else request.clone_dir,
+                join_files=request.join_files if held else (),
             )
         finally:
             os.close(memfd)

@@ -27,12 +27,16 @@ PR_SET_THP_DISABLE: Final = 41
 PR_CAP_AMBIENT: Final = 47
 PR_CAP_AMBIENT_RAISE: Final = 2
 PR_CAP_AMBIENT_CLEAR_ALL: Final = 4
+PTRACE_TRACEME: Final = 0
+PTRACE_CONT: Final = 7
+PTRACE_DETACH: Final = 17
 
 CLOSE_RANGE_CLOEXEC: Final = 4
 KEYCTL_JOIN_SESSION_KEYRING: Final = 1
 SIGCHLD: Final = 17
 _ZEROS: Final = (0, 0, 0, 0)
 _prctl: Final = function("prctl", 5)
+_ptrace: Final = function("ptrace", 4)
 _personality: Final = function("personality", 1)
 _PIDFD: Final = int(CLONE.PIDFD)
 _PARENT: Final = int(CLONE.PARENT)
@@ -42,6 +46,11 @@ _INTO_CGROUP: Final = int(CLONE.INTO_CGROUP)
 def prctl(option: int, *args: int) -> int:
     """prctl(2) with up to four numeric arguments. Raises SyscallError."""
     return check("prctl", _prctl(option, *args, *_ZEROS[len(args) :]))
+
+
+def ptrace(request: int, pid: int = 0, number: int = 0) -> None:
+    """ptrace(2) for requests without an address; `number` is the signal of PTRACE_CONT. Raises SyscallError."""
+    check("ptrace", _ptrace(request, pid, 0, number))
 
 
 def set_name(name: str) -> None:

@@ -102,12 +102,16 @@ class Environment:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """A container's plan, and how its process is cloned: `pid` is "new", "pod", "host" or "join" (of `pid_ns`)."""
+    """A container's plan, and how its process is cloned: `pid` is "new", "pod", "host" or "join" (of `pid_ns`).
+
+    `watches`: see the function of that name.
+    """
 
     plan: Plan
     pid: str
     pid_ns: str
     terminal: bool
+    watches: bool = False
 
 
 @dataclass(slots=True)
@@ -172,13 +176,16 @@ def compile_start(spec: Spec, rootfs: RootFs, cgroup: Cgroup, environment: Envir
     plan += build.tree
     plan.append(mounts.PivotRoot())
     plan += _become(process, linux, environment.last_cap)
-    return Start(tuple(plan), pid, pid_ns, process.terminal)
+    return Start(tuple(plan), pid, pid_ns, process.terminal, watches(process, linux))
 
 
 def compile_exec(process: Process, linux: Linux, join_files: tuple[str, ...], clone_dir: str, last_cap: int) -> Plan:
-    """The plan of one more process in a running container. Raises InvalidSpec."""
+    """The plan of one more process in a running container. Raises InvalidSpec.
+
+    One that the container could take over before execve is moved into its cgroup by the monitor (see `watches`).
+    """
     plan: list[Step] = [identity.Detach()]
-    if not clone_dir:
+    if not clone_dir and not watches(process, linux):
         plan.append(identity.JoinCgroup(join_files))
     plan += _inherited(process)
     plan += _label(process)
@@ -188,6 +195,17 @@ def compile_exec(process: Process, linux: Linux, join_files: tuple[str, ...], cl
     plan.append(identity.JoinProcess("container", int(flags)))
     plan += _become(process, linux, last_cap)
     return tuple(plan)
+
+
+def watches(process: Process, linux: Linux) -> bool:
+    """Whether the container could take over a process of crib's that enters its pid namespace (CVE-2016-9962).
+
+    CAP_SYS_PTRACE is all it takes, but for one in a user namespace; in the host's pid namespace it could have any
+    process of the host anyhow. See `runtime.zygote.hold`.
+    """
+    sets = process.capabilities or Capabilities()
+    own_pids = any(namespace.type == "pid" for namespace in linux.namespaces)
+    return "CAP_SYS_PTRACE" in sets.bounding and own_pids and not linux.uid_mappings
 
 
 def _namespaces(build: _Build, linux: Linux, environment: Environment) -> tuple[str, str]:

@@ -33,6 +33,9 @@ class Process:
         "code",
         "exited_ns",
         "failure",
+        "held",
+        "hold_until",
+        "join_files",
         "n",
         "pid",
         "pidfd",
@@ -45,6 +48,9 @@ class Process:
 
     def __init__(self, n: int, pid: int, pidfd: int, sync: socket.socket) -> None:
         self.staged = False
+        self.held: list[Container] = []  # who is frozen until this has become its program, or ended
+        self.hold_until = 0.0
+        self.join_files: tuple[str, ...] = ()
         self.n = n  # the request that waits for the start
         self.pid = pid
         self.pidfd = pidfd
@@ -106,14 +112,16 @@ class Container(Process):
     """The first process of a container, its output and its cgroup."""
 
     __slots__ = (
-        "cgroup", "clients", "id", "kill_dirs", "log", "memory_events", "oom_killed", "own_pid", "stderr", "stdin",
-        "stdin_once", "stdin_open", "streams",
+        "cgroup", "clients", "holds", "id", "kill_dirs", "log", "memory_events", "oom_killed", "own_pid", "stderr",
+        "stdin", "stdin_once", "stdin_open", "streams", "watches",
     )  # fmt: skip
 
     def __init__(self, n: int, pid: int, pidfd: int, sync: socket.socket, fields: dict[str, Any]) -> None:
         super().__init__(n, pid, pidfd, sync)
         self.id: str = fields["id"]
         self.own_pid: bool = fields["own_pid"]
+        self.watches: bool = fields["watches"]
+        self.holds = 0
         self.cgroup: str = fields["cgroup"]
         self.kill_dirs: tuple[str, ...] = tuple(fields["kill_dirs"])
         self.memory_events: str = fields["memory_events"]

@@ -11,13 +11,15 @@ import os
 import select
 import signal
 import socket
+import time
 
 from runtime.cgroup import files as cgroup_files
 from runtime.linux import mount, namespaces
 from runtime.linux.lib import SyscallError
 from runtime.linux.namespaces import CLONE
-from runtime.linux.process import PR_SET_CHILD_SUBREAPER, clone3, prctl, set_name, set_title
+from runtime.linux.process import PR_SET_CHILD_SUBREAPER, PTRACE_TRACEME, clone3, prctl, ptrace, set_name, set_title
 from runtime.linux.userns import mapped
+from runtime.zygote import hold
 from runtime.zygote.attach import attach, detach_all
 from runtime.zygote.child import become
 from runtime.zygote.container import Container, Process
@@ -58,6 +60,7 @@ class Monitor:
         self._containers: dict[str, Container] = {}
         self._execs: dict[str, Process] = {}
         self._exec_of: dict[str, str] = {}
+        self._held: list[Process] = []  # children for whose sake containers are frozen
         self._null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
         self._own_pid_ns = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
         self._pod_pid_ns = -1
@@ -105,7 +108,7 @@ class Monitor:
 
     def turn(self) -> None:
         """Wait until something happens, and handle it."""
-        for fd, _ in self._epoll.poll():
+        for fd, _ in self._epoll.poll(hold.expire(self._held) if self._held else -1):
             handler = self._handlers.get(fd)
             if handler:
                 handler()
@@ -308,6 +311,43 @@ class Monitor:
             if cgroup >= 0:
                 os.close(cgroup)
 
+    def _watchers(self, entered: Container | None) -> list[Container]:
+        """Who could take over a child that enters a container's pid namespace, or with None the pod's."""
+        own = entered is not None and entered.own_pid
+        running = (each for each in self._containers.values() if each.watches and not each.ended)
+        return [each for each in running if each is entered or not (own and each.own_pid)]
+
+    def _clone_held(self, held: list[Container], pid_ns: int, flags: int, cgroup_dir: str) -> tuple[int, int]:
+        """`_clone` of a child for whose sake these containers are frozen."""
+        hold.freeze(held)
+        try:
+            pid, pidfd = self._clone(pid_ns, flags, cgroup_dir)
+        except SyscallError:
+            hold.thaw(held)
+            raise
+        if pid == 0 and held:
+            ptrace(PTRACE_TRACEME)
+        return pid, pidfd
+
+    def _hold(self, process: Process, held: list[Container], join_files: tuple[str, ...]) -> None:
+        if held:
+            process.held, process.join_files = held, join_files
+            process.hold_until = time.monotonic() + hold.LIMIT_S
+            self._held.append(process)
+
+    def _release(self, process: Process) -> None:
+        if process in self._held:
+            self._held.remove(process)
+            hold.release(process)
+
+    def _stopped(self, info: Any) -> None:
+        for process in self._held:
+            if process.pid == info.si_pid:
+                hold.stopped(process, info.si_status)
+                if info.si_status == signal.SIGTRAP:
+                    self._release(process)
+                return
+
     def _restore_pid_ns(self) -> None:
         # If this fails every later child would be born in a container: better no monitor than that one.
         namespaces.setns(self._own_pid_ns, _NEWPID)
@@ -337,8 +377,9 @@ class Monitor:
         if self._user >= 0:  # what it clones after joining the user namespace is what enters the pid namespace
             child |= {"user": self._user} | ({"pid": pid_ns} if pid_ns >= 0 else {})
             inherited, flags = -1, 0
+        held = self._watchers(None) if fields["pid"] in ("pod", "target", "join") and self._user < 0 else []
         try:
-            pid, pidfd = self._clone(inherited, flags, fields["clone_dir"])
+            pid, pidfd = self._clone_held(held, inherited, flags, fields["clone_dir"])
             if pid == 0:
                 become(plan, child, theirs)
         except SyscallError:
@@ -353,6 +394,7 @@ class Monitor:
         container = Container(fields["n"], pid, pidfd, mine, fields)
         container.log = log
         container.staged = self._user >= 0
+        self._hold(container, held, ())
         if stdin:
             os.set_blocking(stdin[1], False)
             container.stdin = stdin[1]
@@ -367,8 +409,9 @@ class Monitor:
         plan = os.pread(fds[0], _PLAN_LIMIT_BYTES, 0)
         child = dict(zip(("stdin", "stdout", "stderr"), fds[1:], strict=False))
         child["container"] = container.pidfd
+        held = self._watchers(container)
         try:
-            pid, pidfd = self._clone(container.pidfd, 0, fields["clone_dir"])
+            pid, pidfd = self._clone_held(held, container.pidfd, 0, fields["clone_dir"])
             if pid == 0:
                 become(plan, child, theirs)
         except SyscallError:
@@ -377,6 +420,7 @@ class Monitor:
         finally:
             theirs.close()
         process = Process(fields["n"], pid, pidfd, mine)
+        self._hold(process, held, tuple(fields["join_files"]))
         self._execs[fields["exec"]] = process
         self._exec_of[fields["exec"]] = container.id
         self.watch(mine.fileno(), lambda: self._exec_started(connection, fields["exec"], process, mine.fileno()))
@@ -448,7 +492,10 @@ class Monitor:
                 return
             if info is None:
                 return
-            self._ended(info)
+            if info.si_code == os.CLD_TRAPPED:
+                self._stopped(info)
+            else:
+                self._ended(info)
 
     def _ended(self, info: Any) -> None:
         for container in self._containers.values():
@@ -458,11 +505,13 @@ class Monitor:
         for container in self._containers.values():
             if container.pid == info.si_pid and not container.ended:
                 container.end(info)
+                self._release(container)
                 self._container_ended(container)
                 return
         for exec_id, process in list(self._execs.items()):
             if process.pid == info.si_pid:
                 process.end(info)
+                self._release(process)
                 while process.sync:
                     self._handlers[process.sync.fileno()]()
                 if process.failure is not None:
@@ -532,8 +581,8 @@ class Monitor:
             process = self._execs.get(fields["exec"])
             if process and not process.ended:
                 container = self._containers[self._exec_of[fields["exec"]]]
-                signal.pidfd_send_signal(process.pidfd, signal.SIGKILL)
                 kill_tree(process.pid, container.kill_dirs)
+                signal.pidfd_send_signal(process.pidfd, signal.SIGKILL)  # it may not be in its cgroup yet
         else:
             container = self._containers[fields["id"]]
             if not container.ended:

@@ -42,6 +42,7 @@ _START = {
     "pid": "host",
     "pid_ns": "",
     "own_pid": True,
+    "watches": False,
     "terminal": False,
     "stdin": False,
     "stdin_once": False,
