@@ -13,7 +13,7 @@ import resource
 import signal
 import socket
 import struct
-from errno import EACCES, ENOENT, EPERM
+from errno import EACCES, ENOENT, ENOTTY, EPERM
 
 from runtime.linux import caps, files
 from runtime.linux.lib import SyscallError
@@ -48,7 +48,8 @@ RLIMIT_NAMES = (
     "CPU FSIZE DATA STACK CORE RSS NPROC NOFILE MEMLOCK AS LOCKS SIGPENDING MSGQUEUE NICE RTPRIO RTTIME".split()
 )
 TIOCSPTLCK = 0x40045431
-TIOCGPTN = 0x80045430
+TIOCGPTPEER = 0x5441
+_PTMX = os.makedev(5, 2)
 TIOCSWINSZ = 0x5414
 
 
@@ -227,7 +228,8 @@ def _limit(value: int) -> int:
 class OpenTerminal(Step):
     """Open a terminal of the container's own devpts: its slave becomes stdin, stdout and stderr.
 
-    The master is kept as descriptor `terminal` for the parent. Runs after pivot_root.
+    The slave is the one that the master names itself, whatever is at its path. The master is kept as descriptor
+    `terminal` for the parent. Runs after pivot_root.
     """
 
     phase = "identity"
@@ -238,9 +240,10 @@ class OpenTerminal(Step):
 
     def run(self, context: Context) -> None:
         master = os.open("/dev/pts/ptmx", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+        if os.fstat(master).st_rdev != _PTMX:  # the container's own /dev can hold anything (CVE-2025-52565)
+            raise SyscallError("open", ENOTTY, "/dev/pts/ptmx, not a terminal")
         fcntl.ioctl(master, TIOCSPTLCK, struct.pack("i", 0))
-        number = struct.unpack("I", fcntl.ioctl(master, TIOCGPTN, b"\0" * 4))[0]
-        slave = os.open(f"/dev/pts/{number}", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
+        slave = fcntl.ioctl(master, TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
         if self.rows and self.columns:
             fcntl.ioctl(master, TIOCSWINSZ, struct.pack("HHHH", self.rows, self.columns, 0, 0))
         if self.uid:

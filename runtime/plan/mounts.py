@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import stat
-from errno import ENOENT, ENOTDIR
+from errno import ELOOP, ENOENT, ENOTDIR, EPERM
 
 from runtime.linux import files
 from runtime.linux.lib import SyscallError
@@ -56,6 +56,31 @@ def make_nodes(directory: int, nodes: Nodes) -> None:
 def some(names: list[str]) -> str:
     """The first few of many names."""
     return " ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+def mount_point(context: Context, target: str, *, directory: bool) -> int:
+    """An O_PATH descriptor of `target` below the root, which is made if missing. Raises SyscallError.
+
+    /proc and /sys may be no symlinks: what is masked below them later would be looked for where those lead then, and by
+    then a volume may be there (CVE-2019-19921). For the same reason no link leads into /proc (CVE-2019-16884).
+    """
+    if target in ("/proc", "/sys"):
+        try:
+            found = files.open_in_root(context.root, target, os.O_PATH | os.O_NOFOLLOW)
+        except SyscallError as error:
+            if error.errno != ENOENT:
+                raise
+        else:
+            if stat.S_ISLNK(os.fstat(found).st_mode):
+                os.close(found)
+                raise SyscallError("mount", ELOOP, f"{target}, a symbolic link in the image")
+            os.close(found)
+    make = files.make_directories if directory else files.make_file
+    point = make(context.root, target)
+    if os.fstat(point).st_dev == context.proc_device and not target.startswith("/proc"):
+        os.close(point)
+        raise SyscallError("mount", EPERM, f"{target}, a link into /proc")
+    return point
 
 
 class OpenSource(Step):
@@ -143,9 +168,13 @@ class Mount(Step):
     source: str
 
     def run(self, context: Context) -> None:
-        target = files.make_directories(context.root, self.target)
+        target = mount_point(context, self.target, directory=True)
         try:
             mount(self.source, f"/proc/self/fd/{target}", self.fstype, self.flags, self.data)
+            if self.fstype == "proc":
+                made = files.open_in_root(context.root, self.target, os.O_PATH)
+                context.proc_device = os.fstat(made).st_dev
+                os.close(made)
         except SyscallError as error:
             raise SyscallError("mount", error.errno or 0, self.target) from None
         finally:
@@ -177,10 +206,7 @@ class Attach(Step):
         tree = context.take(self.key)
         target = -1
         try:
-            if stat.S_ISDIR(os.fstat(tree).st_mode):
-                target = files.make_directories(context.root, self.target)
-            else:
-                target = files.make_file(context.root, self.target)
+            target = mount_point(context, self.target, directory=stat.S_ISDIR(os.fstat(tree).st_mode))
             if self.propagation:
                 mount_setattr(tree, "", propagation=self.propagation, recursive=True)
             if self.set_ or self.clear:

@@ -29,12 +29,13 @@ class Context:
     (pid, pidfd) that takes this one's place.
     """
 
-    __slots__ = ("announce", "directory", "executable", "fds", "root", "warnings")
+    __slots__ = ("announce", "directory", "executable", "fds", "proc_device", "root", "warnings")
 
     def __init__(self, fds: dict[str, int]) -> None:
         self.fds = fds
         self.announce: Callable[[int, int], None] | None = None
         self.root = -1
+        self.proc_device = 0  # of the container's /proc, once it is mounted
         self.executable = ""
         self.directory = "/"
         self.warnings: list[str] = []
