@@ -44,7 +44,6 @@ class Client:
         self._path = path
         self._channel: grpc.Channel | None = None
         self._behind: list[Any] = []
-        self._behind: list[Any] = []
 
     def close(self) -> None:
         if self._channel is not None:
