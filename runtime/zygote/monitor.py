@@ -65,6 +65,7 @@ class Monitor:
         self._own_pid_ns = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
         self._pod_pid_ns = -1
         self._pod_init: tuple[int, int] | None = None  # pid, pidfd
+        self._pod_init_ready = -1  # at its end once the init holds nothing of the host
         self._user = -1
         self._shm = -1
         self._wake = -1
@@ -269,9 +270,11 @@ class Monitor:
             sockets[0].close()
 
     def _start_pod_init(self, cgroup: tuple[str, ...]) -> None:
+        self._pod_init_ready, ready = os.pipe2(os.O_CLOEXEC)
         pid, pidfd = clone3(_NEWPID)
         if pid == 0:
-            reap_for_ever(cgroup)
+            reap_for_ever(cgroup, ready)
+        os.close(ready)
         self._take_pod_init(pid, pidfd)
 
     def _take_pod_init(self, pid: int, pidfd: int) -> None:
@@ -359,6 +362,10 @@ class Monitor:
             raise ValueError("started before")
         pid_ns = -1
         if fields["pid"] == "pod":
+            if self._pod_init_ready >= 0:  # a container must not find it while it still has the host's tree
+                os.read(self._pod_init_ready, 1)
+                os.close(self._pod_init_ready)
+                self._pod_init_ready = -1
             pid_ns = os.dup(self._pod_pid_ns)
         elif fields["pid"] == "target":  # by pidfd: a path could lead to a process that came after it
             pid_ns = os.dup(self._running(fields["pid_ns"]).pidfd)

@@ -6,16 +6,16 @@ import signal
 from runtime.linux.caps import capset, drop_bounding, last_cap
 from runtime.linux.mount import MS, mount, pivot_root, umount
 from runtime.linux.namespaces import CLONE, unshare
-from runtime.linux.process import PR_SET_NO_NEW_PRIVS, close_range, prctl, set_name
+from runtime.linux.process import PR_SET_NO_NEW_PRIVS, close_all_but, prctl, set_name
 
 _EMPTY = "/dev"  # any directory will do: it is covered in this mount namespace only
 
 
-def reap_for_ever(cgroup: tuple[str, ...]) -> None:
+def reap_for_ever(cgroup: tuple[str, ...], ready: int = -1) -> None:
     """Become the pod's init in this process, the first of its pid namespace; never returns.
 
     `cgroup` are the files that take it into its own cgroup. Its root is an empty read-only file system; it has
-    no descriptors and no capabilities. As a namespace's init it ignores every signal from inside.
+    no descriptors and no capabilities once the descriptor `ready` is closed. As a namespace's init it ignores every signal from inside.
     """
     try:
         signal.set_wakeup_fd(-1)
@@ -35,10 +35,12 @@ def reap_for_ever(cgroup: tuple[str, ...]) -> None:
         os.chdir("/")
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
-        close_range(0, 0xFFFFFFFF)
+        close_all_but((ready,) if ready >= 0 else ())
         prctl(PR_SET_NO_NEW_PRIVS, 1)
         drop_bounding(0, capabilities)
         capset(0, 0, 0)
+        if ready >= 0:
+            os.close(ready)
         while True:
             while _reaped():
                 pass
