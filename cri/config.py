@@ -110,11 +110,14 @@ class LimitsSection(_Section, frozen=True):
 
 
 class Config(_Section, frozen=True):
+    """`hooks_dirs`: directories of OCI hooks (oci-hooks(5)), of which a later one wins."""
+
     listen: str = DEFAULT_LISTEN
     root: str = str(DEFAULT_ROOT)
     state: str = str(DEFAULT_STATE)
     log_level: str = "info"
     log_format: str = "text"
+    hooks_dirs: tuple[str, ...] = ("/etc/crib/hooks.d",)
     images: ImagesSection = ImagesSection()
     network: NetworkSection = NetworkSection()
     cgroup: CgroupSection = CgroupSection()

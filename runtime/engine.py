@@ -250,6 +250,7 @@ class Engine:
             shm,
             bool(made["shm_path"]),
             self._last_cap,
+            str(self.directory(pod_id)),
             self._probes.overlay_of_descriptors,
         )
         pod = Pod(pod_id, channel, environment, pidfd, pid)

@@ -1,7 +1,9 @@
 """A running pod as cribd holds it: its monitor's channel, its containers' starts, execs and ends."""
 
 import asyncio
+import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -9,12 +11,16 @@ from dataclasses import dataclass, field
 from socket import AF_UNIX, SOCK_SEQPACKET, SOL_SOCKET, socket, socketpair
 from typing import Any, Final
 
+import msgspec
+from msgspec.structs import replace
+
+from runtime import hooks
 from runtime.channel import Channel, Reply
-from runtime.errors import DeadlineExceeded, StepFailed, Unavailable, WrongState
+from runtime.errors import CribError, DeadlineExceeded, StepFailed, Unavailable, WrongState
 from runtime.images import RootFs
 from runtime.plan.compile import Cgroup, Environment, Maps, Namespaces, compile_exec, compile_start, watches
 from runtime.plan.plan import Plan, encode
-from runtime.spec import Linux, Process, Spec
+from runtime.spec import Hooks, Linux, Process, Spec
 from runtime.zygote.messages import Kind
 
 START_TIMEOUT_S: Final = 60.0
@@ -179,6 +185,8 @@ class Pod:
         self._pidfd = pidfd
         self._channel = channel
         self._execs: dict[str, asyncio.Future[ExecExit]] = {}
+        self._starting: dict[str, tuple[Hooks, dict[str, object]]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
         channel.on_event = self._event
         channel.on_closed = self._lost
 
@@ -207,10 +215,13 @@ class Pod:
     async def start(self, request: ContainerStart) -> Started:
         """Start a container. Raises StepFailed, with the cause, after which nothing of it is left in the monitor."""
         begun_ns = time.time_ns()
-        start = compile_start(request.spec, request.rootfs, request.cgroup, self.environment)
+        bundle = self._bundle(request) if request.spec.hooks else ""
+        state = hooks.state(request.id, "creating", bundle, request.spec.annotations)
+        start = compile_start(request.spec, request.rootfs, request.cgroup, self.environment, json.dumps(state))
         sent_ns = time.time_ns()
         cgroup = request.cgroup
         memfd = _memfd(start.plan)
+        self._starting[request.id] = (request.spec.hooks or Hooks(), state)
         try:
             reply = await self._channel.request(
                 Kind.START,
@@ -234,6 +245,7 @@ class Pod:
             await self.kill(request.id)
             raise
         finally:
+            self._starting.pop(request.id, None)
             os.close(memfd)
         if reply.kind == Kind.FAILED:
             raise _failure(start.plan, reply.fields)
@@ -245,7 +257,44 @@ class Pod:
             StepTiming("namespaces", "have the monitor clone the process", fields["started_ns"] - sent_ns),
             *(StepTiming(at.phase, at.describe(), ns) for at, ns in zip(start.plan, [*durations, last], strict=True)),
         )
-        return Started(fields["pid"], fields["running_ns"], timeline, tuple(fields["warnings"]))
+        warnings = tuple(fields["warnings"])
+        if request.spec.hooks and request.spec.hooks.poststart:
+            try:
+                await hooks.run(
+                    "poststart", request.spec.hooks.poststart, state | {"status": "running", "pid": fields["pid"]}
+                )
+            except CribError as error:
+                warnings = (*warnings, str(error))
+        return Started(fields["pid"], fields["running_ns"], timeline, warnings)
+
+    async def stopped(self, container_id: str, spec: Spec) -> None:
+        """Run the poststop hooks of a container that is gone, and remove its bundle. Raises CribError."""
+        bundle = f"{self.environment.directory}/bundle-{container_id}"
+        wanted = spec.hooks or Hooks()
+        try:
+            await hooks.run("poststop", wanted.poststop, hooks.state(container_id, "stopped", bundle, spec.annotations))
+        finally:
+            shutil.rmtree(bundle, ignore_errors=True)
+
+    def _bundle(self, request: ContainerStart) -> str:
+        """The directory with config.json that hooks are told of; root.path is where createContainer hooks find it."""
+        bundle = f"{self.environment.directory}/bundle-{request.id}"
+        root = replace(request.spec.root, path="/sys" if self.namespaces.user else self.environment.staging)
+        os.makedirs(bundle, 0o700, exist_ok=True)
+        with open(f"{bundle}/config.json", "wb") as file:
+            file.write(msgspec.json.encode(replace(request.spec, root=root)))
+        return bundle
+
+    async def _resume(self, container_id: str, pid: int) -> None:
+        """A start has come to where its createRuntime hooks are run."""
+        wanted, state = self._starting.get(container_id, (Hooks(), {}))
+        detail = ""
+        try:
+            await hooks.run("prestart", wanted.prestart, state | {"pid": pid})
+            await hooks.run("createRuntime", wanted.create_runtime, state | {"pid": pid})
+        except CribError as error:
+            detail = str(error)
+        await self.request(Kind.RESUME, id=container_id, detail=detail)
 
     def exec(self, request: ExecStart, stdin: int = -1, stdout: int = -1, stderr: int = -1) -> Exec:
         """Run a process in a container with these descriptors, which stay the caller's, or with a terminal of the
@@ -364,12 +413,21 @@ class Pod:
             self._pidfd = -1
 
     def _event(self, kind: str, fields: dict[str, Any]) -> None:
+        if kind == Kind.PAUSED:
+            task = asyncio.create_task(self._resume(fields["id"], fields["pid"]))
+            self._tasks.add(task)
+            task.add_done_callback(self._resumed)
         if kind == Kind.EXITED and self.on_exit:
             self.on_exit(container_exit(fields))
         elif kind == Kind.EXEC_EXITED:
             future = self._execs.pop(fields["exec"], None)
             if future and not future.done():
                 future.set_result(ExecExit(fields["code"], fields["exited_ns"]))
+
+    def _resumed(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # the monitor is gone, which `on_lost` tells
 
     def _lost(self) -> None:
         self._fail_execs()

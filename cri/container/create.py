@@ -118,6 +118,7 @@ def _build(node: Node, container: Container) -> _Made:
     user = _user(node, config.linux.security_context, image)
     held = volumes.hold(node, container)
     spec = host.with_cdi_devices(config, container_to_spec(_given(node, container, image, user, held)))
+    spec = host.with_hooks(config, spec, node.config.hooks_dirs)
     host.check_propagation(spec.mounts)
     rootfs = node.images.prepare(container.id, image.id)
     if container.record.log_path:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from cri.api import cri_pb2 as pb
 from cri.state.records import ContainerState
-from cri.translate import cdi, propagation, seccomp
+from cri.translate import cdi, hooks, propagation, seccomp
 from cri.translate.defaults import Host
 from cri.translate.devices import HostDevice, paths
 from cri.translate.field import show
@@ -103,7 +103,29 @@ def with_cdi_devices(config: pb.ContainerConfig, spec: Spec, directories: tuple[
         return spec
     edits = cdi.resolve(names, list(_cdi_files(directories)))
     found = {path: tuple(device for _, device in _devices(path)) for path in cdi.paths(edits)}
-    return cdi.apply(spec, edits, found, hooks=False)
+    return cdi.apply(spec, edits, found, hooks=True)
+
+
+def with_hooks(config: pb.ContainerConfig, spec: Spec, directories: tuple[str, ...]) -> Spec:
+    """The spec with the hooks of the node. Their files are read each time, a later directory's in place of an earlier
+    one's of the same name, in the order of their names. Raises InvalidSpec for a broken one."""
+    paths: dict[str, str] = {}
+    for directory in directories:
+        try:
+            names = os.listdir(directory)
+        except OSError:
+            continue
+        paths |= {name: os.path.join(directory, name) for name in names if name.endswith(".json")}
+    if not paths:
+        return spec
+    files = []
+    for _, path in sorted(paths.items()):
+        try:
+            with open(path, "rb") as file:
+                files.append(hooks.parse(path, file.read(hooks.FILE_LIMIT_BYTES)))
+        except OSError as error:
+            raise InvalidSpec(f"hook file {path}: {error.strerror}") from error
+    return hooks.apply(spec, files, config.annotations, bind_mounts=any(mount.host_path for mount in config.mounts))
 
 
 def _cdi_files(directories: tuple[str, ...]) -> Iterator[cdi.Source]:

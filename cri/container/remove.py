@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from typing import TYPE_CHECKING
 
 from cri.container import volumes
 from cri.container.end import dead
-from runtime.errors import DeadlineExceeded, NotFound, Unavailable, WrongState
+from cri.container.start import spec_of
+from runtime import engine
+from runtime.errors import CribError, DeadlineExceeded, NotFound, Unavailable, WrongState
 
 if TYPE_CHECKING:
     from cri.container.container import Container
     from cri.node import Node
+    from runtime.spec import Spec
+
+_logger = logging.getLogger(__name__)
 
 
 async def remove(node: Node, container: Container) -> None:
@@ -26,10 +32,22 @@ async def _remove(node: Node, container: Container) -> None:
         container.removing = True
     await dead(node, container)
     if container.pod.running is not None:
+        with contextlib.suppress(NotFound):
+            spec = spec_of(node, container)
+            if spec.hooks:
+                await _poststop(container.pod.running, container.id, spec)
         with contextlib.suppress(NotFound, WrongState, Unavailable, DeadlineExceeded):  # never started, or no monitor
             await container.pod.running.forget(container.id)
     await node.work(volumes.release, node, container)
     forget(node, container)
+
+
+async def _poststop(pod: engine.Pod, container_id: str, spec: Spec) -> None:
+    """A hook that fails is logged: the container is gone whatever it says."""
+    try:
+        await pod.stopped(container_id, spec)
+    except CribError as error:
+        _logger.warning("hook failed", extra={"fields": {"container": container_id, "error": str(error)}})
 
 
 def forget(node: Node, container: Container) -> None:

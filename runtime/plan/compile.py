@@ -9,15 +9,16 @@ from runtime import seccomp as seccomp_compiler
 from runtime.cgroup import Cgroups
 from runtime.cgroup import Mount as CgroupMount
 from runtime.errors import InvalidSpec
+from runtime.hooks import TIMEOUT_S as HOOK_TIMEOUT_S
 from runtime.images import RootFs
 from runtime.linux import caps
 from runtime.linux.mount import MS, MountAttr
 from runtime.linux.namespaces import CLONE, FLAGS
 from runtime.linux.userns import mapped
-from runtime.plan import identity, layers, mounts, user
+from runtime.plan import hooks, identity, layers, mounts, user
 from runtime.plan.options import Options, parse
 from runtime.plan.plan import Plan, Step
-from runtime.spec import Capabilities, Device, IDMapping, Linux, Mount, Process, Spec
+from runtime.spec import Capabilities, Device, Hook, Hooks, IDMapping, Linux, Mount, Process, Spec
 
 _DEFAULT_NODES: Final = (
     ("null", "c", 1, 3, 0o666, 0, 0),
@@ -89,7 +90,8 @@ class Environment:
     """What compile must know of this host and this pod.
 
     `staging` is an empty directory that root file systems are mounted over; `shm_path` stands for the pod's /dev/shm,
-    and is a real mount only where `shm_attached`. `overlay_of_descriptors`: what the kernel's overlay can.
+    and is a real mount only where `shm_attached`. `directory` is the pod's, for bundles. `overlay_of_descriptors`: what
+    the kernel's overlay can.
     """
 
     staging: str
@@ -97,6 +99,7 @@ class Environment:
     shm_path: str
     shm_attached: bool
     last_cap: int
+    directory: str = ""
     overlay_of_descriptors: bool = True
 
 
@@ -130,8 +133,8 @@ class _Build:
     tree: list[Step] = field(default_factory=list)
 
 
-def compile_start(spec: Spec, rootfs: RootFs, cgroup: Cgroup, environment: Environment) -> Start:
-    """The plan that makes a container's first process. Raises InvalidSpec or Unsupported."""
+def compile_start(spec: Spec, rootfs: RootFs, cgroup: Cgroup, environment: Environment, state: str = "") -> Start:
+    """The plan that makes a container's first process; `state` is for its hooks. Raises InvalidSpec or Unsupported."""
     linux = spec.linux or Linux()
     build = _Build(_maps(linux.uid_mappings), _maps(linux.gid_mappings))
     pid, pid_ns = _namespaces(build, linux, environment)
@@ -148,6 +151,10 @@ def compile_start(spec: Spec, rootfs: RootFs, cgroup: Cgroup, environment: Envir
     _devices(build, linux.devices)
     if not build.uids:
         build.tree += build.devices
+    found = spec.hooks or Hooks()
+    if found.prestart or found.create_runtime:
+        build.tree.append(hooks.Pause())
+    build.tree += _hooks("createContainer", found.create_container, spec, state, environment)
     if linux.masked_paths:
         build.tree.append(mounts.MaskPaths(linux.masked_paths))
     if linux.readonly_paths:
@@ -175,6 +182,7 @@ def compile_start(spec: Spec, rootfs: RootFs, cgroup: Cgroup, environment: Envir
     plan += _label(process)
     plan += build.tree
     plan.append(mounts.PivotRoot())
+    plan += _hooks("startContainer", found.start_container, spec, state, environment)
     plan += _become(process, linux, environment.last_cap)
     return Start(tuple(plan), pid, pid_ns, process.terminal, watches(process, linux))
 
@@ -366,6 +374,32 @@ def _devices(build: _Build, devices: tuple[Device, ...]) -> None:
             user.MakeDev(dev.key, dev.data, dev.attributes, tuple(named.values()), dev.links, dev.uid, dev.gid)
         )
     build.devices += [mounts.MakeDevices(directory, tuple(nodes)) for directory, nodes in by_directory.items()]
+
+
+def _hooks(stage: str, wanted: tuple[Hook, ...], spec: Spec, state: str, environment: Environment) -> list[Step]:
+    """Hooks in the container's namespaces; what the image may have put in their place gets no more than the process."""
+    if not wanted:
+        return []
+    execute = _become(spec.process, spec.linux or Linux(), environment.last_cap)[-1]
+    assert isinstance(execute, identity.Execute)
+    return [
+        hooks.RunHook(
+            stage=stage,
+            path=hook.path,
+            args=hook.args,
+            env=hook.env,
+            timeout_s=hook.timeout or HOOK_TIMEOUT_S,
+            state=state,
+            confined=stage == "startContainer",
+            bounding=execute.bounding,
+            permitted=execute.permitted & execute.bounding,
+            last_cap=environment.last_cap,
+            no_new_privileges=execute.no_new_privileges,
+            seccomp=execute.seccomp,
+            seccomp_flags=execute.seccomp_flags,
+        )
+        for hook in wanted
+    ]
 
 
 def _inherited(process: Process) -> list[Step]:

@@ -26,14 +26,15 @@ class Context:
     """What the steps of one plan share: descriptors by name, and the root file system being built.
 
     `fds` holds what the parent handed in and what steps opened for later ones. `announce` tells the parent of a process
-    (pid, pidfd) that takes this one's place.
+    (pid, pidfd) that takes this one's place, `pause` waits for its word to go on, and returns what is wrong, or "".
     """
 
-    __slots__ = ("announce", "directory", "executable", "fds", "proc_device", "root", "warnings")
+    __slots__ = ("announce", "directory", "executable", "fds", "pause", "proc_device", "root", "warnings")
 
     def __init__(self, fds: dict[str, int]) -> None:
         self.fds = fds
         self.announce: Callable[[int, int], None] | None = None
+        self.pause: Callable[[], str] | None = None
         self.root = -1
         self.proc_device = 0  # of the container's /proc, once it is mounted
         self.executable = ""
@@ -49,7 +50,7 @@ class Context:
 class Step:
     """One act on the kernel: a record of strings, numbers, booleans and tuples of them, declared like a dataclass's.
 
-    `phase` is the part of a start that it belongs to: namespaces, rootfs, mounts, cgroup, identity or exec.
+    `phase` is the part of a start that it belongs to: namespaces, rootfs, mounts, cgroup, identity, hooks, exec.
     """
 
     fields: tuple[str, ...] = ()

@@ -6,6 +6,7 @@ travels as numbers and a string.
 
 The handshake on the SEQPACKET socket `sync`:
  0. a child that clones another process in its place sends {"pid": n} with the pidfd, and ends; that one goes on
+ 0b. a child that waits for hooks sends {"pause": True}, and goes on when it gets a word, which tells what is wrong
  1. the child runs every step but the last, and sends {"d": [ns, …], "s": started_ns, "w": [warning, …]}, with the
     terminal's master if one was opened
  2. the child runs the last step, execve; the socket closes by itself
@@ -16,7 +17,7 @@ import os
 import socket
 
 from runtime.linux.process import close_all_but
-from runtime.plan import identity, layers, mounts, user  # noqa: F401 - the kinds of steps that a plan can name
+from runtime.plan import hooks, identity, layers, mounts, user  # noqa: F401 - the kinds of steps that a plan can name
 from runtime.plan.plan import Context, Outcome, decode, run
 from runtime.zygote.messages import pack
 
@@ -29,6 +30,7 @@ def become(plan: bytes, fds: dict[str, int], sync: socket.socket) -> None:
         steps = decode(plan)
         context = Context(fds)
         context.announce = lambda pid, pidfd: _announce(sync, pid, pidfd)
+        context.pause = lambda: _pause(sync)
         outcome = run(steps[:-1], context)
         if outcome.failed < 0:
             terminal = [context.fds["terminal"]] if "terminal" in context.fds else []
@@ -44,6 +46,11 @@ def become(plan: bytes, fds: dict[str, int], sync: socket.socket) -> None:
             pass
     finally:
         os._exit(127)
+
+
+def _pause(sync: socket.socket) -> str:
+    sync.send(pack({"pause": True}))
+    return sync.recv(65536).decode("utf-8", "replace").removesuffix("\0")
 
 
 def _announce(sync: socket.socket, pid: int, pidfd: int) -> None:

@@ -26,7 +26,7 @@ _DRAIN_BYTES: Final = 16 << 20
 class Process:
     """One child of the monitor. `sync` is open until the child has become its program or failed.
 
-    `staged`: `pid` is a process that will be replaced by one which it clones.
+    `staged`: `pid` is a process that will be replaced by one which it clones. `paused`: it waits for a word to go on.
     """
 
     __slots__ = (
@@ -37,6 +37,7 @@ class Process:
         "hold_until",
         "join_files",
         "n",
+        "paused",
         "pid",
         "pidfd",
         "report",
@@ -51,6 +52,7 @@ class Process:
         self.held: list[Container] = []  # who is frozen until this has become its program, or ended
         self.hold_until = 0.0
         self.join_files: tuple[str, ...] = ()
+        self.paused = False
         self.n = n  # the request that waits for the start
         self.pid = pid
         self.pidfd = pidfd
@@ -77,6 +79,9 @@ class Process:
             if "pid" in message:
                 os.close(self.pidfd)
                 self.pid, self.pidfd, self.staged = message["pid"], fds[0], False
+                return False
+            if "pause" in message:
+                self.paused = True
                 return False
             if "failed" in message:
                 self.failure = message

@@ -44,6 +44,8 @@ class Kind:
     KILL = "kill"  # kill a whole container, or an exec's process
     RESIZE = "resize"
     REOPEN = "reopen"
+    PAUSED = "paused"  # monitor → cribd: a start waits for hooks
+    RESUME = "resume"  # cribd → monitor: it may go on, or `detail` is wrong
     FORGET = "forget"  # drop the record of an exited container
     FACTS = "facts"  # what runs and what ended
     END = "end"  # the pod is over: kill what is left and exit

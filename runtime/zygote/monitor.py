@@ -214,6 +214,8 @@ class Monitor:
                 self._process(fields).resize(fields["rows"], fields["columns"])
             elif kind == Kind.REOPEN:
                 self._reopen(fields["id"])
+            elif kind == Kind.RESUME:
+                self._resume(fields["id"], fields["detail"])
             elif kind == Kind.FORGET:
                 self._forget(fields["id"])
             elif kind == Kind.ATTACH:
@@ -436,6 +438,8 @@ class Monitor:
         self._epoll_once(fd)
         if not container.read_sync():
             self._epoll.modify(fd, select.EPOLLIN)
+            if container.paused:
+                self._tell(Kind.PAUSED, id=container.id, pid=container.pid)
             return
         del self._handlers[fd]
         if container.failure is not None:
@@ -595,6 +599,12 @@ class Monitor:
             if not container.ended:
                 signal.pidfd_send_signal(container.pidfd, signal.SIGKILL)  # it may not be in its cgroup yet
                 cgroup_files.kill(container.kill_dirs)
+
+    def _resume(self, container_id: str, detail: str) -> None:
+        container = self._containers[container_id]
+        if container.paused and container.sync:
+            container.paused = False
+            container.sync.send(f"{detail}\0".encode())
 
     def _reopen(self, container_id: str) -> None:
         log = self._running(container_id).log

@@ -34,7 +34,7 @@ STATUS = {
     "NStgid": "", "NSpid": "", "NSpgid": "", "NSsid": "", "Kthread": "0",
     "VmPeak": "", "VmSize": "", "VmLck": "", "VmPin": "", "VmHWM": "", "VmRSS": "", "RssAnon": "", "RssFile": "",
     "RssShmem": "", "VmData": "", "VmStk": "", "VmExe": "", "VmLib": "", "VmPTE": "", "VmSwap": "",
-    "HugetlbPages": "", "CoreDumping": "0", "THP_enabled": "1", "untag_mask": "", "Threads": "1", "SigQ": "",
+    "HugetlbPages": "", "CoreDumping": "0", "THP_enabled": "", "untag_mask": "", "Threads": "1", "SigQ": "",
     "SigPnd": "0+", "ShdPnd": "0+", "SigBlk": "0+", "SigIgn": "0+", "SigCgt": "0+",
     "CapInh": "0+20", "CapPrm": "0+20", "CapEff": "0+20", "CapBnd": "0+21", "CapAmb": "0+20",
     "NoNewPrivs": "1", "Seccomp": "0", "Seccomp_filters": "0", "Speculation_Store_Bypass": "",

@@ -160,7 +160,7 @@ def test_limits_are_told_by_name() -> None:
 
 
 def test_every_step_is_of_a_phase() -> None:
-    phases = {"namespaces", "rootfs", "mounts", "cgroup", "identity", "exec"}
+    phases = {"namespaces", "rootfs", "mounts", "cgroup", "identity", "hooks", "exec"}
     assert {kind.phase for kind in KINDS.values()} == phases
 
 
