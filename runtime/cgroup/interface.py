@@ -54,12 +54,6 @@ class Cgroups(Protocol):
         where the kernel can't make one.
         """
 
-    def adopt(self, path: str, resources: Resources) -> None:
-        """Look after a cgroup that an earlier process of ours made, with the limits it has: for a start of cribd.
-
-        Raises as `update`.
-        """
-
     def update(self, path: str, resources: Resources) -> None:
         """Set the limits that are given and leave the others: all of them or none. Raises as `create`."""
 

@@ -46,6 +46,7 @@ class Systemd(V2):
         # systemd enables what its properties ask for, and disables the rest again: that moves every process below.
         self._always = frozenset()
         self._guard = Guard()
+        self._guard.resume(root)
 
     def join_path(self, parent: str, *names: str) -> str:
         return units.slice_below(parent, names)
@@ -68,15 +69,8 @@ class Systemd(V2):
             if not policy.open:
                 self._programs.attach(self._root + path, policy)
             rollback.pop_all()
-        for file in self._rewritten(path, limits):
-            self._guard.keep(file)
+        self._guard.keep(self._root + path, _rewritten(limits))
         return tuple(made)
-
-    def adopt(self, path: str, resources: Resources) -> None:
-        limits = [write for write in self._available(writes(resources)) if write.file in _REWRITTEN]
-        carry_out(path, lambda _: self._root + path, limits)
-        for file in self._rewritten(path, limits):
-            self._guard.keep(file)
 
     def update(self, path: str, resources: Resources) -> None:
         name = units.slice_name(tree.checked(path))
@@ -84,9 +78,8 @@ class Systemd(V2):
         limits = self._available(writes(self._completed(path, resources)))
         policy = devices.policy(resources.devices) if resources.devices else None
         self._hand_down(path, controllers_of(limits))
-        guarded = self._rewritten(path, limits)
-        for file in guarded:
-            self._guard.release(file)
+        guarded = _rewritten(limits)
+        self._guard.release(directory, guarded)
         try:
             # The kernel judges first; systemd takes what it's told and would only log a refusal.
             undo = carry_out_or_revert(path, lambda _: directory, limits)
@@ -100,8 +93,7 @@ class Systemd(V2):
                     self._tell(name, path, undo)
                 raise
         finally:
-            for file in guarded:
-                self._guard.keep(file)
+            self._guard.keep(directory, guarded)
 
     def remove(self, path: str) -> bool:
         name = units.slice_name(tree.checked(path))
@@ -162,9 +154,6 @@ class Systemd(V2):
             raise InvalidSpec(f"cgroup {path}: systemd refuses limits of slice {name}: {refusal}") from refusal
         carry_out(path, lambda _: self._root + path, quota)
 
-    def _rewritten(self, path: str, limits: Iterable[Write]) -> tuple[str, ...]:
-        return tuple(f"{self._root}{path}/{write.file}" for write in limits if write.file in _REWRITTEN)
-
     def _quota(self, path: str) -> tuple[Write, ...]:
         """What sets cpu.max as it is now."""
         try:
@@ -187,3 +176,7 @@ class Systemd(V2):
         if list(files.tree(directory)) == [directory]:
             with suppress(CribError):
                 self.remove(path)
+
+
+def _rewritten(limits: Iterable[Write]) -> tuple[str, ...]:
+    return tuple(write.file for write in limits if write.file in _REWRITTEN)

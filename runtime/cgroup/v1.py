@@ -173,9 +173,6 @@ class V1:
             rollback.pop_all()
         return tree.made_in_all(made)
 
-    def adopt(self, path: str, resources: Resources) -> None:
-        return
-
     def update(self, path: str, resources: Resources) -> None:
         path = tree.checked(path)
         self._must_exist(path)

@@ -203,9 +203,6 @@ class V2:
             rollback.pop_all()
         return tuple(made)
 
-    def adopt(self, path: str, resources: Resources) -> None:
-        return
-
     def update(self, path: str, resources: Resources) -> None:
         path = tree.checked(path)
         directory = self._directory(path)

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from runtime.cgroup import detect, units, v2
+from runtime.cgroup import units, v2
 from runtime.cgroup.dbus import PRIVATE_SOCKET, SYSTEM_SOCKET, Connection, Refused
+from runtime.cgroup.guard import Guard
 from runtime.errors import DeadlineExceeded, InvalidSpec, Unavailable
 from runtime.linux import inotify
 from runtime.spec import CPU, BlockIO, DeviceCgroup, HugepageLimit, Memory, Pids, Resources, ThrottleDevice
@@ -152,22 +153,25 @@ def _wait_for(file: Path, value: str) -> None:
 
 @requires("root", "systemd")
 @under_systemd
-def test_an_earlier_cribds_cgroup_is_adopted(place: Place) -> None:
-    limits = Resources(memory=Memory(limit=64 * MIB), unified={"memory.oom.group": "1"}, cpu=CPU(quota=12_345))
-    path = place.make("older", limits=limits)
-    group, quota = (Path(f"/sys/fs/cgroup{path}/{name}") for name in ("memory.oom.group", "cpu.max"))
-    later = detect(driver="systemd")
-    group.write_text("0")
-    later.adopt(path, limits)
-    _wait_for(group, "1")
-    for file, wrong in ((group, "0"), (quota, "20000 100000")):
-        right = file.read_text().strip()
-        file.write_text(wrong)
-        _wait_for(file, right)
-    # An update is not taken for a disturbance.
-    for cgroups in (later, place.cgroups):
-        cgroups.update(path, Resources(unified={"memory.oom.group": "1"}, cpu=CPU(quota=12_345)))
-    assert quota.read_text().strip() == "12345 100000"
+def test_what_is_kept_is_found_again_by_the_next(place: Place) -> None:
+    path = place.make("kept", limits=Resources(memory=Memory(limit=64 * MIB)))
+    directory = Path(f"/sys/fs/cgroup{path}")
+    limit, group = directory / "memory.high", directory / "memory.oom.group"
+    limit.write_text(str(48 * MIB))
+    first = Guard()
+    first.keep(str(directory), ["memory.high", "memory.oom.group", "memory.nonsense"])
+    limit.write_text("max")
+    _wait_for(limit, str(48 * MIB))
+    first.release(str(directory), ["memory.high"])
+    limit.write_text("max")
+    group.write_text("1")
+    _wait_for(group, "0")  # handled in their order
+    assert limit.read_text() == "max\n"
+    second = Guard()
+    second.resume("/sys/fs/cgroup")
+    assert limit.read_text() == f"{48 * MIB}\n"
+    limit.write_text("max")
+    _wait_for(limit, str(48 * MIB))
 
 
 @requires("root", "systemd")
