@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,15 @@ import msgspec
 
 from cri.daemon.log import LEVELS
 from cri.translate.capabilities import DEFAULT as DEFAULT_CAPABILITIES
-from cri.translate.defaults import RLIMITS, SHM_BYTES, UNLIMITED, Defaults
+from cri.translate.defaults import RLIMITS, SHM_BYTES, UNLIMITED, Defaults, Handler
 from runtime.spec import Rlimit
 
 DEFAULT_ROOT = Path("/var/lib/crib")
 DEFAULT_STATE = Path("/run/crib")
 DEFAULT_LISTEN = "unix:///run/crib/crib.sock"
+
+
+_HANDLER = re.compile(r"([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)?")
 
 
 class ConfigError(Exception):
@@ -99,6 +103,26 @@ class StreamingSection(_Section, frozen=True):
     tls_key: str = ""
 
 
+class HandlerSection(_Section, frozen=True):
+    """A RuntimeClass handler: the built-in engine with options of its own.
+
+    `annotations` are patterns, as for a shell, of those annotations of pods and containers that reach the OCI spec and
+    so hooks. `writable_cgroup`: containers may write to their cgroup. `privileged_without_host_devices`: what it says.
+    """
+
+    annotations: tuple[str, ...] = ()
+    privileged_without_host_devices: bool = False
+    writable_cgroup: bool = False
+
+    def translated(self) -> Handler:
+        """As the translation takes it."""
+        return Handler(
+            annotations=self.annotations,
+            privileged_without_host_devices=self.privileged_without_host_devices,
+            writable_cgroup=self.writable_cgroup,
+        )
+
+
 class LimitsSection(_Section, frozen=True):
     """Bounds on what one call may take; times in seconds."""
 
@@ -110,7 +134,8 @@ class LimitsSection(_Section, frozen=True):
 
 
 class Config(_Section, frozen=True):
-    """`hooks_dirs`: directories of OCI hooks (oci-hooks(5)), of which a later one wins."""
+    """`hooks_dirs`: directories of OCI hooks (oci-hooks(5)), of which a later one wins. `handlers`: by the name that a
+    RuntimeClass has; "" is what a pod without one gets."""
 
     listen: str = DEFAULT_LISTEN
     root: str = str(DEFAULT_ROOT)
@@ -124,6 +149,7 @@ class Config(_Section, frozen=True):
     defaults: DefaultsSection = DefaultsSection()
     streaming: StreamingSection = StreamingSection()
     limits: LimitsSection = LimitsSection()
+    handlers: dict[str, HandlerSection] = {}
 
     @property
     def instance(self) -> str:
@@ -187,6 +213,9 @@ def _problem(config: Config) -> str | None:
     for key, (value, allowed) in choices.items():
         if value not in allowed:
             return f"key {key}: {value!r} is none of {', '.join(allowed)}"
+    for name in config.handlers:
+        if not _HANDLER.fullmatch(name):
+            return f"key handlers: {name!r} is not the name of a handler (a DNS label)"
     if config.cgroup.parent and not config.cgroup.parent.startswith("/"):
         return f"key cgroup.parent: {config.cgroup.parent!r} is not an absolute path"
     if ".." in config.cgroup.parent.split("/"):

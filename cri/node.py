@@ -66,7 +66,8 @@ class Node:
         self.boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         self.defaults = config.defaults.translated()
         self.host = host
-        self.handlers = {"": Handler()}
+        own = {name: section.translated() for name, section in config.handlers.items()}
+        self.handlers = {"": Handler(), **own}
         self.cgroup_parent = config.cgroup.parent or cgroups.default_parent(config.instance)
         self._workers = ThreadPoolExecutor(config.limits.workers, "work")
         self._pullers = ThreadPoolExecutor(config.limits.pulls, "pull")

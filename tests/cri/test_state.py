@@ -23,6 +23,7 @@ from cri.state.records import (
     Timeline,
 )
 from cri.state.store import SCHEMA_VERSION, Store
+from cri.translate.defaults import Handler
 from runtime.errors import Exhausted, InvalidSpec, NotFound, Unavailable
 from tests.requires import requires
 
@@ -184,6 +185,8 @@ def test_the_configuration(tmp_path: Path) -> None:
     limits = {limit.type: (limit.soft, limit.hard) for limit in config.defaults.translated().rlimits}
     assert limits["RLIMIT_NOFILE"] == (1, 2**64 - 1)
     assert load(tmp_path / "config.toml", root="/y", state=None).root == "/y"
+    handlers = config_of(tmp_path, '[handlers.open]\nannotations = ["a.b/*"]\nwritable_cgroup = true').handlers
+    assert handlers["open"].translated() == Handler(annotations=("a.b/*",), writable_cgroup=True)
 
 
 @pytest.mark.parametrize(
@@ -198,6 +201,8 @@ def test_the_configuration(tmp_path: Path) -> None:
         ("log_level = 'loud'", "loud"),
         ("[cgroup]\nparent = '/a/../b'", "cgroup.parent"),
         ("[defaults.rlimits]\nfiles = [1, 1]", "defaults.rlimits"),
+        ("[handlers.Gvisor]\nannotations = []", "handlers: 'Gvisor'"),
+        ("[handlers.x]\nbinary = 'runc'", "handlers.*binary"),
         ("not toml", "config.toml"),
     ],
 )
