@@ -155,6 +155,7 @@ VOCABULARY: dict[str, Callable[[], str | None]] = {
     "root": _root,
     "sctp": _sctp,
     "seccomp": _seccomp,
+    "strace": _program("strace", "strace"),
     "systemd": _systemd,
     "userns": _userns,
     "vm": _vm,

@@ -1,0 +1,180 @@
+"""Engines for attackers: the real one, and ones without a guard."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import pytest_asyncio
+
+from runtime.cgroup import detect
+from runtime.engine import Cgroup, ContainerStart, Engine, Exec, ExecStart, Pod, Started
+from runtime.images import RootFs
+from runtime.linux.probe import probe
+from runtime.plan.compile import compile_exec, compile_start
+from runtime.plan.plan import Plan, Step
+from runtime.spec import Capabilities, Linux, Process, Spec, User
+from tests.cri.real.conftest import archive, daemon, real  # noqa: F401
+from tests.runtime.conftest import Bench, bench, layer, null, state_dir  # noqa: F401
+from tests.security import weak
+from tests.security.defects import Attack
+
+Weaken = Callable[..., Awaitable[Bench]]
+
+
+@pytest_asyncio.fixture
+async def weaken(
+    layer: Path,  # noqa: F811
+    run_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> AsyncIterator[Weaken]:
+    """Makes a bench whose zygote lacks guards (see `weak`)."""
+    made: list[Bench] = []
+
+    async def make(*edits: weak.Edits) -> Bench:
+        state = run_dir / "weak-state"
+        state.mkdir()
+        engine = Engine(state, weak.zygote(tmp_path, monkeypatch, *edits), probe())
+        made.append(Bench(engine, layer, tmp_path, detect(), f"/crib-test-{os.getpid()}-weak"))
+        return made[-1]
+
+    yield make
+    for weakened in made:
+        weakened.cgroups.kill(weakened.cgroup)
+        pods = run_dir / "weak-state/pods"
+        for pod_id in os.listdir(pods) if pods.exists() else ():
+            await weakened.engine.stop_pod(pod_id)
+        weakened.engine.close()
+        await weakened.remove_cgroups()
+
+
+class Plans:
+    """Plans are data: what `edit` makes of a start's or an exec's is what the engine executes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._patch = monkeypatch
+
+    def starts(self, edit: Callable[[Plan], Plan]) -> None:
+        def edited(*given: Any) -> Any:
+            start = compile_start(*given)
+            return dataclasses.replace(start, plan=edit(start.plan))
+
+        self._patch.setattr("runtime.pod.compile_start", edited)
+
+    def execs(self, edit: Callable[[Plan], Plan]) -> None:
+        self._patch.setattr("runtime.pod.compile_exec", lambda *given: edit(compile_exec(*given)))
+
+    def both(self, edit: Callable[[Plan], Plan]) -> None:
+        self.starts(edit)
+        self.execs(edit)
+
+
+@pytest.fixture
+def plans(monkeypatch: pytest.MonkeyPatch) -> Plans:
+    return Plans(monkeypatch)
+
+
+def replaced(step: Step, **fields: Any) -> Step:
+    """The step with other values."""
+    return type(step)(**(dict(zip(step.fields, step.values(), strict=True)) | fields))
+
+
+def holding(*names: str) -> Callable[[Process], Process]:
+    """A change of a process: it has these capabilities as well."""
+
+    def change(process: Process) -> Process:
+        sets = process.capabilities or Capabilities()
+        held = (*sets.bounding, *(f"CAP_{name}" for name in names))
+        return msgspec.structs.replace(
+            process, capabilities=Capabilities(bounding=held, effective=held, permitted=held)
+        )
+
+    return change
+
+
+def capable(*names: str) -> Capabilities:
+    held = tuple(f"CAP_{name}" for name in names)
+    return Capabilities(bounding=held, effective=held, permitted=held)
+
+
+class Image:
+    """A root file system of an attacker's: busybox, and what a test adds below `root`."""
+
+    def __init__(self, base: Path, layer: Path) -> None:  # noqa: F811
+        self.base = base
+        self.root = base / "1"
+        shutil.copytree(layer / "1", self.root, symlinks=True)
+
+
+@pytest.fixture
+def image(tmp_path: Path, layer: Path) -> Image:  # noqa: F811
+    base = tmp_path / "hostile"
+    base.mkdir()
+    return Image(base, layer)
+
+
+def with_image(made: Bench, image: Image) -> Bench:
+    made.layer = image.base
+    return made
+
+
+async def start_at(made: Bench, pod: Pod, spec: Spec, *, log: str) -> Started:
+    """Start container c with that log path."""
+    made.count += 1
+    upper, work = made.directory / f"upper{made.count}", made.directory / f"work{made.count}"
+    upper.mkdir()
+    work.mkdir()
+    rootfs = RootFs(base=str(made.layer), lowers=("1",), upper=str(upper), work=str(work))
+    return await pod.start(ContainerStart("c", spec, rootfs, made.cgroup_of("c"), log))
+
+
+def execute(
+    made: Bench,
+    pod: Pod,
+    number: int,
+    streams: tuple[int, int, int],
+    *args: str,
+    container: str = "c",
+    process: Callable[[Process], Process] = lambda process: process,
+    linux: Linux | None = None,
+) -> Exec:
+    """Run a command as root in a container, with these descriptors."""
+    base = Process(cwd="/", user=User(uid=0, gid=0), args=args, env=("PATH=/bin",))
+    cgroup = Cgroup.of(made.cgroups, f"{made.cgroup}/{container}")
+    request = ExecStart(f"e{number}", container, process(base), linux or Linux(), cgroup.join_files, cgroup.clone_dir)
+    return pod.exec(request, *streams)
+
+
+# The count, printed last
+
+
+_attacks: dict[str, Attack] = {}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        found = getattr(getattr(item, "function", None), "attack", None)
+        if isinstance(found, Attack):
+            _attacks[item.nodeid] = found
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    tried: set[str] = set()
+    succeeded: set[str] = set()
+    for outcome in ("passed", "failed", "error"):
+        for report in terminalreporter.stats.get(outcome, ()):
+            ids = _attacks[report.nodeid].ids if report.nodeid in _attacks else ()
+            tried.update(ids)
+            if outcome != "passed":
+                succeeded.update(ids)
+    if tried:
+        terminalreporter.write_line(f"published defects tried: {len(tried)}, succeeded: {len(succeeded)}")
+        for name in sorted(succeeded):
+            terminalreporter.write_line(f"  {name}")

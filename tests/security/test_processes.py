@@ -1,0 +1,311 @@
+"""What a container sees of crib's processes, and what it can do to them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from runtime.engine import Pod, PodStart
+from runtime.plan import identity
+from runtime.plan.plan import Plan
+from tests.requires import requires
+from tests.runtime.conftest import POD_ID, TIMEOUT_S, Bench, container
+from tests.security import weak
+from tests.security.conftest import Plans, Weaken, execute, holding
+from tests.security.defects import attack
+
+pytestmark = [requires("root", "overlay", "busybox"), pytest.mark.asyncio]
+
+# Every file behind /proc/PID of every process that is not this shell: opened for writing, without writing.
+OVERWRITE = """
+for p in $SEEN; do
+    [ $p = /proc/$$ ] && continue
+    echo "SEEN $(cat $p/comm)"
+    for f in $p/exe $p/map_files/* $p/fd/*; do
+        [ -f $f ] && case $(readlink $f) in *.so*|*python*|/work*|/usr*|/opt*) ( : >> $f ) 2>/dev/null && echo "WRITABLE $(readlink $f)";; esac
+    done
+    for d in $p/cwd $p/root; do [ -e $d/$MARKER ] && echo "HOST $p"; done
+    for f in $p/fd/*; do [ -e $f ] && echo "DESCRIPTOR $(readlink $f)"; done
+done; true
+"""  # noqa: E501
+
+
+def shared(pod: Pod) -> dict[str, str | None]:
+    return {"pid": pod.namespaces.pid}
+
+
+def parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+async def overwrite(bench: Bench, marker: Path, pid: str | None) -> list[str]:
+    pod = await bench.pod(PodStart(id=POD_ID, hostname="pod", pid=pid == "pod"))
+    namespaces = shared(pod) if pid == "pod" else {"pid": None}
+    # In the host's there are other cribds, and everything else: it is this pod's monitor and its parent.
+    seen = (
+        "/proc/[0-9]*"
+        if pid == "pod"
+        else " ".join(f"/proc/{each}" for each in (pod.monitor_pid, parent(pod.monitor_pid)))
+    )
+    spec = container(
+        pod, "sh", "-c", f"MARKER={marker}; SEEN='{seen}'; {OVERWRITE}", namespaces=namespaces,
+        process=holding("SYS_PTRACE", "SYS_ADMIN", "DAC_OVERRIDE"),
+    )  # fmt: skip
+    exited, log = await bench.run(pod, "c", spec)
+    assert exited.code == 0, log
+    return log.splitlines()
+
+
+@attack(
+    "CVE-2019-5736",
+    sentence="A container with SYS_PTRACE and SYS_ADMIN in a shared pid namespace opens exe, map_files, fd, cwd and "
+    "root "
+    "of crib's processes, to overwrite the runtime or to reach the host",
+    guard="every file of the interpreter is mapped through a read-only private mount; a pod's init has an empty root "
+    "and "
+    "no descriptor",
+    control="test_5736_control_mapped_from_where_they_are",
+)
+async def test_cve_2019_5736_shared_pid_namespace(bench: Bench, tmp_path: Path) -> None:
+    lines = await overwrite(bench, tmp_path, "pod")
+    assert lines == ["SEEN crib-pod-init"]
+
+
+@attack(
+    "CVE-2019-5736",
+    sentence="The same in the host's pid namespace, where zygote and monitors are seen as well: their interpreter is "
+    "opened for writing",
+    guard="every file of the interpreter is mapped through a read-only private mount",
+    control="test_5736_control_mapped_from_where_they_are",
+)
+async def test_cve_2019_5736_host_pid_namespace(bench: Bench, tmp_path: Path) -> None:
+    lines = await overwrite(bench, tmp_path, None)
+    assert {"SEEN crib-zygote", "SEEN crib-monitor"} <= set(lines)
+    assert [line for line in lines if line.startswith("HOST")]  # not a boundary: see docs/security.md
+    assert not [line for line in lines if line.startswith("WRITABLE")]
+
+
+async def test_5736_control_mapped_from_where_they_are(weaken: Weaken, tmp_path: Path) -> None:
+    lines = await overwrite(await weaken(weak.NO_READ_ONLY_WORLD), tmp_path, "pod")
+    assert [line for line in lines if line.startswith("WRITABLE")]
+
+
+# CVE-2016-9962. The child is held by its own plan, by a step that waits for a reader of a fifo: right after it was
+# born, and so for as long as the attacker may need. The attacker counts his rounds, so that he is known to have tried.
+
+WATCH = """
+round=0
+while :; do
+    for p in /proc/[0-9]*; do [ -e $p/root/$MARKER ] && { echo $p > /caught.new; mv /caught.new /caught; }; done
+    round=$((round+1)); echo $round > /rounds.new; mv /rounds.new /rounds
+done
+"""
+
+
+def held_by(fifo: Path) -> Callable[[Plan], Plan]:
+    """Edits a plan so that it waits at its beginning until somebody reads the fifo."""
+    return lambda plan: (identity.JoinCgroup((str(fifo),)), *plan)
+
+
+class Watch:
+    """The attacker's side: a container with SYS_PTRACE that looks for a process with the host's tree."""
+
+    def __init__(self, upper: Path) -> None:
+        self.upper = upper
+
+    def rounds(self) -> int:
+        path = self.upper / "rounds"
+        return int(path.read_text()) if path.exists() else 0
+
+    @property
+    def caught(self) -> bool:
+        return (self.upper / "caught").exists()
+
+    async def tried(self, rounds: int = 2) -> None:
+        """Wait until it has looked through all processes again."""
+        target = self.rounds() + rounds
+        await until(lambda: self.rounds() >= target)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(TIMEOUT_S):
+        while not condition():  # noqa: ASYNC110 - what is watched has no event
+            await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def watching(
+    bench: Bench, pod: Pod, marker: Path, *, with_pod_pid: bool, ptrace: bool = True
+) -> AsyncIterator[Watch]:
+    spec = container(
+        pod, "sh", "-c", f"MARKER={marker}; {WATCH}", namespaces=shared(pod) if with_pod_pid else {},
+        process=holding("SYS_PTRACE", "DAC_OVERRIDE") if ptrace else holding("DAC_OVERRIDE"),
+        linux=lambda linux: linux,
+    )  # fmt: skip
+    await bench.start(pod, "c", spec)
+    watch = Watch(bench.directory / f"upper{bench.count}")
+    await watch.tried()
+    assert not watch.caught
+    yield watch
+    await pod.kill("c")
+
+
+def frozen(bench: Bench) -> bool:
+    directory = bench.cgroups.join_files(f"{bench.cgroup}/c")
+    for name in directory:
+        base = os.path.dirname(name)
+        if os.path.exists(f"{base}/freezer.state"):
+            return "FROZEN" in Path(base, "freezer.state").read_text()
+        if os.path.exists(f"{base}/cgroup.freeze"):
+            return "frozen 1" in Path(base, "cgroup.events").read_text()
+    raise AssertionError("no freezer")
+
+
+def at_the_fifo(parent: int) -> bool:
+    """Whether a child of the monitor waits for the fifo's reader."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return any(
+        "wait_for_partner" in Path(f"/proc/{pid}/wchan").read_text() or "fifo" in Path(f"/proc/{pid}/stack").read_text()
+        for pid in children
+    )
+
+
+async def exec_watched(
+    bench: Bench, plans: Plans, null: int, tmp_path: Path, *, guarded: bool, ptrace: bool = True
+) -> bool:
+    """Exec into the attacker's container; whether he caught the child. In either case the exec itself works."""
+    pod = await bench.pod()
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    plans.execs(held_by(fifo))
+    async with watching(bench, pod, tmp_path, with_pod_pid=False, ptrace=ptrace) as watch:
+        spec = container(pod, "x", process=holding("SYS_PTRACE", "DAC_OVERRIDE") if ptrace else holding("DAC_OVERRIDE"))
+        running = execute(
+            bench, pod, 1, (null, null, null), "true", linux=spec.linux,
+            process=lambda process: msgspec.structs.replace(process, capabilities=spec.process.capabilities),
+        )  # fmt: skip
+        if guarded:
+            await until(lambda: at_the_fifo(pod.monitor_pid))
+            assert frozen(bench)
+        elif ptrace:
+            await until(lambda: watch.caught)
+        else:
+            await watch.tried()
+        reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+        assert (await asyncio.wait_for(running.wait(), TIMEOUT_S)).code == 0
+        os.close(reader)
+        await watch.tried()  # it runs again
+        assert not frozen(bench)
+        return watch.caught
+
+
+@attack(
+    "CVE-2016-9962",
+    sentence="A container with SYS_PTRACE goes through /proc/PID/root of an exec's child that is still crib's",
+    guard="the container's cgroup is frozen until execve, at which the child is stopped and put into the cgroup",
+    control="test_9962_control_not_frozen",
+)
+async def test_cve_2016_9962_exec(bench: Bench, plans: Plans, null: int, tmp_path: Path) -> None:
+    assert not await exec_watched(bench, plans, null, tmp_path, guarded=True)
+
+
+async def test_9962_control_not_frozen(
+    bench: Bench, plans: Plans, null: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("runtime.pod", "runtime.plan.compile"):
+        monkeypatch.setattr(f"{module}.watches", lambda *_: False)
+    assert await exec_watched(bench, plans, null, tmp_path, guarded=False)
+
+
+@attack(
+    "CVE-2016-9962",
+    sentence="The same without SYS_PTRACE, as root with every right to files",
+    guard="crib's processes are not dumpable",
+    control="test_9962_control_dumpable",
+)
+async def test_cve_2016_9962_without_ptrace(bench: Bench, plans: Plans, null: int, tmp_path: Path) -> None:
+    assert not await exec_watched(bench, plans, null, tmp_path, guarded=False, ptrace=False)
+
+
+@attack(
+    "CVE-2016-9962",
+    sentence="In a shared pid namespace a container with SYS_PTRACE goes through /proc/PID/root of another container's "
+    "first process, which is still crib's",
+    guard="the cgroups of the pod's containers with that capability are frozen until execve",
+    control="test_9962_control_start_not_frozen",
+)
+async def test_cve_2016_9962_start_in_a_shared_pid_namespace(bench: Bench, plans: Plans, tmp_path: Path) -> None:
+    assert not await start_watched(bench, plans, tmp_path, guarded=True)
+
+
+async def test_9962_control_start_not_frozen(
+    bench: Bench, plans: Plans, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("runtime.plan.compile.watches", lambda *_: False)
+    assert await start_watched(bench, plans, tmp_path, guarded=False)
+
+
+async def start_watched(bench: Bench, plans: Plans, tmp_path: Path, *, guarded: bool) -> bool:
+    pod = await bench.pod(PodStart(id=POD_ID, hostname="pod", pid=True))
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    async with watching(bench, pod, tmp_path, with_pod_pid=True) as watch:
+        plans.starts(held_by(fifo))
+        starting = asyncio.ensure_future(bench.run(pod, "victim", container(pod, "true", namespaces=shared(pod))))
+        if guarded:
+            await until(lambda: at_the_fifo(pod.monitor_pid))
+            assert frozen(bench)
+        else:
+            await until(lambda: watch.caught)
+        reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+        exited, _ = await starting
+        os.close(reader)
+        assert exited.code == 0
+        await watch.tried()
+        assert not frozen(bench)
+        return watch.caught
+
+
+@attack(
+    "CVE-2016-9962",
+    sentence="A container with SYS_PTRACE goes through /proc/1/root of the init of a shared pid namespace, which is "
+    "still "
+    "on its way into its empty root",
+    guard="the monitor starts no container there before the init has let go of everything",
+    control="test_9962_control_init_not_waited_for",
+)
+async def test_cve_2016_9962_pod_init(bench: Bench, tmp_path: Path) -> None:
+    assert not await init_watched(bench, tmp_path, guarded=True)
+
+
+async def test_9962_control_init_not_waited_for(weaken: Weaken, tmp_path: Path) -> None:
+    edits = (("zygote/monitor.py", "if self._pod_init_ready >= 0:", "if False:"),)
+    assert await init_watched(await weaken(edits), tmp_path, guarded=False)
+
+
+async def init_watched(bench: Bench, tmp_path: Path, *, guarded: bool) -> bool:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    pod = await bench.pod(PodStart(id=POD_ID, hostname="pod", pid=True, init_cgroup=(str(fifo),)))
+    spec = container(
+        pod, "sh", "-c", f"MARKER={tmp_path}; {WATCH}", namespaces=shared(pod),
+        process=holding("SYS_PTRACE", "DAC_OVERRIDE"),
+    )  # fmt: skip
+    starting = asyncio.ensure_future(bench.start(pod, "c", spec))
+    if not guarded:
+        await starting
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK) if guarded else -1
+    await starting
+    watch = Watch(bench.directory / f"upper{bench.count}")
+    await watch.tried()
+    if not guarded:
+        reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    os.close(reader)
+    await pod.kill("c")
+    return watch.caught

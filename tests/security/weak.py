@@ -1,0 +1,58 @@
+"""Weakened zygotes, for controls: a copy of the package in which the code of one guard is replaced.
+
+Where a guard is a step of the plan, a control changes the plan instead (see `conftest.Plans`).
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+import runtime
+from runtime.zygote.launch import Zygote, launch
+
+Edits = tuple[tuple[str, str, str], ...]  # file below runtime/, text, its replacement
+
+NO_RESOLVE_IN_ROOT: Edits = (
+    ("linux/files.py", "_IN_ROOT: Final = RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS", "_IN_ROOT: Final = 0"),
+    ("linux/files.py", 'encoded = os.fsencode(path) or b"."', 'encoded = os.fsencode(path.lstrip("/")) or b"."'),
+    (
+        "linux/files.py",
+        'where = target if target.startswith("/")',
+        'where = "/proc/self/root" + target if target[:1] == "/"',
+    ),
+)
+"""Paths in a root file system are followed as the kernel does for anybody: out of it."""
+NO_CHECK_OF_PROC: Edits = (
+    ("plan/mounts.py", 'if target in ("/proc", "/sys"):', "if not target:"),
+    ("plan/mounts.py", "if os.fstat(point).st_dev == context.proc_device and", "if not target and"),
+)
+"""Links of the image may take the place of /proc, or lead into it."""
+NO_READ_ONLY_WORLD: Edits = (
+    ("zygote/__main__.py", 'mount_setattr(AT_FDCWD, "/", set_=MountAttr.RDONLY, recursive=True)', "pass"),
+)
+"""The interpreter's files are mapped from where they are."""
+IMPORTS_WORK: Edits = (
+    ("zygote/zygote.py", "sys.path.clear()", "pass"),
+    ("zygote/zygote.py", "sys.meta_path.clear()", "pass"),
+    ("zygote/zygote.py", "sys.path_hooks.clear()", "pass"),
+    ("zygote/zygote.py", "sys.path_importer_cache.clear()", "pass"),
+)
+"""The import machinery is left as it was."""
+
+
+def zygote(directory: Path, monkeypatch: pytest.MonkeyPatch, *edits: Edits) -> Zygote:
+    """A zygote of a copy of the package below `directory`, with these edits."""
+    copy = directory / "weak"
+    assert runtime.__file__
+    shutil.copytree(Path(runtime.__file__).parent, copy / "runtime", ignore=shutil.ignore_patterns("__pycache__"))
+    for name, text, replacement in (edit for group in edits for edit in group):
+        path = copy / "runtime" / name
+        source = path.read_text()
+        assert source.count(text) == 1, f"{name} has {source.count(text)} of {text!r}"
+        path.write_text(source.replace(text, replacement))
+    with monkeypatch.context() as patch:
+        patch.setattr("runtime.zygote.launch.__file__", str(copy / "runtime/zygote/launch.py"))
+        return launch()
