@@ -21,6 +21,7 @@ from runtime.cgroup.writes import (
     carry_out_or_revert,
     limit,
     missing,
+    page_size,
     positive,
     refuse_decrease,
     revert,
@@ -75,10 +76,12 @@ def writes(resources: Resources) -> tuple[Write, ...]:
     if resources.block_io:
         found += _block_io(resources.block_io)
     for huge in resources.hugepage_limits:
+        field, value = f"hugepage {page_size(huge.page_size)}", limit("hugepage limit", huge.limit)
         found += [
             replace(
-                _one("hugetlb", f"hugetlb.{huge.page_size}.{file}", f"hugepage {huge.page_size}", huge.limit),
-                # No huge page can be had without the controller's being missed; the reservation files are newer (5.7).
+                _one("hugetlb", f"hugetlb.{huge.page_size}.{file}", field, value),
+                # Without the controller no huge page is limited to nothing, but the kubelet asks for it on such hosts,
+                # too. The reservation files are newer (5.7).
                 tolerant=file.startswith("rsvd") or not huge.limit,
             )
             for file in ("limit_in_bytes", "rsvd.limit_in_bytes")

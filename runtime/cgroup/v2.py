@@ -23,6 +23,7 @@ from runtime.cgroup.writes import (
     carry_out_or_revert,
     limit,
     missing,
+    page_size,
     positive,
     refuse_decrease,
     revert,
@@ -48,9 +49,10 @@ def writes(resources: Resources) -> tuple[Write, ...]:
     if resources.block_io:
         found += _io(resources.block_io)
     for huge in resources.hugepage_limits:
+        field, value = f"hugepage {page_size(huge.page_size)}", _or_max(limit("hugepage limit", huge.limit))
         found += [
             replace(
-                _one("hugetlb", f"hugetlb.{huge.page_size}.{file}", f"hugepage {huge.page_size}", str(huge.limit)),
+                _one("hugetlb", f"hugetlb.{huge.page_size}.{file}", field, value),
                 tolerant=file.startswith("rsvd") or not huge.limit,
             )
             for file in ("max", "rsvd.max")

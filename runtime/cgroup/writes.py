@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
@@ -10,6 +11,7 @@ from runtime.cgroup.stats import Memory
 from runtime.errors import CribError, Exhausted, InvalidSpec, NotFound, Unavailable
 
 _LARGEST = 2**63 - 1
+_PAGE_SIZE = re.compile(r"[1-9][0-9]{0,5}[KMG]B")
 _REFUSED = (
     errno.EINVAL, errno.ERANGE, errno.EBUSY, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDOM, errno.ENODEV,
     errno.ENXIO, errno.E2BIG, errno.EOPNOTSUPP, errno.EEXIST, errno.EOVERFLOW,
@@ -49,6 +51,13 @@ def positive(field: str, value: int) -> int:
     if not 1 <= value <= _LARGEST:
         raise InvalidSpec(f"{field} {value}: not from 1 to {_LARGEST}")
     return value
+
+
+def page_size(size: str) -> str:
+    """`size`, if it's the name of a huge page size as cgroup files have it ("2MB"). Raises InvalidSpec."""
+    if not _PAGE_SIZE.fullmatch(size):
+        raise InvalidSpec(f"hugepage size {size[:32]!r}: not a number and KB, MB or GB")
+    return size
 
 
 def missing(write: Write) -> InvalidSpec:

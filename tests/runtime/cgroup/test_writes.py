@@ -131,6 +131,8 @@ def test_unified_files_are_checked(file: str) -> None:
     ("limits", "named"),
     [
         (Resources(memory=Memory(limit=-2)), "memory.limit -2"),
+        (Resources(hugepage_limits=(HugepageLimit(page_size="2MB/../x", limit=0),)), "hugepage size '2MB/../x'"),
+        (Resources(hugepage_limits=(HugepageLimit(page_size="2MB", limit=2**64 - 1),)), "hugepage limit"),
         (Resources(memory=Memory(limit=2**63)), "memory.limit"),
         (Resources(memory=Memory(limit=100, swap=50)), "memory.swap 50"),
         (Resources(cpu=CPU(quota=-5)), "cpu.quota -5"),
