@@ -1,0 +1,146 @@
+"""Namespaces, volumes, hooks and bad input end to end: cribd's socket, a real kernel, a busybox image."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from cri.api import cri_pb2 as pb
+from tests.cri.real.conftest import Real
+from tests.cri.real.daemon import IMAGE
+from tests.requires import requires
+
+pytestmark = [pytest.mark.asyncio, requires("root", "busybox", "bridge", "overlay", "nft")]
+FIRST_ID = 1 << 20
+MAPPED = [pb.IDMapping(container_id=0, host_id=FIRST_ID, length=1 << 16)]
+CONTAINER = pb.NamespaceOption(pid=pb.CONTAINER)
+
+
+def linux(**security: Any) -> pb.LinuxContainerConfig:
+    return pb.LinuxContainerConfig(security_context=pb.LinuxContainerSecurityContext(**security))
+
+
+async def refused(call: Any) -> tuple[grpc.StatusCode, str]:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return caught.value.code(), caught.value.details() or ""
+
+
+def user_pod(real: Real, **modes: Any) -> pb.PodSandboxConfig:
+    config = real.pod_config("user", network=modes.get("network", pb.POD) == pb.POD)
+    options = config.linux.security_context.namespace_options
+    options.userns_options.CopyFrom(pb.UserNamespace(mode=pb.POD, uids=MAPPED, gids=MAPPED))
+    return config
+
+
+@requires("userns")
+@pytest.mark.parametrize("network", [pb.POD, pb.NODE])
+async def test_a_pod_with_a_user_namespace(real: Real, tmp_path: Path, network: pb.NamespaceMode) -> None:
+    status = await real.client.Status(pb.StatusRequest())
+    if not status.runtime_handlers[0].features.user_namespaces:
+        pytest.skip("not on this kernel")
+    assert status.features.user_namespaces_host_network
+    (tmp_path / "file").write_text("x")
+    config = user_pod(real, network=network)
+    pod = await real.pod(config)
+    volume = pb.Mount(container_path="/v", host_path=str(tmp_path), uidMappings=MAPPED, gidMappings=MAPPED)
+    container = await real.run(
+        pod,
+        "sleep",
+        "1000",
+        mounts=[volume],
+        linux=linux(namespace_options=config.linux.security_context.namespace_options),
+    )
+    script = "id -u; stat -c %u /v/file /etc/hosts /dev/null; echo y > /etc/resolv.conf; touch /v/new; ls -d /sys/class"
+    said = await real.sh(container, script)
+    assert said.stdout.decode().splitlines() == ["0", "0", "0", "0", "/sys/class"], said.stderr
+    assert (tmp_path / "new").stat().st_uid == 0
+    pid = await real.pid(container)
+    assert f"Uid:\t{FIRST_ID}\t" in Path(f"/proc/{pid}/status").read_text()
+
+
+async def test_a_targets_pid_namespace(real: Real) -> None:
+    pod = await real.pod()
+    target = await real.run(pod, "sleep", "1111")
+    mode = linux(namespace_options=pb.NamespaceOption(pid=pb.TARGET, target_id=target))
+    debug = await real.run(pod, "sh", "-c", "ps -o args", name="debug", linux=mode)
+    assert (await real.ended(debug)).exit_code == 0
+    assert "stdout F sleep 1111" in (real.logs / "debug.log").read_text()
+    late = await real.create(pod, "true", name="late", linux=mode)
+    await real.client.StopContainer(pb.StopContainerRequest(container_id=target, timeout=0))
+    code, said = await refused(real.start(late))
+    assert (code, "not running" in said) == (grpc.StatusCode.FAILED_PRECONDITION, True)
+    other = await real.pod(real.pod_config("other"))
+    code, said = await refused(real.create(other, "true", linux=mode))
+    assert (code, "no container of this sandbox" in said) == (grpc.StatusCode.INVALID_ARGUMENT, True)
+
+
+async def test_an_image_as_a_volume(real: Real) -> None:
+    pod = await real.pod()
+    image = pb.ImageSpec(image=IMAGE)
+    whole = pb.Mount(container_path="/image", image=image, readonly=True)
+    part = pb.Mount(container_path="/part", image=image, image_sub_path="bin", readonly=True)
+    container = await real.run(pod, "sleep", "1000", mounts=[whole, part])
+    said = await real.sh(
+        container, "test -e /image/bin/sh && test -e /part/sh && ! touch /image/x /part/x && echo fine"
+    )
+    assert said.stdout == b"fine\n"
+    found = await real.status(container)
+    assert [mount.image.image_ref for mount in found.mounts] == [found.image_id] * 2
+    missing = pb.Mount(container_path="/p", image=image, image_sub_path="no/such", readonly=True)
+    code, said_text = await refused(real.create(pod, "true", name="x", mounts=[missing]))
+    assert code == grpc.StatusCode.NOT_FOUND
+    assert said_text.startswith("ImageVolumeMountFailed")
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"mounts": [pb.Mount(container_path="/x", host_path="/", propagation=9)]}, "propagation"),  # type: ignore[arg-type]
+        ({"mounts": [pb.Mount(container_path="x", host_path="/")]}, "container_path"),
+        ({"mounts": [pb.Mount(container_path="/x", host_path="/", recursive_read_only=True)]}, "recursive_read_only"),
+        ({"mounts": [pb.Mount(container_path="/x", host_path="/", uidMappings=MAPPED)]}, "uidMappings"),
+        ({"mounts": [pb.Mount(container_path="/x", image=pb.ImageSpec(image=IMAGE))]}, "readonly"),
+        ({"devices": [pb.Device(host_path="/dev/none", container_path="/dev/none")]}, "/dev/none"),
+        ({"CDI_devices": [pb.CDIDevice(name="no.such/thing=one")]}, "no.such/thing=one"),
+        ({"linux": linux(run_as_group=pb.Int64Value(value=5))}, "run_as_group"),
+        ({"linux": linux(run_as_username="nobody-here")}, "nobody-here"),
+        ({"linux": linux(capabilities=pb.Capability(add_capabilities=["FLY"]))}, "FLY"),
+        ({"linux": linux(privileged=True)}, "privileged"),
+        ({"linux": linux(namespace_options=pb.NamespaceOption(network=pb.NODE, pid=pb.CONTAINER))}, "network"),
+        ({"linux": linux(namespace_options=pb.NamespaceOption(pid=pb.TARGET))}, "target_id"),
+        ({"linux": linux(seccomp=pb.SecurityProfile(profile_type=pb.SecurityProfile.Localhost))}, "seccomp"),
+        ({"linux": linux(apparmor_profile="localhost/none-such")}, "none-such"),
+        ({"linux": linux(masked_paths=["relative"])}, "masked_paths"),
+    ],
+)
+async def test_bad_input_is_named_and_leaves_nothing(real: Real, fields: dict[str, Any], named: str) -> None:
+    pod = await real.pod()
+    code, said = await refused(real.create(pod, "true", **fields))
+    assert code in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.NOT_FOUND), said
+    assert named in said
+    assert not (await real.client.ListContainers(pb.ListContainersRequest())).containers
+    await real.run(pod, "true")  # the name is free
+
+
+async def test_hooks_of_a_cdi_device(real: Real, tmp_path: Path) -> None:
+    told = tmp_path / "told"
+    hook = {"hookName": "createRuntime", "path": "/bin/sh", "args": ["sh", "-c", f"/bin/cat > {told}"]}
+    device = {"name": "one", "containerEdits": {"env": ["A=b"], "hooks": [hook]}}
+    name = f"crib-test-{tmp_path.name}.json"
+    Path("/run/cdi").mkdir(exist_ok=True)
+    file = Path("/run/cdi", name)
+    file.write_text(json.dumps({"cdiVersion": "0.6.0", "kind": "crib.test/thing", "devices": [device]}))
+    try:
+        pod = await real.pod()
+        container = await real.run(pod, "sh", "-c", "echo $A", CDI_devices=[pb.CDIDevice(name="crib.test/thing=one")])
+        assert (await real.ended(container)).exit_code == 0
+    finally:
+        file.unlink()
+    state = json.loads(told.read_text())
+    assert (state["id"], state["status"]) == (container, "creating")
+    assert "stdout F b" in (real.logs / "c.log").read_text()
