@@ -76,15 +76,15 @@ async def test_an_update_is_in_force_and_in_status(real: Real) -> None:
     pod = await real.pod()
     limits = pb.LinuxContainerResources(memory_limit_in_bytes=64 * MIB, cpu_shares=512)
     container = await real.run(pod, "sleep", "1000", linux=pb.LinuxContainerConfig(resources=limits))
-    wanted = pb.LinuxContainerResources(memory_limit_in_bytes=32 * MIB, cpu_quota=20_000, cpu_period=100_000)
+    wanted = pb.LinuxContainerResources(memory_limit_in_bytes=32 * MIB, cpu_quota=90_000, cpu_period=100_000)
     request = pb.UpdateContainerResourcesRequest(container_id=container, linux=wanted)
     await real.client.UpdateContainerResources(request)
     shown = (await real.status(container)).resources.linux
-    assert (shown.memory_limit_in_bytes, shown.cpu_quota, shown.cpu_shares) == (32 * MIB, 20_000, 512)
+    assert (shown.memory_limit_in_bytes, shown.cpu_quota, shown.cpu_shares) == (32 * MIB, 90_000, 512)
     stats = await stats_of(real, container)
     assert 0 < stats.memory.available_bytes.value < 32 * MIB
-    answer = await real.sh(container, "head -c 67108864 /dev/zero | tail -c 60000000 | wc -c")
-    assert answer.exit_code == 137 or b"60000000" not in answer.stdout
+    answer = await real.sh(container, "head -c 41943040 /dev/zero | tail -c 40000000 | wc -c")
+    assert answer.exit_code == 137 or b"40000000" not in answer.stdout
 
 
 async def test_an_update_that_cannot_be_changes_nothing(real: Real) -> None:
@@ -123,7 +123,6 @@ async def test_updates_and_stops_race(real: Real) -> None:
     codes = await asyncio.gather(*(change(100 + n) for n in range(20)), stop, *(change(200 + n) for n in range(20)))
     del codes[20]  # the stop's answer
     assert set(codes) <= {grpc.StatusCode.OK, grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.NOT_FOUND}
-    assert codes[0] == grpc.StatusCode.OK
     assert (await real.status(container)).state == pb.CONTAINER_EXITED
 
 
