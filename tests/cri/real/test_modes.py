@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -17,7 +17,7 @@ from tests.requires import requires
 pytestmark = [pytest.mark.asyncio, requires("root", "busybox", "bridge", "overlay", "nft")]
 FIRST_ID = 1 << 20
 MAPPED = [pb.IDMapping(container_id=0, host_id=FIRST_ID, length=1 << 16)]
-CONTAINER = pb.NamespaceOption(pid=pb.CONTAINER)
+NO_MODE = cast(pb.MountPropagation, 9)
 
 
 def linux(**security: Any) -> pb.LinuxContainerConfig:
@@ -100,7 +100,7 @@ async def test_an_image_as_a_volume(real: Real) -> None:
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"mounts": [pb.Mount(container_path="/x", host_path="/", propagation=9)]}, "propagation"),  # type: ignore[arg-type]
+        ({"mounts": [pb.Mount(container_path="/x", host_path="/", propagation=NO_MODE)]}, "propagation"),
         ({"mounts": [pb.Mount(container_path="x", host_path="/")]}, "container_path"),
         ({"mounts": [pb.Mount(container_path="/x", host_path="/", recursive_read_only=True)]}, "recursive_read_only"),
         ({"mounts": [pb.Mount(container_path="/x", host_path="/", uidMappings=MAPPED)]}, "uidMappings"),
