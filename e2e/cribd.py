@@ -98,7 +98,7 @@ def _take_away(settings: Path, root: Path) -> None:
     finally:
         network.close()
     cgroups = detect()
-    cgroups.remove(config.cgroup.parent or cgroups.default_parent(config.instance))
+    cgroups.remove(cgroups.join_path(config.cgroup.parent or cgroups.default_parent(config.instance)))
 
 
 @contextlib.contextmanager
