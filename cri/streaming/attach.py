@@ -42,10 +42,8 @@ class AttachSession(Command):
                 self._stdin.open(self._sock.fileno())
             output = _Output(self._link, self._ids, self._sock, request.streams.tty)
             await output.ended.wait()
-            if output.lost_bytes and not request.streams.tty:
-                return self.failure(
-                    f"detached: {output.lost_bytes} bytes of output came faster than the client took them"
-                )
+            if not (output.complete or request.streams.tty):
+                return self.failure("detached: output came faster than the client took it, and some is lost")
             return self.success()
         finally:
             asyncio.get_running_loop().remove_reader(self._sock.fileno())
@@ -85,7 +83,8 @@ class AttachSession(Command):
 
 
 class _Output:
-    """The monitor's packets, to the streams that the client has of them. `ended` is set at their end."""
+    """The monitor's packets, to the streams that the client has of them. `ended` is set at their end; `complete` when the
+    container has ended and none is lost."""
 
     def __init__(self, link: Link, ids: dict[str, int], sock: socket.socket, tty: bool) -> None:
         self._link = link
@@ -94,7 +93,7 @@ class _Output:
         self._streams = {packets.STDOUT: ids.get(STDOUT), packets.STDERR: ids.get(STDERR)}
         self._loop = asyncio.get_running_loop()
         self._paused = False
-        self.lost_bytes = 0
+        self.complete = False
         self.ended = asyncio.Event()
         self._loop.add_reader(sock.fileno(), self._readable)
 
@@ -110,10 +109,10 @@ class _Output:
             return
         except OSError:
             packet = b""
-        if packet[:1] == packets.LOST:
-            self.lost_bytes += int(packet[1:])
-            if not self._tty:
-                packet = b""  # a screen can be drawn again, other output has a hole now
+        if packet == packets.END:
+            self.complete = True
+        elif packet[:1] == packets.LOST and not self._tty:
+            packet = b""  # a screen can be drawn again, other output has a hole now
         if not packet:
             self._loop.remove_reader(self._sock.fileno())
             self.ended.set()

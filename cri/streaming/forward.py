@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import fcntl
 import logging
+import os
 import socket
 from typing import TYPE_CHECKING, Final
 
@@ -163,7 +164,7 @@ class ForwardSession:
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 return sock
             except OSError as error:  # TimeoutError is one
-                tried.append(f"{address}: {(error.strerror or 'timed out').lower()}")
+                tried.append(f"{address}: {os.strerror(error.errno).lower() if error.errno else 'timed out'}")
             except BaseException:
                 if sock:
                     sock.close()

@@ -10,7 +10,7 @@ import os
 import select
 import socket
 
-from runtime.zygote.packets import DATA_BYTES, LOST, STDIN
+from runtime.zygote.packets import DATA_BYTES, END, LOST, STDIN
 
 TYPE_CHECKING = False  # typing costs a monitor memory
 if TYPE_CHECKING:
@@ -44,6 +44,15 @@ class Client:
             self._lost_bytes += len(data)
         except OSError:  # it has gone: `_readable` is about to see that
             pass
+
+    def end(self) -> None:
+        """The container has ended: say so unless output was lost, and close."""
+        if not self._lost_bytes:
+            try:
+                self._sock.send(END)
+            except OSError:  # no room: then something is lost, or it has gone
+                pass
+        self.close()
 
     def _readable(self) -> None:
         if self._input >= 0:  # nothing is asked for now, so this is the end
@@ -121,4 +130,4 @@ def attach(monitor: Monitor, container: Container, fd: int, stdin: bool) -> None
 def detach_all(container: Container) -> None:
     """The container has ended, and so do its attachments."""
     for client in list(container.clients):
-        client.close()
+        client.end()

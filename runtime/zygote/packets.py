@@ -8,4 +8,5 @@ STDIN = b"\x00"  # cribd → monitor: input; without any, its end
 STDOUT = b"\x01"  # monitor → cribd: output
 STDERR = b"\x02"
 LOST = b"\x03"  # monitor → cribd: so many bytes of output, in decimal, were not kept for a client that doesn't read
+END = b"\x04"  # monitor → cribd: the container has ended, and nothing was lost since the last LOST
 DATA_BYTES = 65536  # what a packet carries at most

@@ -11,9 +11,7 @@ from tests.cri.streaming.client import Channels, Spdy
 
 
 async def exec_url(real: Real, container: str, *command: str, tty: bool = False, stdin: bool = False) -> str:
-    request = pb.ExecRequest(
-        container_id=container, cmd=command, tty=tty, stdin=stdin, stdout=True, stderr=not tty
-    )
+    request = pb.ExecRequest(container_id=container, cmd=command, tty=tty, stdin=stdin, stdout=True, stderr=not tty)
     return str((await real.client.Exec(request)).url)
 
 

@@ -54,14 +54,14 @@ class Stream:
         self.queue: asyncio.Queue[bytes] = asyncio.Queue()
         self.replied = asyncio.Event()
         self.reset = False
-        self.window = 64 << 10
+        self.window = client.initial_window
+        self.more = asyncio.Event()
 
     async def read(self) -> bytes:
         async with asyncio.timeout(TIMEOUT_S):
             got = await self.queue.get()
         if got and self.client.windows:
             self.client.send(frames.window_update(self.number, len(got)))
-            self.client.send(frames.window_update(0, len(got)))
         return got
 
     async def got(self) -> bytes:
@@ -80,8 +80,18 @@ class Stream:
         return seen
 
     async def write(self, body: bytes) -> None:
-        for at in range(0, len(body), 32 << 10):
-            self.client.send(frames.data(self.number, body[at : at + (32 << 10)]))
+        view = memoryview(body)
+        while view:
+            size = 32 << 10
+            if self.client.windows:
+                async with asyncio.timeout(TIMEOUT_S):
+                    while self.window <= 0:
+                        self.more.clear()
+                        await self.more.wait()
+                size = min(size, self.window)
+            part, view = bytes(view[:size]), view[size:]
+            self.window -= len(part)
+            self.client.send(frames.data(self.number, part))
             await self.client.writer.drain()
 
     def end(self) -> None:
@@ -99,7 +109,7 @@ class Spdy:
         self.compressor = frames.Compressor()
         self.streams: dict[int, Stream] = {}
         self.last = -1
-        self.overrun = 0
+        self.initial_window = 64 << 10
         self.goaway = False
 
     async def connect(
@@ -131,6 +141,8 @@ class Spdy:
         if frame.kind == 0 and stream:
             if frame.body:
                 stream.queue.put_nowait(frame.body)
+                if self.windows:
+                    self.send(frames.window_update(0, len(frame.body)))
             if frame.flags & frames.FIN:
                 stream.queue.put_nowait(b"")
         elif frame.kind == frames.SYN_REPLY and stream:
@@ -139,6 +151,14 @@ class Spdy:
             stream.reset = True
             stream.replied.set()
             stream.queue.put_nowait(b"")
+        elif frame.kind == frames.SETTINGS:
+            change, self.initial_window = frame.word(2) - self.initial_window, frame.word(2)
+            for each in self.streams.values():
+                each.window += change
+                each.more.set()
+        elif frame.kind == frames.WINDOW_UPDATE and stream:
+            stream.window += frame.word(1)
+            stream.more.set()
         elif frame.kind == frames.PING and frame.word(0) % 2 == 0:
             self.send(frames.ping(frame.word(0)))
         elif frame.kind == frames.GOAWAY:
