@@ -47,7 +47,8 @@ def last_steps(**fields: object) -> Callable[[Plan], Plan]:
 
 async def gained(bench: Bench, image: Image, null: int) -> list[int]:
     """What user 1000 gets by a program with inheritable file capabilities, in a container and by an exec."""
-    program = image.root / "bin/gain"
+    program = image.root / "gain/grep"
+    program.parent.mkdir()
     program.write_bytes((image.root / "bin/busybox").read_bytes())
     program.chmod(0o755)
     bit = caps.mask(("CAP_KILL",))
@@ -61,7 +62,7 @@ async def gained(bench: Bench, image: Image, null: int) -> list[int]:
             process, user=User(uid=1000, gid=1000), capabilities=sets, no_new_privileges=False
         )
 
-    (image.root / "bin/gain.sh").write_text("#!/bin/sh\nexec /bin/gain grep CapPrm /proc/self/status\n")
+    (image.root / "bin/gain.sh").write_text("#!/bin/sh\nexec /gain/grep CapPrm /proc/self/status\n")
     (image.root / "bin/gain.sh").chmod(0o755)
     _, log = await bench.run(pod, "first", container(pod, "/bin/gain.sh", process=user))
     await bench.start(pod, "c", container(pod, "sleep", "1000"))
