@@ -83,8 +83,10 @@ class AttachSession(Command):
 
 
 class _Output:
-    """The monitor's packets, to the streams that the client has of them. `ended` is set at their end; `complete` when the
-    container has ended and none is lost."""
+    """The monitor's packets, to the streams that the client has of them.
+
+    `ended` is set at their end; `complete` when the container has ended and none is lost.
+    """
 
     def __init__(self, link: Link, ids: dict[str, int], sock: socket.socket, tty: bool) -> None:
         self._link = link

@@ -8,6 +8,7 @@ import os
 import socket
 import struct
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -23,12 +24,15 @@ from tests.requires import requires
 pytestmark = [pytest.mark.asyncio, requires("root", "busybox", "overlay")]
 
 
+_CATCHER = b"""sh -c 'trap "echo cau""ght; exit" INT; echo rea""dy; while :; do sleep 1; done'\n"""
+
+
 @pytest_asyncio.fixture
 async def pod(real: Real) -> str:
     return await real.pod(real.pod_config(network=False))
 
 
-async def sleeper(real: Real, pod: str, **fields: object) -> str:
+async def sleeper(real: Real, pod: str, **fields: Any) -> str:
     return await real.run(pod, "sleep", "1000", **fields)
 
 
@@ -190,7 +194,7 @@ async def test_a_background_child_does_not_hold_it(real: Real, pod: str) -> None
 
 
 async def test_input_for_one_that_does_not_read(real: Real, daemon_memory: Path, pod: str) -> None:
-    """A gigabyte offered: the client is stopped, the daemon doesn't grow, and everything ends when the client breaks off.
+    """A gigabyte offered: the client is stopped, the daemon doesn't grow, and all ends when the client breaks off.
 
     A client that merely closes can't be told from one that is stopped, as long as its end waits behind its data.
     """

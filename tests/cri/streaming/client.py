@@ -164,10 +164,10 @@ class Spdy:
         elif frame.kind == frames.GOAWAY:
             self.goaway = True
 
-    def open(self, flags: int = 0, **headers: str) -> Stream:
+    def open(self, **headers: str) -> Stream:
         self.last += 2
         stream = self.streams[self.last] = Stream(self, self.last)
-        self.send(self.compressor.syn_stream(self.last, headers, flags))
+        self.send(self.compressor.syn_stream(self.last, headers))
         return stream
 
     async def command(self, *names: str) -> dict[str, Stream]:
