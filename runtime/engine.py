@@ -35,7 +35,7 @@ from runtime.pod import (
 )
 from runtime.zygote.launch import Zygote
 from runtime.zygote.messages import Kind, close_all
-from runtime.zygote.monitor import SOCKET_NAME
+from runtime.zygote.server import SOCKET_NAME
 
 POD_TIMEOUT_S: Final = 20.0
 

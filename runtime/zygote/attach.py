@@ -15,23 +15,23 @@ from runtime.zygote.packets import DATA_BYTES, END, LOST, STDIN
 TYPE_CHECKING = False  # typing costs a monitor memory
 if TYPE_CHECKING:
     from runtime.zygote.container import Container
-    from runtime.zygote.monitor import Monitor
+    from runtime.zygote.server import Server
 
 
 class Client:
     """One attachment; `stdin` is whether it gives input."""
 
-    __slots__ = ("_container", "_input", "_lost_bytes", "_monitor", "_pending", "_sock", "stdin")
+    __slots__ = ("_container", "_input", "_lost_bytes", "_pending", "_server", "_sock", "stdin")
 
-    def __init__(self, monitor: Monitor, container: Container, sock: socket.socket, stdin: bool) -> None:
-        self._monitor = monitor
+    def __init__(self, server: Server, container: Container, sock: socket.socket, stdin: bool) -> None:
+        self._server = server
         self._container = container
         self._sock = sock
         self._pending = b""
         self._input = -1  # a descriptor of the container's stdin, while that takes no more
         self._lost_bytes = 0
         self.stdin = stdin
-        monitor.watch(sock.fileno(), self._readable)
+        server.watch(sock.fileno(), self._readable)
 
     def show(self, tag: bytes, data: bytes) -> None:
         """Send output, or drop it and keep count."""
@@ -86,16 +86,16 @@ class Client:
         self._pending = data
         if data:
             self._input = os.dup(stdin)  # each client watches one of its own
-            self._monitor.rewatch(self._sock.fileno(), 0)
-            self._monitor.watch(self._input, self._writable, select.EPOLLOUT)
+            self._server.rewatch(self._sock.fileno(), 0)
+            self._server.watch(self._input, self._writable, select.EPOLLOUT)
 
     def _writable(self) -> None:
         self._stop_waiting()
-        self._monitor.rewatch(self._sock.fileno(), select.EPOLLIN)
+        self._server.rewatch(self._sock.fileno(), select.EPOLLIN)
         self._feed(self._pending)
 
     def _stop_waiting(self) -> None:
-        self._monitor.unwatch(self._input)
+        self._server.unwatch(self._input)
         os.close(self._input)
         self._input = -1
 
@@ -105,7 +105,7 @@ class Client:
             for client in container.clients:
                 if client._input >= 0:
                     client._stop_waiting()
-                    self._monitor.rewatch(client._sock.fileno(), select.EPOLLIN)
+                    self._server.rewatch(client._sock.fileno(), select.EPOLLIN)
             os.close(container.stdin)
             container.stdin = -1
 
@@ -114,17 +114,17 @@ class Client:
         if self._input >= 0:
             self._stop_waiting()
         self._container.clients.remove(self)
-        self._monitor.unwatch(self._sock.fileno())
+        self._server.unwatch(self._sock.fileno())
         self._sock.close()
         if self.stdin:
             self._end_input()
 
 
-def attach(monitor: Monitor, container: Container, fd: int, stdin: bool) -> None:
+def attach(server: Server, container: Container, fd: int, stdin: bool) -> None:
     """Attach the client at the other end of the socket `fd`, which is this function's from here on."""
     sock = socket.socket(fileno=fd)
     sock.setblocking(False)
-    container.clients.append(Client(monitor, container, sock, stdin))
+    container.clients.append(Client(server, container, sock, stdin))
 
 
 def detach_all(container: Container) -> None:

@@ -18,13 +18,14 @@ from errno import EBUSY, ENODEV, ENOENT, ESRCH
 
 from runtime.cgroup import files
 from runtime.linux.lib import SyscallError
-from runtime.linux.process import PTRACE_CONT, PTRACE_DETACH, ptrace
+from runtime.linux.process import PTRACE_CONT, PTRACE_DETACH, PTRACE_TRACEME, ptrace
 
 TYPE_CHECKING = False  # typing costs a monitor memory
 if TYPE_CHECKING:
     from typing import Final
 
     from runtime.zygote.container import Container, Process
+    from runtime.zygote.podspace import PodSpace
 
 _FREEZE_TIMEOUT_S: Final = 1.0
 LIMIT_S: Final = 10.0
@@ -67,7 +68,7 @@ def _set(container: Container, *, frozen: bool) -> bool:
     return not frozen or not any(map(os.path.exists, container.kill_dirs))
 
 
-def stopped(process: Process, number: int) -> None:
+def _stopped(process: Process, number: int) -> None:
     """A traced child has stopped for the signal `number`: at SIGTRAP it has become its program. Thaws nobody."""
     try:
         if number != signal.SIGTRAP:
@@ -85,17 +86,59 @@ def stopped(process: Process, number: int) -> None:
             raise
 
 
-def release(process: Process) -> None:
-    """The child has become its program, or ended."""
-    thaw(process.held)
-    process.held = []
+class Holds:
+    """The children for whose sake containers are frozen now."""
 
+    def __init__(self) -> None:
+        self._processes: list[Process] = []
 
-def expire(held: list[Process]) -> float:
-    """Kill what holds others for too long; seconds until that is due for the next."""
-    now = time.monotonic()
-    for process in held:
-        if process.hold_until <= now:
-            process.hold_until = now + LIMIT_S
-            signal.pidfd_send_signal(process.pidfd, signal.SIGKILL)
-    return min(process.hold_until for process in held) - now
+    def clone(
+        self, space: PodSpace, held: list[Container], pid_ns: int, flags: int, cgroup_dir: str
+    ) -> tuple[int, int]:
+        """`PodSpace.clone` of a child for whose sake these containers are frozen.
+
+        Raises OSError, and holds nobody then.
+        """
+        freeze(held)
+        try:
+            pid, pidfd = space.clone(pid_ns, flags, cgroup_dir)
+        except SyscallError:
+            thaw(held)
+            raise
+        if pid == 0 and held:
+            ptrace(PTRACE_TRACEME)
+        return pid, pidfd
+
+    def add(self, process: Process, held: list[Container], join_files: tuple[str, ...]) -> None:
+        """Remember whom the child holds, and what takes it into its cgroup once it has become its program."""
+        if held:
+            process.held, process.join_files = held, join_files
+            process.hold_until = time.monotonic() + LIMIT_S
+            self._processes.append(process)
+
+    def release(self, process: Process) -> None:
+        """The child has become its program, or ended."""
+        if process in self._processes:
+            self._processes.remove(process)
+            thaw(process.held)
+            process.held = []
+
+    def stopped(self, pid: int, number: int) -> None:
+        """The child `pid` has stopped for the signal `number`."""
+        for process in self._processes:
+            if process.pid == pid:
+                _stopped(process, number)
+                if number == signal.SIGTRAP:
+                    self.release(process)
+                return
+
+    def expire(self) -> float:
+        """Kill what holds others for too long; seconds until that is due for the next, -1 where there is none."""
+        if not self._processes:
+            return -1
+        now = time.monotonic()
+        for process in self._processes:
+            if process.hold_until <= now:
+                process.hold_until = now + LIMIT_S
+                signal.pidfd_send_signal(process.pidfd, signal.SIGKILL)
+        return min(process.hold_until for process in self._processes) - now

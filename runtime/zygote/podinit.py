@@ -15,7 +15,8 @@ def reap_for_ever(cgroup: tuple[str, ...], ready: int = -1) -> None:
     """Become the pod's init in this process, the first of its pid namespace; never returns.
 
     `cgroup` are the files that take it into its own cgroup. Its root is an empty read-only file system; it has
-    no descriptors and no capabilities once the descriptor `ready` is closed. As a namespace's init it ignores every signal from inside.
+    no descriptors and no capabilities once the descriptor `ready` is closed. As a namespace's init it ignores every
+    signal from inside.
     """
     try:
         signal.set_wakeup_fd(-1)
