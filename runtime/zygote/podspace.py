@@ -88,7 +88,7 @@ class PodSpace:
         return found
 
     def clone(self, pid_ns: int, flags: int, cgroup_dir: str) -> tuple[int, int]:
-        """clone3 with the child's pid namespace taken from the descriptor `pid_ns` (-1: as it is). Raises SyscallError."""
+        """clone3 with the child in the pid namespace of descriptor `pid_ns` (-1: as it is). Raises SyscallError."""
         cgroup = os.open(cgroup_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) if cgroup_dir else -1
         try:
             if pid_ns < 0:
