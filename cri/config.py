@@ -36,13 +36,27 @@ class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class ImagesSection(_Section, frozen=True):
-    """`hosts_dir`: registries' mirrors and certificates, a directory per registry with a hosts.toml."""
+    """`hosts_dir`: registries' mirrors and certificates, a directory per registry with a hosts.toml.
+
+    `pinned` are globs over tags and digests. `auth_file` is a docker config.json, `verifiers` a directory of programs
+    that must accept an image; "" for none. `containers_dir` is where writable layers are, "" for beside the images.
+    """
 
     hosts_dir: str = "/etc/crib/certs.d"
     max_parallel: int = 3
     progress_timeout_s: float = 60.0
 
+    max_ranges: int = 4
 
+    pinned: tuple[str, ...] = ()
+    auth_file: str = ""
+    verifiers: str = ""
+    verifier_timeout_s: float = 10.0
+    containers_dir: str = ""
+    layer_limit_bytes: int = 64 << 30
+    unpacked_limit_bytes: int = 64 << 30
+    ratio_limit: int = 1000
+    entries_limit: int = 2_000_000
 class NetworkSection(_Section, frozen=True):
     """The built-in bridge. `subnet` empty takes a free one, `subnet6` empty means no IPv6, `bridge` (its name) empty
     derives it from the instance, `mtu` 0 is the uplink's."""
@@ -232,8 +246,11 @@ def _problem(config: Config) -> str | None:
     if unknown := sorted(config.defaults.rlimits.keys() - known):
         return f"key defaults.rlimits: {unknown[0]!r} is none of {', '.join(sorted(known))}"
     positive = {
-        "images.max_parallel": config.images.max_parallel,
-        "images.progress_timeout_s": config.images.progress_timeout_s,
+        **{
+            f"images.{name}": number
+            for name in config.images.__struct_fields__
+            if isinstance(number := getattr(config.images, name), (int, float))
+        },
         "defaults.shm_bytes": config.defaults.shm_bytes,
         **{f"limits.{name}": getattr(config.limits, name) for name in config.limits.__struct_fields__},
     }

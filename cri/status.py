@@ -23,11 +23,16 @@ _CODES: Final = {
     "Unsupported": StatusCode.UNIMPLEMENTED,
     "Unavailable": StatusCode.UNAVAILABLE,
     "Exhausted": StatusCode.RESOURCE_EXHAUSTED,
+    "Denied": StatusCode.PERMISSION_DENIED,
+    "Damaged": StatusCode.DATA_LOSS,
     "DeadlineExceeded": StatusCode.DEADLINE_EXCEEDED,
     "Cancelled": StatusCode.CANCELLED,
 }
 _CLASSES: Final[tuple[tuple[type[BaseException], StatusCode], ...]] = tuple(
-    (getattr(room, name), code) for name, code in _CODES.items() for room in (runtime.errors, net.errors)
+    (getattr(room, name), code)
+    for name, code in _CODES.items()
+    for room in (runtime.errors, net.errors)
+    if hasattr(room, name)
 )
 _ERRNOS: Final = {
     errno.ENOSPC: StatusCode.RESOURCE_EXHAUSTED,

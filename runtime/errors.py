@@ -36,6 +36,14 @@ class Exhausted(CribError):
     """A limit was reached: disk, memory, addresses, size of an answer."""
 
 
+class Denied(CribError):
+    """Somebody outside (a registry) refuses what was asked, with the credentials that were given."""
+
+
+class Damaged(CribError):
+    """What came from outside, or lies on the disk, is not what its digest says."""
+
+
 class DeadlineExceeded(CribError):
     """A wait reached its deadline; the message names what it waited for."""
 

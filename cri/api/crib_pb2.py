@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12\x63ri/api/crib.proto\x12\x07\x63rib.v1\"\x1c\n\x0bLoadRequest\x12\r\n\x05\x63hunk\x18\x01 \x01(\x0c\"4\n\x0cLoadResponse\x12$\n\x06images\x18\x01 \x03(\x0b\x32\x14.crib.v1.LoadedImage\",\n\x0bLoadedImage\x12\n\n\x02id\x18\x01 \x01(\t\x12\x11\n\trepo_tags\x18\x02 \x03(\t\"\xaa\x01\n\x0bPullRequest\x12\r\n\x05image\x18\x01 \x01(\t\x12\x10\n\x08username\x18\x02 \x01(\t\x12\x15\n\x08password\x18\x03 \x01(\tB\x03\x80\x01\x01\x12\x11\n\x04\x61uth\x18\x04 \x01(\tB\x03\x80\x01\x01\x12\x16\n\x0eserver_address\x18\x05 \x01(\t\x12\x1b\n\x0eidentity_token\x18\x06 \x01(\tB\x03\x80\x01\x01\x12\x1b\n\x0eregistry_token\x18\x07 \x01(\tB\x03\x80\x01\x01\"\x81\x01\n\x0cPullProgress\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\"\n\x05state\x18\x02 \x01(\x0e\x32\x13.crib.v1.LayerState\x12\x15\n\rcurrent_bytes\x18\x03 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x04 \x01(\x03\x12\x11\n\timage_ref\x18\x05 \x01(\t\"\x19\n\x0bPlanRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\\\n\x0cPlanResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12 \n\x05steps\x18\x03 \x03(\x0b\x32\x11.crib.v1.PlanStep\x12\x10\n\x08total_ns\x18\x04 \x01(\x03\"n\n\x08PlanStep\x12\r\n\x05index\x18\x01 \x01(\r\x12\r\n\x05phase\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x12\n\nstarted_ns\x18\x04 \x01(\x03\x12\x13\n\x0b\x64uration_ns\x18\x05 \x01(\x03\x12\r\n\x05\x65rror\x18\x06 \x01(\t\"\x0f\n\rDoctorRequest\"0\n\x0e\x44octorResponse\x12\x1e\n\x06probes\x18\x01 \x03(\x0b\x32\x0e.crib.v1.Probe\"C\n\x05Probe\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\n\n\x02ok\x18\x02 \x01(\x08\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12\x10\n\x08\x66\x61llback\x18\x04 \x01(\t*m\n\nLayerState\x12\x11\n\rLAYER_WAITING\x10\x00\x12\x15\n\x11LAYER_DOWNLOADING\x10\x01\x12\x13\n\x0fLAYER_UNPACKING\x10\x02\x12\x0e\n\nLAYER_DONE\x10\x03\x12\x10\n\x0cLAYER_EXISTS\x10\x04\x32\xe4\x01\n\x04\x43rib\x12\x35\n\x04Load\x12\x14.crib.v1.LoadRequest\x1a\x15.crib.v1.LoadResponse(\x01\x12\x35\n\x04Pull\x12\x14.crib.v1.PullRequest\x1a\x15.crib.v1.PullProgress0\x01\x12\x33\n\x04Plan\x12\x14.crib.v1.PlanRequest\x1a\x15.crib.v1.PlanResponse\x12\x39\n\x06\x44octor\x12\x16.crib.v1.DoctorRequest\x1a\x17.crib.v1.DoctorResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x12\x63ri/api/crib.proto\x12\x07\x63rib.v1\"\x1c\n\x0bLoadRequest\x12\r\n\x05\x63hunk\x18\x01 \x01(\x0c\"4\n\x0cLoadResponse\x12$\n\x06images\x18\x01 \x03(\x0b\x32\x14.crib.v1.LoadedImage\",\n\x0bLoadedImage\x12\n\n\x02id\x18\x01 \x01(\t\x12\x11\n\trepo_tags\x18\x02 \x03(\t\"\xaa\x01\n\x0bPullRequest\x12\r\n\x05image\x18\x01 \x01(\t\x12\x10\n\x08username\x18\x02 \x01(\t\x12\x15\n\x08password\x18\x03 \x01(\tB\x03\x80\x01\x01\x12\x11\n\x04\x61uth\x18\x04 \x01(\tB\x03\x80\x01\x01\x12\x16\n\x0eserver_address\x18\x05 \x01(\t\x12\x1b\n\x0eidentity_token\x18\x06 \x01(\tB\x03\x80\x01\x01\x12\x1b\n\x0eregistry_token\x18\x07 \x01(\tB\x03\x80\x01\x01\"\x81\x01\n\x0cPullProgress\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\"\n\x05state\x18\x02 \x01(\x0e\x32\x13.crib.v1.LayerState\x12\x15\n\rcurrent_bytes\x18\x03 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x04 \x01(\x03\x12\x11\n\timage_ref\x18\x05 \x01(\t\"\x1d\n\x0bSaveRequest\x12\x0e\n\x06images\x18\x01 \x03(\t\"\x1a\n\tSaveChunk\x12\r\n\x05\x63hunk\x18\x01 \x01(\x0c\"\x1e\n\x0c\x43heckRequest\x12\x0e\n\x06repair\x18\x01 \x01(\x08\"s\n\x0c\x43heckFinding\x12\r\n\x05layer\x18\x01 \x01(\t\x12\x0f\n\x07\x64iff_id\x18\x02 \x01(\t\x12\x0e\n\x06images\x18\x03 \x03(\t\x12\x10\n\x08verified\x18\x04 \x01(\x08\x12\x0f\n\x07problem\x18\x05 \x01(\t\x12\x10\n\x08repaired\x18\x06 \x01(\x08\"\x10\n\x0eStorageRequest\"\x8b\x01\n\x0fStorageResponse\x12$\n\x06images\x18\x01 \x03(\x0b\x32\x14.crib.v1.StoredImage\x12$\n\x06layers\x18\x02 \x03(\x0b\x32\x14.crib.v1.StoredLayer\x12,\n\ncontainers\x18\x03 \x03(\x0b\x32\x18.crib.v1.StoredContainer\"v\n\x0bStoredImage\x12\n\n\x02id\x18\x01 \x01(\t\x12\x11\n\trepo_tags\x18\x02 \x03(\t\x12\x14\n\x0crepo_digests\x18\x03 \x03(\t\x12\x0e\n\x06layers\x18\x04 \x03(\t\x12\x0e\n\x06pinned\x18\x05 \x01(\x08\x12\x12\n\nsize_bytes\x18\x06 \x01(\x03\"P\n\x0bStoredLayer\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x64iff_id\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\x12\x0e\n\x06inodes\x18\x04 \x01(\x03\"P\n\x0fStoredContainer\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05image\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\x12\x0e\n\x06inodes\x18\x04 \x01(\x03\"\x19\n\x0bPlanRequest\x12\n\n\x02id\x18\x01 \x01(\t\"\\\n\x0cPlanResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12 \n\x05steps\x18\x03 \x03(\x0b\x32\x11.crib.v1.PlanStep\x12\x10\n\x08total_ns\x18\x04 \x01(\x03\"n\n\x08PlanStep\x12\r\n\x05index\x18\x01 \x01(\r\x12\r\n\x05phase\x18\x02 \x01(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x12\n\nstarted_ns\x18\x04 \x01(\x03\x12\x13\n\x0b\x64uration_ns\x18\x05 \x01(\x03\x12\r\n\x05\x65rror\x18\x06 \x01(\t\"\x0f\n\rDoctorRequest\"0\n\x0e\x44octorResponse\x12\x1e\n\x06probes\x18\x01 \x03(\x0b\x32\x0e.crib.v1.Probe\"C\n\x05Probe\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\n\n\x02ok\x18\x02 \x01(\x08\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\x12\x10\n\x08\x66\x61llback\x18\x04 \x01(\t*m\n\nLayerState\x12\x11\n\rLAYER_WAITING\x10\x00\x12\x15\n\x11LAYER_DOWNLOADING\x10\x01\x12\x13\n\x0fLAYER_UNPACKING\x10\x02\x12\x0e\n\nLAYER_DONE\x10\x03\x12\x10\n\x0cLAYER_EXISTS\x10\x04\x32\x8f\x03\n\x04\x43rib\x12\x35\n\x04Load\x12\x14.crib.v1.LoadRequest\x1a\x15.crib.v1.LoadResponse(\x01\x12\x35\n\x04Pull\x12\x14.crib.v1.PullRequest\x1a\x15.crib.v1.PullProgress0\x01\x12\x32\n\x04Save\x12\x14.crib.v1.SaveRequest\x1a\x12.crib.v1.SaveChunk0\x01\x12\x37\n\x05\x43heck\x12\x15.crib.v1.CheckRequest\x1a\x15.crib.v1.CheckFinding0\x01\x12<\n\x07Storage\x12\x17.crib.v1.StorageRequest\x1a\x18.crib.v1.StorageResponse\x12\x33\n\x04Plan\x12\x14.crib.v1.PlanRequest\x1a\x15.crib.v1.PlanResponse\x12\x39\n\x06\x44octor\x12\x16.crib.v1.DoctorRequest\x1a\x17.crib.v1.DoctorResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,8 +39,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PULLREQUEST'].fields_by_name['identity_token']._serialized_options = b'\200\001\001'
   _globals['_PULLREQUEST'].fields_by_name['registry_token']._loaded_options = None
   _globals['_PULLREQUEST'].fields_by_name['registry_token']._serialized_options = b'\200\001\001'
-  _globals['_LAYERSTATE']._serialized_start=835
-  _globals['_LAYERSTATE']._serialized_end=944
+  _globals['_LAYERSTATE']._serialized_start=1487
+  _globals['_LAYERSTATE']._serialized_end=1596
   _globals['_LOADREQUEST']._serialized_start=31
   _globals['_LOADREQUEST']._serialized_end=59
   _globals['_LOADRESPONSE']._serialized_start=61
@@ -51,18 +51,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PULLREQUEST']._serialized_end=332
   _globals['_PULLPROGRESS']._serialized_start=335
   _globals['_PULLPROGRESS']._serialized_end=464
-  _globals['_PLANREQUEST']._serialized_start=466
-  _globals['_PLANREQUEST']._serialized_end=491
-  _globals['_PLANRESPONSE']._serialized_start=493
-  _globals['_PLANRESPONSE']._serialized_end=585
-  _globals['_PLANSTEP']._serialized_start=587
-  _globals['_PLANSTEP']._serialized_end=697
-  _globals['_DOCTORREQUEST']._serialized_start=699
-  _globals['_DOCTORREQUEST']._serialized_end=714
-  _globals['_DOCTORRESPONSE']._serialized_start=716
-  _globals['_DOCTORRESPONSE']._serialized_end=764
-  _globals['_PROBE']._serialized_start=766
-  _globals['_PROBE']._serialized_end=833
-  _globals['_CRIB']._serialized_start=947
-  _globals['_CRIB']._serialized_end=1175
+  _globals['_SAVEREQUEST']._serialized_start=466
+  _globals['_SAVEREQUEST']._serialized_end=495
+  _globals['_SAVECHUNK']._serialized_start=497
+  _globals['_SAVECHUNK']._serialized_end=523
+  _globals['_CHECKREQUEST']._serialized_start=525
+  _globals['_CHECKREQUEST']._serialized_end=555
+  _globals['_CHECKFINDING']._serialized_start=557
+  _globals['_CHECKFINDING']._serialized_end=672
+  _globals['_STORAGEREQUEST']._serialized_start=674
+  _globals['_STORAGEREQUEST']._serialized_end=690
+  _globals['_STORAGERESPONSE']._serialized_start=693
+  _globals['_STORAGERESPONSE']._serialized_end=832
+  _globals['_STOREDIMAGE']._serialized_start=834
+  _globals['_STOREDIMAGE']._serialized_end=952
+  _globals['_STOREDLAYER']._serialized_start=954
+  _globals['_STOREDLAYER']._serialized_end=1034
+  _globals['_STOREDCONTAINER']._serialized_start=1036
+  _globals['_STOREDCONTAINER']._serialized_end=1116
+  _globals['_PLANREQUEST']._serialized_start=1118
+  _globals['_PLANREQUEST']._serialized_end=1143
+  _globals['_PLANRESPONSE']._serialized_start=1145
+  _globals['_PLANRESPONSE']._serialized_end=1237
+  _globals['_PLANSTEP']._serialized_start=1239
+  _globals['_PLANSTEP']._serialized_end=1349
+  _globals['_DOCTORREQUEST']._serialized_start=1351
+  _globals['_DOCTORREQUEST']._serialized_end=1366
+  _globals['_DOCTORRESPONSE']._serialized_start=1368
+  _globals['_DOCTORRESPONSE']._serialized_end=1416
+  _globals['_PROBE']._serialized_start=1418
+  _globals['_PROBE']._serialized_end=1485
+  _globals['_CRIB']._serialized_start=1599
+  _globals['_CRIB']._serialized_end=1998
 # @@protoc_insertion_point(module_scope)

@@ -72,6 +72,94 @@ class PullProgress(_message.Message):
     image_ref: str
     def __init__(self, digest: _Optional[str] = ..., state: _Optional[_Union[LayerState, str]] = ..., current_bytes: _Optional[int] = ..., total_bytes: _Optional[int] = ..., image_ref: _Optional[str] = ...) -> None: ...
 
+class SaveRequest(_message.Message):
+    __slots__ = ("images",)
+    IMAGES_FIELD_NUMBER: _ClassVar[int]
+    images: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, images: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class SaveChunk(_message.Message):
+    __slots__ = ("chunk",)
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    chunk: bytes
+    def __init__(self, chunk: _Optional[bytes] = ...) -> None: ...
+
+class CheckRequest(_message.Message):
+    __slots__ = ("repair",)
+    REPAIR_FIELD_NUMBER: _ClassVar[int]
+    repair: bool
+    def __init__(self, repair: _Optional[bool] = ...) -> None: ...
+
+class CheckFinding(_message.Message):
+    __slots__ = ("layer", "diff_id", "images", "verified", "problem", "repaired")
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    DIFF_ID_FIELD_NUMBER: _ClassVar[int]
+    IMAGES_FIELD_NUMBER: _ClassVar[int]
+    VERIFIED_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    REPAIRED_FIELD_NUMBER: _ClassVar[int]
+    layer: str
+    diff_id: str
+    images: _containers.RepeatedScalarFieldContainer[str]
+    verified: bool
+    problem: str
+    repaired: bool
+    def __init__(self, layer: _Optional[str] = ..., diff_id: _Optional[str] = ..., images: _Optional[_Iterable[str]] = ..., verified: _Optional[bool] = ..., problem: _Optional[str] = ..., repaired: _Optional[bool] = ...) -> None: ...
+
+class StorageRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StorageResponse(_message.Message):
+    __slots__ = ("images", "layers", "containers")
+    IMAGES_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    CONTAINERS_FIELD_NUMBER: _ClassVar[int]
+    images: _containers.RepeatedCompositeFieldContainer[StoredImage]
+    layers: _containers.RepeatedCompositeFieldContainer[StoredLayer]
+    containers: _containers.RepeatedCompositeFieldContainer[StoredContainer]
+    def __init__(self, images: _Optional[_Iterable[_Union[StoredImage, _Mapping]]] = ..., layers: _Optional[_Iterable[_Union[StoredLayer, _Mapping]]] = ..., containers: _Optional[_Iterable[_Union[StoredContainer, _Mapping]]] = ...) -> None: ...
+
+class StoredImage(_message.Message):
+    __slots__ = ("id", "repo_tags", "repo_digests", "layers", "pinned", "size_bytes")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    REPO_TAGS_FIELD_NUMBER: _ClassVar[int]
+    REPO_DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    PINNED_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    repo_tags: _containers.RepeatedScalarFieldContainer[str]
+    repo_digests: _containers.RepeatedScalarFieldContainer[str]
+    layers: _containers.RepeatedScalarFieldContainer[str]
+    pinned: bool
+    size_bytes: int
+    def __init__(self, id: _Optional[str] = ..., repo_tags: _Optional[_Iterable[str]] = ..., repo_digests: _Optional[_Iterable[str]] = ..., layers: _Optional[_Iterable[str]] = ..., pinned: _Optional[bool] = ..., size_bytes: _Optional[int] = ...) -> None: ...
+
+class StoredLayer(_message.Message):
+    __slots__ = ("name", "diff_id", "size_bytes", "inodes")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DIFF_ID_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    INODES_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    diff_id: str
+    size_bytes: int
+    inodes: int
+    def __init__(self, name: _Optional[str] = ..., diff_id: _Optional[str] = ..., size_bytes: _Optional[int] = ..., inodes: _Optional[int] = ...) -> None: ...
+
+class StoredContainer(_message.Message):
+    __slots__ = ("id", "image", "size_bytes", "inodes")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    IMAGE_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    INODES_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    image: str
+    size_bytes: int
+    inodes: int
+    def __init__(self, id: _Optional[str] = ..., image: _Optional[str] = ..., size_bytes: _Optional[int] = ..., inodes: _Optional[int] = ...) -> None: ...
+
 class PlanRequest(_message.Message):
     __slots__ = ("id",)
     ID_FIELD_NUMBER: _ClassVar[int]

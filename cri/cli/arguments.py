@@ -63,11 +63,29 @@ def parser() -> argparse.ArgumentParser:
     pull.add_argument("--password-stdin", action="store_true", help="read the password from standard input")
     load = command("load", "image:load", "store the images of an OCI or docker archive")
     load.add_argument("file", metavar="FILE", help="- for standard input")
+    save = command("save", "storage:save", "write images to an archive that crib, docker and OCI tools load")
+    save.add_argument("images", metavar="IMAGE", nargs="+")
+    target = save.add_mutually_exclusive_group()
+    target.add_argument("-f", "--file", metavar="FILE", default="-", help="the archive (default: standard output)")
+    target.add_argument("--layout", metavar="DIR", default="", help="an OCI image layout, in a new directory")
     images = command("images", "image:images", "list images")
     images.add_argument("-q", "--quiet", action="store_true", help="ids only")
     rmi = command("rmi", "image:rmi", "remove images with all their tags")
     rmi.add_argument("images", metavar="IMAGE", nargs="+")
     rmi.add_argument("-f", "--force", action="store_true", help="even if containers were made from it")
+
+    image = command("image", "", "look into images")
+    parts = image.add_subparsers(metavar="COMMAND", parser_class=_Parser, required=True)
+    for name, handler, text, number in (
+        ("inspect", "storage:inspect", "all about images, as JSON", "+"),
+        ("tree", "storage:tree", "images' layers, their sizes and who shares them", "*"),
+    ):
+        part = parts.add_parser(name, help=text, description=text, parents=[_common()], allow_abbrev=False)
+        part.add_argument("images", metavar="IMAGE", nargs=number)
+        part.set_defaults(handler=handler)
+    command("df", "storage:df", "what images and containers take on the disk")
+    check = command("check", "storage:check", "read all layers and compare them with what was unpacked")
+    check.add_argument("--repair", action="store_true", help="fetch images with damaged layers again")
 
     _run(command("run", "run:run", "run a pod with one container"))
 

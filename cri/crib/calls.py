@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import tempfile
-from collections.abc import AsyncIterator, Mapping
-from typing import IO, Final
+from collections.abc import AsyncIterator, Generator, Mapping
+from typing import IO, Final, TypeVar
 
 from cri.api import crib_pb2 as pb
 from cri.image.pull import pull
@@ -23,6 +23,9 @@ _STATES: Final = {
     "done": pb.LayerState.LAYER_DONE,
     "exists": pb.LayerState.LAYER_EXISTS,
 }
+_CHUNK_BYTES: Final = 1 << 20
+
+Item = TypeVar("Item")
 
 
 class CribCalls:
@@ -33,7 +36,15 @@ class CribCalls:
         self._probes = probes
 
     def handlers(self) -> Mapping[str, Handler]:
-        return {"Load": self.load, "Pull": self.pull, "Plan": self.plan, "Doctor": self.doctor}
+        return {
+            "Load": self.load,
+            "Pull": self.pull,
+            "Save": self.save,
+            "Check": self.check,
+            "Storage": self.storage,
+            "Plan": self.plan,
+            "Doctor": self.doctor,
+        }
 
     async def load(self, requests: AsyncIterator[pb.LoadRequest], call: Call) -> pb.LoadResponse:
         """The archive goes to a file without a name beside the images, and from there into the store."""
@@ -79,6 +90,74 @@ class CribCalls:
             yield pb.PullProgress(image_ref=image.id)
         finally:
             task.cancel()
+
+    async def save(self, request: pb.SaveRequest, call: Call) -> AsyncIterator[pb.SaveChunk]:
+        if not request.images:
+            raise InvalidSpec("images is missing")
+        async for chunk in self._each(self._node.images.save(list(request.images))):
+            for first in range(0, len(chunk), _CHUNK_BYTES):
+                yield pb.SaveChunk(chunk=chunk[first : first + _CHUNK_BYTES])
+
+    async def check(self, request: pb.CheckRequest, call: Call) -> AsyncIterator[pb.CheckFinding]:
+        async for found in self._each(self._node.images.check(repair=request.repair)):
+            yield pb.CheckFinding(
+                layer=found.layer,
+                diff_id=found.diff_id,
+                images=found.images,
+                verified=found.verified,
+                problem=found.problem,
+                repaired=found.repaired,
+            )
+
+    async def _each(self, items: Generator[Item, None, None]) -> AsyncIterator[Item]:
+        """What a blocking iterator gives, which is closed when the caller goes away."""
+        step: asyncio.Future[Item | None] | None = None
+        try:
+            while True:
+                step = asyncio.ensure_future(self._node.pull(next, items, None))
+                item = await asyncio.shield(step)
+                if item is None:
+                    return
+                yield item
+        finally:
+            if step is not None:
+                await asyncio.wait([step])
+            await self._node.pull(items.close)
+
+    async def storage(self, request: pb.StorageRequest, call: Call) -> pb.StorageResponse:
+        return await self._node.work(self._storage)
+
+    def _storage(self) -> pb.StorageResponse:
+        store = self._node.images
+        images, sizes = store.list(), store.layers()
+        containers = []
+        for container, image in store.users().items():
+            try:
+                size_bytes, inodes = store.upper_usage(container)
+            except NotFound:
+                continue  # it has just gone
+            containers.append(pb.StoredContainer(id=container, image=image, size_bytes=size_bytes, inodes=inodes))
+        diff_ids = {
+            name: diff_id for image in images for name, diff_id in zip(image.layers, image.diff_ids, strict=True)
+        }
+        return pb.StorageResponse(
+            images=[
+                pb.StoredImage(
+                    id=image.id,
+                    repo_tags=image.repo_tags,
+                    repo_digests=image.repo_digests,
+                    layers=image.layers,
+                    pinned=image.pinned,
+                    size_bytes=image.size_bytes,
+                )
+                for image in images
+            ],
+            layers=[
+                pb.StoredLayer(name=name, diff_id=diff_ids.get(name, ""), size_bytes=used[0], inodes=used[1])
+                for name, used in sorted(sizes.items())
+            ],
+            containers=containers,
+        )
 
     async def plan(self, request: pb.PlanRequest, call: Call) -> pb.PlanResponse:
         node = self._node

@@ -183,10 +183,21 @@ def _host(probes: Probes) -> Host:
 
 
 def _images(config: Config) -> ImagesConfig:
+    images = config.images
     return ImagesConfig(
-        hosts_dir=Path(config.images.hosts_dir),
-        max_parallel=config.images.max_parallel,
-        progress_timeout_s=config.images.progress_timeout_s,
+        hosts_dir=Path(images.hosts_dir),
+        max_parallel=images.max_parallel,
+        max_ranges=images.max_ranges,
+        progress_timeout_s=images.progress_timeout_s,
+        pinned=images.pinned,
+        auth_file=Path(images.auth_file) if images.auth_file else None,
+        verifiers=Path(images.verifiers) if images.verifiers else None,
+        verifier_timeout_s=images.verifier_timeout_s,
+        containers=Path(images.containers_dir) if images.containers_dir else None,
+        layer_limit_bytes=images.layer_limit_bytes,
+        unpacked_limit_bytes=images.unpacked_limit_bytes,
+        ratio_limit=images.ratio_limit,
+        entries_limit=images.entries_limit,
     )
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Final
 
 from cri.api import cri_pb2 as pb
 from cri.image.pull import pull
@@ -12,7 +13,10 @@ from cri.node import Node
 from cri.rpc import Call, Handler
 from cri.translate.image import image_to_cri
 from runtime.errors import InvalidSpec, NotFound
-from runtime.images import Auth, Image
+from runtime.images import Auth, FsUsage, Image
+
+# Of 1 to 2 KiB each; a message may have 16 MiB.
+_BATCH: Final = 1000
 
 
 class ImageCalls:
@@ -24,6 +28,7 @@ class ImageCalls:
     def handlers(self) -> Mapping[str, Handler]:
         return {
             "ListImages": self.list,
+            "StreamImages": self.stream,
             "ImageStatus": self.status,
             "PullImage": self.pull,
             "RemoveImage": self.remove,
@@ -31,12 +36,13 @@ class ImageCalls:
         }
 
     async def list(self, request: pb.ListImagesRequest, call: Call) -> pb.ListImagesResponse:
-        wanted = request.filter.image.image
-        if wanted:
-            found = self._find(wanted)
-            return pb.ListImagesResponse(images=[image_to_cri(found)] if found else [])
-        images = self._node.images.list()
-        return pb.ListImagesResponse(images=map(image_to_cri, images))
+        return pb.ListImagesResponse(images=map(image_to_cri, self._listed(request.filter)))
+
+    async def stream(self, request: pb.StreamImagesRequest, call: Call) -> AsyncIterator[pb.StreamImagesResponse]:
+        """As ListImages, in messages that stay small."""
+        images = self._listed(request.filter)
+        for first in range(0, len(images), _BATCH):
+            yield pb.StreamImagesResponse(images=map(image_to_cri, images[first : first + _BATCH]))
 
     async def status(self, request: pb.ImageStatusRequest, call: Call) -> pb.ImageStatusResponse:
         """A missing image is an answer without one, not an error."""
@@ -57,24 +63,33 @@ class ImageCalls:
         return pb.RemoveImageResponse()
 
     async def fs_info(self, request: pb.ImageFsInfoRequest, call: Call) -> pb.ImageFsInfoResponse:
-        usages = await self._node.work(self._node.images.fs_info)
-        now_ns = time.time_ns()
-        found = [
-            pb.FilesystemUsage(
-                timestamp=now_ns,
-                fs_id=pb.FilesystemIdentifier(mountpoint=usage.mountpoint),
-                used_bytes=pb.UInt64Value(value=usage.used_bytes),
-                inodes_used=pb.UInt64Value(value=usage.inodes_used),
-            )
-            for usage in usages
-        ]
-        return pb.ImageFsInfoResponse(image_filesystems=found, container_filesystems=found)
+        images, containers = await self._node.work(self._node.images.fs_info)
+        return pb.ImageFsInfoResponse(image_filesystems=_usages(images), container_filesystems=_usages(containers))
+
+    def _listed(self, wanted: pb.ImageFilter) -> Sequence[Image]:
+        if not wanted.image.image:
+            return self._node.images.list()
+        found = self._find(wanted.image.image)
+        return [found] if found else []
 
     def _find(self, reference: str) -> Image | None:
         try:
             return self._node.images.get(reference)
         except NotFound:
             return None
+
+
+def _usages(usages: list[FsUsage]) -> list[pb.FilesystemUsage]:
+    now_ns = time.time_ns()
+    return [
+        pb.FilesystemUsage(
+            timestamp=now_ns,
+            fs_id=pb.FilesystemIdentifier(mountpoint=usage.mountpoint),
+            used_bytes=pb.UInt64Value(value=usage.used_bytes),
+            inodes_used=pb.UInt64Value(value=usage.inodes_used),
+        )
+        for usage in usages
+    ]
 
 
 def _named(image: pb.ImageSpec) -> str:

@@ -81,6 +81,9 @@ class Archive:
             raise BadImage(f"archive: blob {descriptor.digest} holds something else")
         arrived(size)
 
+    def another(self, descriptor: Descriptor) -> bool:
+        return False
+
     def cancel(self) -> None:
         pass  # nothing blocks here for long
 

@@ -1,6 +1,6 @@
 """Errors of the image room, each a kind of one in `runtime.errors`."""
 
-from runtime.errors import InvalidSpec, Unavailable
+from runtime.errors import Damaged, Denied, InvalidSpec, Unavailable
 
 
 class RegistryUnavailable(Unavailable):
@@ -10,12 +10,19 @@ class RegistryUnavailable(Unavailable):
         super().__init__(f"RegistryUnavailable: {message}")
 
 
-class RegistryDenied(Unavailable):
+class RegistryDenied(Denied):
     """The registry wants other credentials than those that were given (401, 403)."""
 
 
-class BadContent(Unavailable):
+class BadContent(Damaged):
     """What the registry sent is not what it said: wrong digest, wrong size, no manifest."""
+
+
+class SignatureValidationFailed(Denied):
+    """A verifier program does not accept the image. The kubelet looks for the message's prefix."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"SignatureValidationFailed: {message}")
 
 
 class BadImage(InvalidSpec):

@@ -99,8 +99,13 @@ class FsUsage:
 class ImagesConfig:
     """Settings of the store.
 
+    A blob of at least two `range_bytes` comes in up to `max_ranges` requests at once. A host that didn't answer is
+    asked after the others for `unhealthy_s`.
+
     `hosts_dir` holds containerd's per-registry `<host>/hosts.toml`, read at each pull. `progress_timeout_s` is how long
-    a transfer may stand still. `pinned` are globs over repo tags and digests.
+    a transfer may stand still. `pinned` are globs over repo tags and digests. `auth_file` is a docker config.json for
+    pulls without credentials, `verifiers` a directory of programs that must accept each image. `containers` is where
+    writable layers are, when not beside the images.
     """
 
     hosts_dir: Path | None = None
@@ -110,7 +115,14 @@ class ImagesConfig:
     attempts: int = 4
     backoff_s: float = 0.5
     retry_after_limit_s: float = 30.0
+    unhealthy_s: float = 60.0
+    max_ranges: int = 4
+    range_bytes: int = 16 * MIB
     pinned: tuple[str, ...] = ()
+    auth_file: Path | None = None
+    verifiers: Path | None = None
+    verifier_timeout_s: float = 10.0
+    containers: Path | None = None
     manifest_limit_bytes: int = 4 * MIB
     config_limit_bytes: int = 8 * MIB
     layer_limit_bytes: int = 64 * GIB

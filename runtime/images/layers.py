@@ -44,13 +44,16 @@ def short_name(number: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Unpacked:
-    """What a child reports. `implied` and `lower_links` are what only the layers below can settle."""
+    """What a child reports. `spoilt`: the recipe is of no use.
+
+    `implied` and `lower_links` are what only the layers below can settle."""
 
     diff_id: str
     bytes_used: int
     inodes: int
     implied: tuple[str, ...]
     lower_links: tuple[tuple[str, str], ...]
+    spoilt: bool
 
 
 class Unpacker:
@@ -81,8 +84,9 @@ class Unpacker:
         finally:
             theirs.close()
 
-    def begin(self, target: Path, blob: int, offset: int) -> "Unpack":
-        """Start on the layer whose bytes come in the file `blob` from `offset` on; `target` is an empty directory.
+    def begin(self, target: Path, blob: int, offset: int, recipe: int) -> "Unpack":
+        """Start on the layer whose bytes come in the file `blob` from `offset` on; `target` is an empty directory,
+        `recipe` an empty file (see `runtime.images.unpack.recipe`).
 
         Raises Unavailable.
         """
@@ -99,7 +103,7 @@ class Unpacker:
         try:
             with self._lock:
                 message = json.dumps(job).encode()
-                socket.send_fds(self._socket, [message], [blob, control_theirs, report_theirs])
+                socket.send_fds(self._socket, [message], [blob, control_theirs, report_theirs, recipe])
                 answer, [pidfd], _, _ = socket.recv_fds(self._socket, 64, 1)
             return Unpack(int(answer), pidfd, control, report)
         except (OSError, ValueError) as error:
@@ -193,6 +197,7 @@ def _read_report(report: dict[str, Any]) -> Unpacked:
         inodes=report["inodes"],
         implied=tuple(report["implied"]),
         lower_links=tuple((name, target) for name, target in report["lower_links"]),
+        spoilt=report["spoilt"],
     )
 
 

@@ -14,8 +14,10 @@ from runtime.images.errors import BadImage
 from runtime.images.image import ImageConfig
 from runtime.images.reference import is_digest
 
-_INDEXES = ("application/vnd.oci.image.index.v1+json", "application/vnd.docker.distribution.manifest.list.v2+json")
-_MANIFESTS = ("application/vnd.oci.image.manifest.v1+json", "application/vnd.docker.distribution.manifest.v2+json")
+OCI_INDEX = "application/vnd.oci.image.index.v1+json"
+OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+_INDEXES = (OCI_INDEX, "application/vnd.docker.distribution.manifest.list.v2+json")
+_MANIFESTS = (OCI_MANIFEST, "application/vnd.docker.distribution.manifest.v2+json")
 _CONFIGS = ("application/vnd.oci.image.config.v1+json", "application/vnd.docker.container.image.v1+json")
 _SCHEMA_1 = "application/vnd.docker.distribution.manifest.v1+"
 ACCEPT = ", ".join((*_INDEXES, *_MANIFESTS))

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import IO
 
 from runtime.errors import Cancelled
+from runtime.images.authfile import credentials
 from runtime.images.errors import BadContent, BadImage
+from runtime.images.health import Health
 from runtime.images.image import Auth, ImagesConfig, Progress
 from runtime.images.manifest import Descriptor, Index, Manifest, parse, select
 from runtime.images.reference import Reference
 from runtime.images.registry import Registry
 from runtime.images.transfer import Content, Source
+from runtime.images.verifier import media_type, verify
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +41,9 @@ class _RegistrySource:
     def fill(self, descriptor: Descriptor, file: int, arrived: Callable[[int], None]) -> None:
         self._registry.blob(descriptor, file, arrived)
 
+    def another(self, descriptor: Descriptor) -> bool:
+        return self._registry.another(descriptor)
+
     def cancel(self) -> None:
         self._registry.cancel()
 
@@ -45,13 +51,16 @@ class _RegistrySource:
 class Pull:
     """Runs until it is done or nobody waits for it any more. `key` tells which requests are the same."""
 
-    def __init__(self, reference: Reference, auth: Auth | None, config: ImagesConfig, spool: Path) -> None:
+    def __init__(
+        self, reference: Reference, auth: Auth | None, config: ImagesConfig, spool: Path, health: Health
+    ) -> None:
         self.key = (str(reference), auth)
         self.reference = reference
         self.result: Future[str] = Future()
         self._auth = auth
         self._config = config
         self._spool = spool
+        self._health = health
         self._lock = threading.Lock()
         self._waiting: list[Listener | None] = []
         self._latest: dict[str, Progress] = {}
@@ -118,7 +127,8 @@ class Pull:
             self.result.set_result(image)
 
     def _pull(self, install: Install) -> str:
-        registry = Registry(self.reference, self._auth, self._config)
+        auth = self._auth or credentials(self._config.auth_file, self.reference)
+        registry = Registry(self.reference, auth, self._config, self._health)
         try:
             self.when_cancelled(registry.cancel)
             content = self._content(registry)
@@ -130,6 +140,10 @@ class Pull:
         reference = self.reference
         top = document = registry.resolve()
         parsed = _parse(document.data, document.content_type)
+        kind = media_type(top.content_type, isinstance(parsed, Index))
+        config = self._config
+        asked = (kind, top.digest, len(top.data))
+        verify(config.verifiers, config.verifier_timeout_s, str(reference), asked, self.check)
         for _ in range(_NESTED_INDEXES):
             if not isinstance(parsed, Index):
                 break

@@ -7,15 +7,17 @@ tried again.
 import hashlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from runtime.errors import Cancelled, CribError, Exhausted, NotFound
 from runtime.images.errors import BadContent, RegistryDenied, RegistryUnavailable
+from runtime.images.health import Health
 from runtime.images.hosts import Endpoint, endpoints
 from runtime.images.image import Auth, ImagesConfig
 from runtime.images.manifest import ACCEPT, Descriptor, digest_of
+from runtime.images.ranges import Front, in_parallel
 from runtime.images.reference import Reference
 from runtime.images.session import Answer, Busy, Session
 
@@ -37,7 +39,7 @@ class Document:
 
 
 class _Arriving:
-    """How far a blob's transfer is, over all its requests."""
+    """How far a blob's transfer is, over all its requests, and who has sent of it."""
 
     def __init__(self, descriptor: Descriptor) -> None:
         self.hash: Any = hashlib.new(descriptor.digest.partition(":")[0])
@@ -45,17 +47,20 @@ class _Arriving:
         self.before = -1
         self.resumes = 0
         self.done = False
+        self.senders: set[str] = set()
 
 
 class Registry:
     """A conversation about one reference. Blocking methods; thread-safe; `cancel` may come from any thread."""
 
-    def __init__(self, reference: Reference, auth: Auth | None, config: ImagesConfig) -> None:
+    def __init__(self, reference: Reference, auth: Auth | None, config: ImagesConfig, health: Health) -> None:
         self._reference = reference
         self._config = config
         self._endpoints = endpoints(reference.registry, config.hosts_dir)
         self._session = Session(reference, auth, config)
-        self._down: set[str] = set()
+        self._health = health
+        # The hosts that sent wrong content, by the blob's digest.
+        self._liars: dict[str, set[str]] = {}
         self.cancel = self._session.cancel
         self.close = self._session.close
 
@@ -84,43 +89,91 @@ class Registry:
     def blob(self, descriptor: Descriptor, file: int, arrived: Callable[[int], None]) -> None:
         """Write a blob to the descriptor `file` from its start; `arrived` hears how many bytes are there.
 
-        A broken connection is resumed. On return size and digest are right. What `arrived` raises passes through.
+        A broken connection is resumed, at another host if need be. On return size and digest are right; BadContent
+        when they are wrong: then `another` tells whether there are hosts that have not sent of it. What `arrived`
+        raises passes through.
         """
         state = _Arriving(descriptor)
 
         def fetch(endpoint: Endpoint) -> None:
+            state.senders.add(endpoint.base)
             while not state.done:
                 self._receive(endpoint, descriptor, file, state, arrived)
 
-        self._ask("pull", f"blob {descriptor.digest}", fetch)
-        if state.hash.hexdigest() != descriptor.digest.partition(":")[2]:
-            raise BadContent(f"{self._reference.registry}: blob {descriptor.digest} arrives with other content")
+        try:
+            self._ask("pull", f"blob {descriptor.digest}", fetch, self._liars.get(descriptor.digest, ()))
+            if state.hash.hexdigest() != descriptor.digest.partition(":")[2]:
+                raise BadContent(f"{self._reference.registry}: blob {descriptor.digest} arrives with other content")
+        except BadContent:
+            self._liars.setdefault(descriptor.digest, set()).update(state.senders)
+            raise
+
+    def another(self, descriptor: Descriptor) -> bool:
+        """Whether a host is left that has not sent wrong content for this blob."""
+        liars = self._liars.get(descriptor.digest, set())
+        return any("pull" in e.capabilities and e.base not in liars for e in self._endpoints)
 
     def _receive(
         self, endpoint: Endpoint, descriptor: Descriptor, file: int, state: _Arriving, arrived: Callable[[int], None]
     ) -> None:
-        """One request for what is missing of a blob. Raises Busy when no progress is made."""
-        start = state.position
-        headers = {"Range": f"bytes={start}-"} if start else {}
+        """One request for what is missing of a blob, or several at once. Raises Busy when no progress is made."""
+        start, size = state.position, descriptor.size
+        large = size - start >= 2 * self._config.range_bytes and self._config.max_ranges > 1
+        until = min(start + self._config.range_bytes, size) if large else size
+        headers = {"Range": f"bytes={start}-{until - 1 if large else ''}"} if start or large else {}
         with self._session.get(endpoint, f"blobs/{descriptor.digest}", headers) as answer:
-            resumed = answer.status == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {start}-")
-            if start and not resumed:
+            ranged = answer.status == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {start}-")
+            if start and not ranged:
                 _skip(answer, start)  # no ranges here: what has come already comes again
+            limit = until if ranged else size
             while chunk := answer.chunk():
-                if state.position + len(chunk) > descriptor.size:
-                    raise BadContent(
-                        f"{endpoint.host}: blob {descriptor.digest} is larger than {descriptor.size} bytes"
-                    )
+                if state.position + len(chunk) > limit:
+                    raise BadContent(f"{endpoint.host}: blob {descriptor.digest} is larger than {size} bytes")
                 state.hash.update(chunk)
-                _write_all(file, chunk)
+                _write_all(file, chunk, state.position)
                 state.position += len(chunk)
                 arrived(state.position)
-        state.done = state.position == descriptor.size
+        if large and ranged and state.position == until:
+            self._receive_pieces(endpoint, descriptor, file, state, arrived)
+        state.done = state.position == size
         if not state.done:
             state.resumes += 1
             if state.resumes > _RESUMES or state.position == state.before:
-                raise Busy(f"connection ends after {state.position} of {descriptor.size} bytes")
+                raise Busy(f"connection ends after {state.position} of {size} bytes")
             state.before = state.position
+
+    def _receive_pieces(
+        self, endpoint: Endpoint, descriptor: Descriptor, file: int, state: _Arriving, arrived: Callable[[int], None]
+    ) -> None:
+        """The rest of a blob by ranges; a piece that breaks off is resumed on its own, one that fails ends them all."""
+
+        def piece(start: int, end: int, progress: Callable[[int], None]) -> None:
+            at = start
+
+            def fetch(endpoint: Endpoint) -> None:
+                nonlocal at
+                began = at
+                with self._session.get(
+                    endpoint, f"blobs/{descriptor.digest}", {"Range": f"bytes={at}-{end - 1}"}
+                ) as answer:
+                    if answer.status != 206 or not answer.headers.get("Content-Range", "").startswith(f"bytes {at}-"):
+                        raise Busy("it has stopped to answer ranges")
+                    while chunk := answer.chunk():
+                        if at + len(chunk) > end:
+                            raise BadContent(f"{endpoint.host}: sends more than the range that it was asked for")
+                        _write_all(file, chunk, at)
+                        at += len(chunk)
+                        progress(at)
+                if at < end:
+                    raise Busy(f"connection ends after {at - began} of {end - began} bytes")
+
+            self._retried(endpoint, fetch, True)
+
+        front = Front(file, state.hash, state.position, arrived)
+        try:
+            in_parallel(piece, front, descriptor.size, self._config.range_bytes, self._config.max_ranges)
+        finally:
+            state.position = front.position
 
     def _document(self, target: str, capability: str, size: int | None) -> Document:
         limit = self._config.manifest_limit_bytes
@@ -144,25 +197,33 @@ class Registry:
 
         return self._ask(capability, f"manifest {target}", fetch)
 
-    def _ask(self, capability: str, what: str, fetch: Callable[[Endpoint], T]) -> T:
+    def _ask(
+        self, capability: str, what: str, fetch: Callable[[Endpoint], T], without: Collection[str] | None = None
+    ) -> T:
         """Try the endpoints in order, those found dead last, each with retries; the last one's error is raised."""
-        ready = [e for e in self._endpoints if capability in e.capabilities]
-        ready.sort(key=lambda endpoint: endpoint.base in self._down)
+        ready = [e for e in self._endpoints if capability in e.capabilities and e.base not in (without or ())]
         failure: CribError = NotFound(f"{self._reference}: no host is configured for {capability}")
-        for endpoint in ready:
+        left = self._health.ordered(ready)
+        while left:
+            endpoint = left.pop(0)
             try:
-                return self._retried(endpoint, fetch)
+                result = self._retried(endpoint, fetch, not left)
+                self._health.answered(endpoint)
+                return result
             except Cancelled:
                 raise
             except (NotFound, RegistryDenied, RegistryUnavailable, BadContent, Exhausted) as error:
                 failure = error
                 if isinstance(error, RegistryUnavailable):
-                    self._down.add(endpoint.base)
+                    self._health.failed(endpoint)
+                if isinstance(error, BadContent) and without is not None:
+                    raise  # what has come is of no use to the next
                 if len(ready) > 1:
                     log.info("host %s for %s fails with %s: %s", endpoint.host, self._reference, what, error)
         raise failure
 
-    def _retried(self, endpoint: Endpoint, fetch: Callable[[Endpoint], T]) -> T:
+    def _retried(self, endpoint: Endpoint, fetch: Callable[[Endpoint], T], patient: bool) -> T:
+        """With `patient` also when there is no connection: there is nobody else to ask."""
         delay_s = self._config.backoff_s
         for attempt in range(1, self._config.attempts + 1):
             self._session.check()
@@ -170,6 +231,8 @@ class Registry:
                 return fetch(endpoint)
             except Busy as busy:
                 wait_s = delay_s if busy.retry_after_s is None else busy.retry_after_s
+                if busy.unreachable and not patient:
+                    raise RegistryUnavailable(f"{endpoint.host}: {busy}") from busy
                 if attempt == self._config.attempts or wait_s > self._config.retry_after_limit_s:
                     raise RegistryUnavailable(f"{endpoint.host}: {busy}") from busy
                 log.debug("host %s: %s; again in %.1f s", endpoint.host, busy, wait_s)
@@ -186,7 +249,8 @@ def _skip(answer: Answer, size: int) -> None:
         size -= len(chunk)
 
 
-def _write_all(file: int, data: bytes) -> None:
+def _write_all(file: int, data: bytes, position: int) -> None:
     view = memoryview(data)
     while view:
-        view = view[os.write(file, view) :]
+        done = os.pwrite(file, view, position)
+        view, position = view[done:], position + done

@@ -17,7 +17,14 @@ from weakref import WeakSet
 import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
-from urllib3.exceptions import HTTPError, InsecureRequestWarning, ReadTimeoutError, SSLError
+from urllib3.exceptions import (
+    ConnectTimeoutError,
+    HTTPError,
+    InsecureRequestWarning,
+    NewConnectionError,
+    ReadTimeoutError,
+    SSLError,
+)
 from urllib3.response import BaseHTTPResponse
 
 from runtime.errors import Cancelled, NotFound
@@ -40,8 +47,9 @@ _READ_BYTES = 1 << 18
 class Busy(Exception):
     """The endpoint asks to come back later, or failed in a way that may pass."""
 
-    def __init__(self, cause: str, retry_after_s: float | None = None) -> None:
+    def __init__(self, cause: str, retry_after_s: float | None = None, unreachable: bool = False) -> None:
         super().__init__(cause)
+        self.unreachable = unreachable
         self.retry_after_s = retry_after_s
 
 
@@ -216,7 +224,8 @@ class Session:
             raise RegistryUnavailable(f"{host}: {_reason(error)}") from error
         except (HTTPError, OSError, ValueError) as error:
             self.check()
-            raise Busy(f"{'' if host == endpoint.host else host + ': '}{_reason(error)}") from error
+            cause = f"{'' if host == endpoint.host else host + ': '}{_reason(error)}"
+            raise Busy(cause, unreachable=isinstance(error, (NewConnectionError, ConnectTimeoutError))) from error
         answer = Answer(self, response, host)
         with self._lock:
             self._open[response] = answer
@@ -229,7 +238,7 @@ class Session:
             if pool is None:
                 options: dict[str, Any] = {
                     "ssl_context": endpoint.tls.context(),
-                    "maxsize": self._config.max_parallel + 1,
+                    "maxsize": self._config.max_parallel * max(1, self._config.max_ranges) + 1,
                     "timeout": urllib3.Timeout(
                         connect=self._config.connect_timeout_s, read=self._config.progress_timeout_s
                     ),

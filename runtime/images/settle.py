@@ -6,22 +6,25 @@ there is a symlink to a directory below (/bin to /usr/bin), the entries go where
 everything that the file below has.
 """
 
+import errno
 import os
-import shutil
 import stat
 from pathlib import Path
 
+from runtime.errors import Exhausted
 from runtime.images.errors import BadImage
 from runtime.images.layers import Unpacked, remove_tree
 from runtime.images.merged import Found, Merged
 
 _BLOCK = 4096
+_CHUNK = 1 << 20
 
 
-def settle(layer: Path, below: tuple[Path, ...], unpacked: Unpacked) -> int:
+def settle(layer: Path, below: tuple[Path, ...], unpacked: Unpacked, recipe: Path, limit_bytes: int) -> int:
     """Complete `layer`, which lies on top of `below` (topmost first). Returns how many bytes it grew by.
 
-    Raises BadImage for a hard link to what isn't there, OSError.
+    The recipe goes when files are moved. Links to one file stay links to one copy. Raises BadImage for a hard link to
+    what isn't there, Exhausted for copies of more than `limit_bytes`, OSError.
     """
     own = Merged((layer,))
     view = Merged(below) if below else None
@@ -38,17 +41,25 @@ def settle(layer: Path, below: tuple[Path, ...], unpacked: Unpacked) -> int:
             directory = _directory(layer, own, view, target)
             if directory is not None:
                 _merge(here.path, directory)
+                recipe.unlink(missing_ok=True)
                 moved[path] = target
     grown = 0
+    copies: dict[str, str] = {}
     for name, target in unpacked.lower_links:
         name, target = _where(name, moved), _where(target, moved)
-        source = own.lookup(target, follow=False) or (view.lookup(target, follow=False) if view else None)
+        mine = own.lookup(target, follow=False)
+        source = mine or (view.lookup(target, follow=False) if view else None)
         parent = own.lookup(os.path.dirname(name))
         if source is None or parent is None or stat.S_ISDIR(source.status.st_mode):
             raise BadImage(
                 f"hard link {name[:200]!r} to {target[:200]!r}, which neither the layer nor those below hold"
             )
-        grown += _copy(source, os.path.join(parent.path, os.path.basename(name)))
+        path = os.path.join(parent.path, os.path.basename(name))
+        if mine or source.path in copies:
+            _link(copies.get(source.path, source.path), path)
+        else:
+            copies[source.path] = path
+            grown += _copy(source, path, limit_bytes - grown)
     return grown
 
 
@@ -106,11 +117,22 @@ def _adopt(path: str, there: Found) -> None:
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns), follow_symlinks=False)
 
 
-def _copy(source: Found, path: str) -> int:
+def _link(source: str, path: str) -> None:
+    try:
+        os.link(source, path, follow_symlinks=False)
+    except OSError as error:
+        if error.errno == errno.EMLINK:
+            raise BadImage(f"{os.path.basename(source)[:200]!r} has too many hard links") from error
+        raise
+
+
+def _copy(source: Found, path: str, limit_bytes: int) -> int:
+    """Returns how many bytes it takes."""
     status = source.status
+    written = 0
     if stat.S_ISREG(status.st_mode):
-        with open(source.path, "rb") as reader, open(path, "xb") as writer:
-            shutil.copyfileobj(reader, writer, 1 << 20)
+        with open(source.path, "rb", buffering=0) as reader, open(path, "xb", buffering=0) as writer:
+            written = _copy_data(reader.fileno(), writer.fileno(), status.st_size, limit_bytes)
     elif stat.S_ISLNK(status.st_mode):
         os.symlink(os.readlink(source.path), path)
     else:
@@ -120,7 +142,33 @@ def _copy(source: Found, path: str) -> int:
         os.chmod(path, stat.S_IMODE(status.st_mode))
     _copy_xattrs(source.path, path)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns), follow_symlinks=False)
-    return -(-status.st_size // _BLOCK) * _BLOCK if stat.S_ISREG(status.st_mode) else 0
+    return -(-written // _BLOCK) * _BLOCK
+
+
+def _copy_data(reader: int, writer: int, size: int, limit_bytes: int) -> int:
+    """Holes stay holes. Returns how many bytes are none."""
+    written = position = 0
+    os.ftruncate(writer, size)
+    while position < size:
+        try:
+            position = os.lseek(reader, position, os.SEEK_DATA)
+            end = os.lseek(reader, position, os.SEEK_HOLE)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole from here on
+                break
+            raise
+        while position < end:
+            data = os.pread(reader, min(end - position, _CHUNK), position)
+            if not data:
+                return written
+            written += len(data)
+            if written > limit_bytes:
+                raise Exhausted(f"hard links to files of lower layers take more than {limit_bytes} bytes")
+            left = memoryview(data)
+            while left:
+                done = os.pwrite(writer, left, position)
+                left, position = left[done:], position + done
+    return written
 
 
 def _copy_xattrs(source: str, path: str) -> None:

@@ -23,17 +23,23 @@ _TURN_POLL_S = 0.1
 class Shelf:
     """Thread-safe; its lock is never held across work on the disk."""
 
-    def __init__(self, base: Path, records: ImageRecords) -> None:
+    def __init__(self, base: Path, recipes: Path, records: ImageRecords) -> None:
         self.base = base
+        self._recipes = recipes
         self._records = records
         self._lock = threading.Lock()
         self._layers: dict[int, Layer] = {}
         self._numbers: dict[tuple[str, str], int] = {}
+        self._hidden: set[int] = set()
         self._holds: Counter[int] = Counter()
         self._turns: dict[str, tuple[threading.Lock, int]] = {}
 
     def path(self, number: int) -> Path:
         return self.base / short_name(number)
+
+    def recipe(self, number: int) -> Path:
+        """How the layer's tar is put together again; not there where that can't be."""
+        return self._recipes / short_name(number)
 
     def restore(self, layer: Layer) -> None:
         """Hold a layer that the records name, putting it on the shelf if it is the first time."""
@@ -69,6 +75,17 @@ class Shelf:
     def get(self, number: int) -> Layer:
         return self._layers[number]
 
+    def hide(self, number: int) -> None:
+        """Let no one come to need this layer, which is damaged, any more."""
+        with self._lock:
+            layer = self._layers.get(number)
+            if layer is not None and self._numbers.get((layer.diff_id, layer.below)) == number:
+                del self._numbers[layer.diff_id, layer.below]
+                self._hidden.add(number)
+
+    def hidden(self, number: int) -> bool:
+        return number in self._hidden
+
     def release(self, numbers: Iterable[int]) -> list[int]:
         """Let go; returns those that nobody holds any more and that the caller is to `remove`."""
         doomed = []
@@ -78,6 +95,7 @@ class Shelf:
                 if self._holds[number] == 0:
                     del self._holds[number]
                     layer = self._layers.pop(number)
+                    self._hidden.discard(number)
                     if self._numbers.get((layer.diff_id, layer.below)) == number:
                         del self._numbers[layer.diff_id, layer.below]
                     doomed.append(number)
@@ -91,6 +109,7 @@ class Shelf:
         gone = []
         for number in doomed:
             try:
+                self.recipe(number).unlink(missing_ok=True)
                 remove_tree(self.path(number))
                 gone.append(number)
             except OSError as error:

@@ -8,9 +8,9 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import TimeoutError as NotYet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from errno import EDQUOT, ENOSPC
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -24,8 +24,10 @@ from runtime.errors import (
     InvalidSpec,
     NotFound,
     Unavailable,
+    WrongState,
 )
 from runtime.images import merged
+from runtime.images.health import Health
 from runtime.images.image import Auth, FsUsage, Image, ImagesConfig, Progress, RootFs
 from runtime.images.layers import remove_tree, short_name
 from runtime.images.manifest import chain_ids, parse_config
@@ -35,6 +37,7 @@ from runtime.images.rootfs import Roots, lowers
 from runtime.images.shelf import Shelf
 
 if TYPE_CHECKING:
+    from runtime.images.check import Finding
     from runtime.images.pull import Pull
     from runtime.images.transfer import Content, Source
 
@@ -53,7 +56,8 @@ class _Index:
 
 
 class Images:
-    """The store below one directory, which it may share: its own are layers/, rootfs/, spool/, images.* and rootfs.db*.
+    """The store below one directory, which it may share: its own are layers/, recipes/, rootfs/, spool/, images.* and
+    rootfs.db*.
 
     Thread-safe. Opened by one process at a time.
     """
@@ -62,13 +66,15 @@ class Images:
         self._root = root
         self._config = config
         self._base = root / "layers"
-        self._containers = root / "rootfs"
+        self._containers = config.containers or root / "rootfs"
         self._spool = root / "spool"
+        self._recipes = root / "recipes"
         self._lock = threading.Lock()
         self._index = _Index({}, {})
         self._stored: dict[str, StoredImage] = {}
         self._pulls: dict[object, Pull] = {}
         self._threads: set[threading.Thread] = set()
+        self._health = Health(config.unhealthy_s)
         self._lock_file = -1
 
     def open(self) -> None:
@@ -77,14 +83,14 @@ class Images:
         An image that lacks a layer's directory is forgotten and logged; what no record names is removed in the
         background.
         """
-        for directory in (self._root, self._base, self._containers, self._spool):
+        for directory in (self._root, self._base, self._recipes, self._containers, self._spool):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             directory.chmod(0o700)
         self._lock_file = lock(self._root / "images.lock")
         self._records = ImageRecords(self._root)
         self._rootfs_records = RootFsRecords(self._root)
         self._rootfs_records.checkpoint()
-        self._shelf = Shelf(self._base, self._records)
+        self._shelf = Shelf(self._base, self._recipes, self._records)
         self._roots = Roots(self._containers, self._shelf, self._rootfs_records)
         self._load()
 
@@ -109,6 +115,7 @@ class Images:
         strays = [self._base / name for name in present - known]
         strays += [Path(entry.path) for entry in os.scandir(self._containers) if not self._roots.image(entry.name)]
         strays += [Path(entry.path) for entry in os.scandir(self._spool)]
+        strays += [Path(entry.path) for entry in os.scandir(self._recipes) if entry.name not in known]
         if unknown or strays:
             log.info("removing %d half-made layers and %d directories without a record", len(unknown), len(strays))
             self._in_background(lambda: self._sweep(unknown, strays))
@@ -198,7 +205,7 @@ class Images:
             pull = self._pulls.get((str(reference), auth))
             if pull is not None and pull.join(progress):
                 return pull
-            pull = Pull(reference, auth, self._config, self._spool)
+            pull = Pull(reference, auth, self._config, self._spool, self._health)
             pull.join(progress)
             self._pulls[pull.key] = pull
             self._threads.add(pull.start(self._install, self._ended))
@@ -227,7 +234,8 @@ class Images:
         from runtime.images.transfer import Transfer
 
         id = content.manifest.config.digest
-        if id in self._stored:
+        before = self._stored.get(id)
+        if before is not None and not any(map(self._shelf.hidden, before.layers)):
             if any(self._index.names.get(name) != id for name in content.names):
                 self._records.name(id, content.names)
             for layer in content.manifest.layers:
@@ -238,6 +246,8 @@ class Images:
             stored = transfer.run()
             with self._lock:
                 self._stored[id] = stored
+            if before is not None:  # damaged layers have been replaced
+                self._shelf.remove(self._shelf.release(before.layers))
             log.info("image %s of %d layers is in the store", id, len(stored.layers))
         with self._lock:
             self._reindex({**self._index.names, **dict.fromkeys(content.names, id)})
@@ -287,6 +297,94 @@ class Images:
                 self._records.remove_image(id)
         self._shelf.remove(doomed)
         log.info("image %s is removed", id)
+
+    def save(self, refs: Sequence[str]) -> Generator[bytes, None, None]:
+        """The images as one archive, see `runtime.images.save`. Raises NotFound and WrongState before it begins.
+
+        The layers stay until the iterator is exhausted or closed.
+        """
+        from runtime.images.save import archive
+
+        with self._lock:
+            images = list({image.id: image for image in map(self.get, refs)}.values())
+            for image in images:
+                for number in self._stored[image.id].layers:
+                    if not self._shelf.recipe(number).exists():
+                        raise WrongState(
+                            f"image {image.id}: layer {short_name(number)} can't be put together again: "
+                            "entries of it replaced each other, or went elsewhere on top of the layers below"
+                        )
+            held = [number for image in images for number in self._stored[image.id].layers]
+            self._shelf.hold(held)
+        return self._released(archive(images, self._place), held)
+
+    def _place(self, short: str) -> tuple[Path, Path]:
+        return self._base / short, self._recipes / short
+
+    def _released(self, chunks: Iterator[bytes], held: Sequence[int]) -> Generator[bytes, None, None]:
+        try:
+            yield from chunks
+        finally:
+            self._shelf.remove(self._shelf.release(held))
+
+    def check(self, repair: bool = False) -> Generator["Finding", None, None]:
+        """Read every layer and compare it with what was unpacked; with `repair`, pull images with damaged ones again.
+
+        Containers keep the damaged layer that they were started on. Not for the event loop.
+        """
+        from runtime.images.check import Finding, problem_of
+
+        with self._lock:
+            users: dict[int, list[str]] = {}
+            for id, stored in self._stored.items():
+                for number in dict.fromkeys(stored.layers):
+                    users.setdefault(number, []).append(id)
+            self._shelf.hold(list(users))
+        try:
+            for number, images in sorted(users.items()):
+                layer, recipe = self._shelf.get(number), self._shelf.recipe(number)
+                verified = recipe.exists()
+                present = self._shelf.path(number).is_dir()
+                problem = problem_of(self._shelf.path(number), recipe, layer.diff_id) if verified else ""
+                problem = problem if present else "its directory is missing"
+                finding = Finding(short_name(number), layer.diff_id, tuple(images), verified, problem)
+                if problem and repair:
+                    finding = replace(finding, repaired=self._repair(number, images))
+                yield finding
+        finally:
+            self._shelf.remove(self._shelf.release(list(users)))
+
+    def _repair(self, number: int, images: Sequence[str]) -> bool:
+        self._shelf.hide(number)
+        done = True
+        for id in images:
+            image = self._index.images.get(id)
+            for name in image.repo_digests if image else ():
+                try:
+                    self.pull(name)
+                except CribError as error:
+                    log.warning("image %s is not repaired from %s: %s", id, name, error)
+                    continue
+                break
+            stored = self._stored.get(id)
+            done = done and (stored is None or number not in stored.layers)
+        return done
+
+    def layers(self) -> dict[str, tuple[int, int]]:
+        """Bytes and inodes of each layer of an image, by its short name."""
+        numbers = {number for stored in list(self._stored.values()) for number in stored.layers}
+        found = {}
+        for number in numbers:
+            try:
+                layer = self._shelf.get(number)
+            except KeyError:
+                continue  # removed meanwhile
+            found[short_name(number)] = (layer.bytes_used, layer.inodes)
+        return found
+
+    def users(self) -> dict[str, str]:
+        """The image of each container that has a root file system."""
+        return {container: image for container in self._roots.all() if (image := self._roots.image(container))}
 
     def read_file(self, image_id: str, path: str, limit_bytes: int) -> bytes:
         """A file of the image's merged layers, symlinks resolved inside. Raises NotFound; Exhausted if larger."""
@@ -345,13 +443,26 @@ class Images:
         """Bytes and inodes that a container has written to its root file system. Walks it: not for the event loop."""
         return self._roots.usage(container_id)
 
-    def fs_info(self) -> list[FsUsage]:
-        """What the images occupy: their layers and the records."""
+    def fs_info(self) -> tuple[list[FsUsage], list[FsUsage]]:
+        """What the images occupy, their layers and the records, and what containers' writable layers do.
+
+        The same where both lie on one file system. Else it walks the writable layers: not for the event loop.
+        """
         bytes_used, inodes = self._shelf.usage()
         for path in (*self._root.glob("images.*"), *self._root.glob("rootfs.db*")):
             bytes_used += path.lstat().st_blocks * 512
             inodes += 1
-        return [FsUsage(str(self._root), bytes_used, inodes)]
+        images = [FsUsage(str(self._root), bytes_used, inodes)]
+        if self._config.containers is None:
+            return images, images
+        bytes_used = inodes = 0
+        for container_id in self._roots.all():
+            try:
+                used = self._roots.usage(container_id)
+            except NotFound:
+                continue
+            bytes_used, inodes = bytes_used + used[0], inodes + used[1]
+        return images, [FsUsage(str(self._containers), bytes_used, inodes)]
 
     def _reindex(self, names: dict[str, str]) -> None:
         by_image: dict[str, list[str]] = {}
@@ -362,7 +473,12 @@ class Images:
         for id, stored in self._stored.items():
             own = by_image.get(id, [])
             image = old.get(id)
-            if image is None or [*image.repo_digests, *image.repo_tags] != sorted(own, key=lambda n: "@" not in n):
+            layers = tuple(map(short_name, stored.layers))
+            if (
+                image is None
+                or image.layers != layers
+                or [*image.repo_digests, *image.repo_tags] != sorted(own, key=lambda n: "@" not in n)
+            ):
                 image = self._image(stored, own)
             images[id] = image
         self._index = _Index(images, names)

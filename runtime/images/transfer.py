@@ -10,14 +10,14 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from errno import EDQUOT, ENOSPC
 from typing import IO, Protocol
 
 from runtime.errors import Cancelled, CribError, Exhausted, Unavailable
-from runtime.images.errors import BadContent
+from runtime.images.errors import BadContent, BadImage
 from runtime.images.image import ImagesConfig, Progress
-from runtime.images.layers import Unpack, Unpacked, Unpacker, sync
+from runtime.images.layers import Unpack, Unpacked, Unpacker, remove_tree, sync
 from runtime.images.manifest import Config, Descriptor, Manifest, chain_ids, parse_config
 from runtime.images.records import ImageRecords, Layer, StoredImage
 from runtime.images.settle import settle
@@ -26,6 +26,7 @@ from runtime.images.shelf import Shelf
 log = logging.getLogger(__name__)
 
 _REPORT_EVERY_S = 0.1
+_BLOCK = 4096
 _SYNC_TIMEOUT_S = 600.0
 # What a layer that can't stand alone has below it when it is the lowest.
 _NOTHING_BELOW = "none"
@@ -50,6 +51,9 @@ class Source(Protocol):
 
     def fill(self, descriptor: Descriptor, file: int, arrived: Callable[[int], None]) -> None:
         """Bring the blob to its place; on return it is verified. `arrived` hears how many of its bytes are there."""
+
+    def another(self, descriptor: Descriptor) -> bool:
+        """After wrong content: whether there is somewhere else to bring the blob from."""
 
     def cancel(self) -> None:
         """Make a running `fill` end soon."""
@@ -159,15 +163,36 @@ class Transfer:
                 self._report(descriptor, "exists", descriptor.size)
                 return
             number = self._numbers[diff_id]
-            unpacked = self._unpack(number, descriptor, unpacker)
+            unpacked = self._brought(number, descriptor, unpacker)
             if unpacked.diff_id != diff_id:
                 raise BadContent(f"layer {descriptor.digest} unpacks to {unpacked.diff_id}, the image wants {diff_id}")
+            unpacked = self._with_recipe(number, unpacked)
             if unpacked.implied or unpacked.lower_links:
                 self._open[diff_id] = (number, unpacked)
             else:
                 layer = Layer(number, diff_id, "", unpacked.bytes_used, unpacked.inodes)
                 self._held.append(self._shelf.add(layer).number)
             self._report(descriptor, "done", descriptor.size)
+
+    def _with_recipe(self, number: int, unpacked: Unpacked) -> Unpacked:
+        """Counts the recipe as the layer's, or removes it."""
+        path = self._shelf.recipe(number)
+        if unpacked.spoilt:
+            path.unlink()
+            return unpacked
+        size = -(-path.stat().st_size // _BLOCK) * _BLOCK
+        return replace(unpacked, bytes_used=unpacked.bytes_used + size, inodes=unpacked.inodes + 1)
+
+    def _brought(self, number: int, descriptor: Descriptor, unpacker: Unpacker) -> Unpacked:
+        """Unpack the layer, from another host when one has sent something else."""
+        while True:
+            try:
+                return self._unpack(number, descriptor, unpacker)
+            except BadContent as error:
+                if not self._source.another(descriptor):
+                    raise
+                log.warning("%s; another host is asked", error)
+                remove_tree(self._shelf.path(number))
 
     def _unpack(self, number: int, descriptor: Descriptor, unpacker: Unpacker) -> Unpacked:
         if descriptor.size > self._config.layer_limit_bytes:
@@ -177,37 +202,49 @@ class Transfer:
         path.mkdir(0o755)
         os.chmod(path, 0o755)
         file, offset = self._source.place(descriptor)
-        with file:
-            child = unpacker.begin(path, file.fileno(), offset)
+        with file, open(self._shelf.recipe(number), "wb") as recipe:
+            child = unpacker.begin(path, file.fileno(), offset, recipe.fileno())
             try:
                 with self._lock:
                     self._children.add(child)
                 self._check()
                 reported_at = 0.0
+                refused: BadImage | None = None
 
                 def arrived(position: int) -> None:
-                    nonlocal reported_at
+                    nonlocal reported_at, refused
                     child.arrived(position)
                     now = time.monotonic()
                     if now - reported_at >= _REPORT_EVERY_S:
                         reported_at = now
-                        if child.failed():
-                            raise _ChildFailed
+                        if refused is None and child.failed():
+                            refused = self._refusal(child, descriptor)
                         self._report(descriptor, "downloading", position)
 
-                try:
-                    self._source.fill(descriptor, file.fileno(), arrived)
-                except _ChildFailed:
-                    pass  # its report says why
+                self._source.fill(descriptor, file.fileno(), arrived)
+                if refused is not None:
+                    raise refused
                 self._report(descriptor, "unpacking", descriptor.size)
-                try:
-                    return child.finish(descriptor.size)
-                except CribError as error:
-                    raise type(error)(f"layer {descriptor.digest}: {error}") from error
+                return self._finished(child, descriptor)
             finally:
                 with self._lock:
                     self._children.discard(child)
                 child.close()
+
+    def _refusal(self, child: Unpack, descriptor: Descriptor) -> BadImage:
+        """Why the child has ended before its input has. If it found nonsense, the rest is fetched to tell whether the
+        image is bad or what a host sent for it."""
+        try:
+            self._finished(child, descriptor)
+        except BadImage as error:
+            return error
+        return BadImage(f"layer {descriptor.digest}: it is complete before its size is reached")
+
+    def _finished(self, child: Unpack, descriptor: Descriptor) -> Unpacked:
+        try:
+            return child.finish(descriptor.size)
+        except CribError as error:
+            raise type(error)(f"layer {descriptor.digest}: {error}") from error
 
     def _settled(self, diff_id: str, below: str, layers: Iterable[Layer]) -> Layer:
         """The layer of the chain, completed by those below it if it has to be."""
@@ -219,7 +256,9 @@ class Transfer:
             return layer
         number, unpacked = self._open.pop(diff_id)
         lower = tuple(self._shelf.path(layer.number) for layer in list(layers)[::-1])
-        grown = settle(self._shelf.path(number), tuple(dict.fromkeys(lower)), unpacked)
+        below_it = tuple(dict.fromkeys(lower))
+        limit = self._config.unpacked_limit_bytes
+        grown = settle(self._shelf.path(number), below_it, unpacked, self._shelf.recipe(number), limit)
         inodes = unpacked.inodes + len(unpacked.lower_links)
         layer = self._shelf.add(Layer(number, diff_id, below, unpacked.bytes_used + grown, inodes))
         self._held.append(layer.number)
@@ -231,7 +270,3 @@ class Transfer:
 
     def _report(self, descriptor: Descriptor, state: str, current: int) -> None:
         self._progress(Progress(descriptor.digest, state, current, descriptor.size))
-
-
-class _ChildFailed(Exception):
-    """The unpacking process has ended while its input was still arriving."""

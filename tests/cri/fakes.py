@@ -546,8 +546,8 @@ class FakeImages:
     def prepared(self) -> list[str]:  # type: ignore[valid-type]
         return list(self.world.rootfs)
 
-    def fs_info(self) -> list[FsUsage]:  # type: ignore[valid-type]
-        return [FsUsage("/var/lib/fake", 4096, 7)]
+    def fs_info(self) -> tuple[list[FsUsage], list[FsUsage]]:  # type: ignore[valid-type]
+        return [FsUsage("/var/lib/fake", 4096, 7)], [FsUsage("/var/lib/fake", 4096, 7)]
 
 
 class FakeZygote:

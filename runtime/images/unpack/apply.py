@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from runtime.images.unpack.errors import BadLayer, LimitReached
+from runtime.images.unpack.recipe import Recorder
 from runtime.images.unpack.tar import BLOCKDEV, CHAR, DIRECTORY, FIFO, FILE, HARDLINK, SYMLINK, Entry, Stream
 from runtime.linux import files
 
@@ -53,16 +54,19 @@ def _clean(name: bytes) -> bytes:
 class Applier:
     """Applies entries one by one; `finish` sets the directories' times and returns the sums."""
 
-    def __init__(self, stream: Stream, entries_limit: int) -> None:
+    def __init__(self, stream: Stream, entries_limit: int, recorder: Recorder) -> None:
         self._stream = stream
+        self._recorder = recorder
         self._left = entries_limit
         self._limit = entries_limit
         self._root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        # Paths known to lead to directories. Forgotten as a whole when anything is replaced.
+        # Paths known to lead to directories. Forgotten as a whole when a directory or symlink is replaced; what is then
+        # looked at again counts as entries, or a deep name and a symlink in turns would cost its depth each time.
         self._known = {b""}
         self._implied: dict[bytes, None] = {}
         self._times: dict[bytes, tuple[int, int]] = {}
         self._setgid = False
+        self._whiteouts = False
         self._done = Applied()
 
     def apply(self, entries: Iterable[Entry]) -> Applied:
@@ -146,6 +150,7 @@ class Applier:
             for offset, length in entry.extents:
                 if offset != position:
                     os.lseek(fd, offset, os.SEEK_SET)
+                self._recorder.data(name, offset, length)
                 for piece in self._stream.pieces(length):
                     while piece:
                         piece = piece[os.write(fd, piece) :]
@@ -180,6 +185,9 @@ class Applier:
         target = _clean(entry.link)
         if target == name:
             return
+        if self._whiteouts and self._hidden(target):
+            self._done.lower_links.append((name, target))
+            return
         try:
             self._create(name, lambda: os.link(target, name, follow_symlinks=False))
         except (FileNotFoundError, NotADirectoryError):
@@ -190,6 +198,12 @@ class Applier:
             if error.errno == errno.EMLINK:
                 raise BadLayer(f"{target[:200]!r} has too many hard links") from error
             raise
+
+    def _hidden(self, path: bytes) -> bool:
+        try:
+            return _is_whiteout(os.lstat(path))
+        except OSError:
+            return False
 
     def _create(self, name: bytes, make: Callable[[], None]) -> None:
         try:
@@ -205,8 +219,8 @@ class Applier:
             at = len(parent) if at < 0 else at
             path = parent[:at]
             if path not in self._known:
+                self._count()
                 if self._make_directory(path, 0o755, follow=True):
-                    self._count()
                     self._implied[path] = None
                 self._known.add(path)
 
@@ -219,6 +233,7 @@ class Applier:
             if stat.S_ISDIR(there.st_mode):
                 return False
             if follow and stat.S_ISLNK(there.st_mode):
+                self._recorder.spoilt = True
                 # Dangling in this layer, as its target may be in a lower one: made here, inside the root.
                 os.close(files.make_directories(self._root, os.fsdecode(path)))
                 return False
@@ -242,6 +257,7 @@ class Applier:
         path = parent + b"/" + hidden if parent else hidden
         try:
             os.mknod(path, stat.S_IFCHR, 0)
+            self._whiteouts = True
             self._done.inodes += 1
         except FileExistsError:
             if stat.S_ISDIR(os.lstat(path).st_mode):
@@ -269,12 +285,14 @@ class Applier:
 
     def _remove(self, path: bytes) -> None:
         """Remove what an earlier entry left at `path`, a whole tree if need be, without recursion."""
-        self._known = {b""}
-        try:
+        self._recorder.spoilt = True
+        there = os.lstat(path)
+        if stat.S_ISDIR(there.st_mode) or stat.S_ISLNK(there.st_mode):
+            self._known = {b""}
+        if not stat.S_ISDIR(there.st_mode):
             self._unlink(path)
             return
-        except IsADirectoryError:
-            pending = [path]
+        pending = [path]
         while pending:
             directory = pending[-1]
             before = len(pending)

@@ -1,10 +1,11 @@
 """The unpacking program: forks for each layer that cribd hands it; the fork confines itself and unpacks.
 
-Started by `runtime.images.layers`. Each message on its socket is a job as JSON with three descriptors: the blob's file,
-a control pipe (see `ArrivingBlob`) and a pipe for the report, one line of JSON. The answer is the fork's pid and pidfd.
+Started by `runtime.images.layers`. Each message on its socket is a job as JSON with four descriptors: the blob's file,
+a control pipe (see `ArrivingBlob`), a pipe for the report, one line of JSON, and the file for the layer's recipe. The
+answer is the fork's pid and pidfd.
 
 Threat model: a layer may try to exploit a decompressor or the reader. The fork that reads it has the layer's directory
-as its root, no descriptor but those three and a path to its root, few capabilities, bounded memory, and dies with this
+as its root, no descriptor but those four and a path to its root, few capabilities, bounded memory, and dies with this
 process, which reads nothing but cribd's jobs and dies with cribd.
 """
 
@@ -19,6 +20,7 @@ from dataclasses import asdict, dataclass
 
 from runtime.images.unpack.apply import Applier
 from runtime.images.unpack.errors import BadLayer, LimitReached
+from runtime.images.unpack.recipe import Recorder
 from runtime.images.unpack.stream import ArrivingBlob, Pipeline
 from runtime.images.unpack.tar import Reader, Stream
 from runtime.linux import caps
@@ -68,18 +70,20 @@ def _confine(job: Job) -> None:
     prctl(PR_SET_NO_NEW_PRIVS, 1)
 
 
-def _unpack(job: Job, blob: int, control: int) -> dict[str, object]:
+def _unpack(job: Job, blob: int, control: int, recipe: int) -> dict[str, object]:
     pipeline = Pipeline(
         ArrivingBlob(blob, job.offset, control), job.unpacked_limit_bytes, job.ratio_limit, job.ratio_from_bytes
     )
-    stream = Stream(pipeline)
-    applied = Applier(stream, job.entries_limit).apply(Reader(stream))
+    recorder = Recorder(recipe)
+    stream = Stream(pipeline, recorder.plain)
+    applied = Applier(stream, job.entries_limit, recorder).apply(Reader(stream))
+    recorder.finish()
     return {
         **asdict(applied),
         "implied": [os.fsdecode(path) for path in applied.implied],
         "lower_links": [[os.fsdecode(name), os.fsdecode(target)] for name, target in applied.lower_links],
         "diff_id": pipeline.diff_id,
-        "size": pipeline.size,
+        "spoilt": recorder.spoilt,
     }
 
 
@@ -87,10 +91,10 @@ def _failure(kind: str, message: str, errno: int = 0) -> dict[str, object]:
     return {"failed": kind, "message": message, "errno": errno}
 
 
-def _report(job: Job, blob: int, control: int) -> dict[str, object]:
+def _report(job: Job, blob: int, control: int, recipe: int) -> dict[str, object]:
     try:
         _confine(job)
-        return _unpack(job, blob, control)
+        return _unpack(job, blob, control, recipe)
     except LimitReached as error:
         return _failure("limit", str(error))
     except BadLayer as error:
@@ -106,12 +110,12 @@ def _report(job: Job, blob: int, control: int) -> dict[str, object]:
         return _failure("defect", f"{type(error).__name__}: {error}")
 
 
-def _work(job: Job, blob: int, control: int, report: int) -> None:
+def _work(job: Job, blob: int, control: int, report: int, recipe: int) -> None:
     """One layer, in the fork; never returns."""
     status = 1
     try:
         os.dup2(0, 2)  # cribd's log is not the layer's
-        left = memoryview(json.dumps(_report(job, blob, control)).encode() + b"\n")
+        left = memoryview(json.dumps(_report(job, blob, control, recipe)).encode() + b"\n")
         while left:
             left = left[os.write(report, left) :]
         status = 0
@@ -128,7 +132,7 @@ def serve(number: int, parent: int) -> None:
     me = os.getpid()
     jobs = socket.socket(fileno=number)
     while True:
-        message, descriptors, _, _ = socket.recv_fds(jobs, 1 << 16, 3)
+        message, descriptors, _, _ = socket.recv_fds(jobs, 1 << 16, 4)
         if not message:
             os._exit(0)
         pid = os.fork()  # noqa: TID251 (one thread, and a program of its own)

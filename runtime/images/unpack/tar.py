@@ -4,7 +4,7 @@ The standard library's tarfile reads PAX headers of any size into memory and tak
 of small files; this one knows only what a layer needs. Formats: POSIX.1-2017 pax(1), GNU tar manual "Tar Internals".
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from runtime.images.unpack.errors import BadLayer
@@ -44,10 +44,14 @@ class Entry:
 
 
 class Stream:
-    """Exact reads from an iterable of chunks. Raises BadLayer when it ends early."""
+    """Exact reads from an iterable of chunks. Raises BadLayer when it ends early.
 
-    def __init__(self, chunks: Iterable[bytes]) -> None:
+    `record` gets everything that isn't read by `pieces`, in order.
+    """
+
+    def __init__(self, chunks: Iterable[bytes], record: Callable[[bytes], None] = lambda data: None) -> None:
         self._chunks = iter(chunks)
+        self._record = record
         self._chunk = b""
         self._at = 0
         self.position = 0
@@ -58,8 +62,10 @@ class Stream:
             data = self._chunk[self._at : end]
             self._at = end
             self.position += size
-            return data
-        return b"".join(self.pieces(size))
+        else:
+            data = b"".join(self.pieces(size))
+        self._record(data)
+        return data
 
     def pieces(self, size: int) -> Iterator[memoryview]:
         """The next `size` bytes as they come; the caller exhausts the iterator."""
@@ -73,15 +79,16 @@ class Stream:
             yield piece
 
     def skip_to(self, position: int) -> None:
-        for _ in self.pieces(position - self.position):
-            pass
+        for piece in self.pieces(position - self.position):
+            self._record(bytes(piece))
 
     def ended(self) -> bool:
         return self._at == len(self._chunk) and not self._next()
 
     def drain(self) -> None:
+        self._record(self._chunk[self._at :])
         while self._next():
-            pass
+            self._record(self._chunk)
 
     def _next(self) -> bool:
         for chunk in self._chunks:

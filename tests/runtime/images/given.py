@@ -272,8 +272,9 @@ class Liar(ThreadingHTTPServer):
             body = self.built.blobs[name]
             wanted = request.headers.get("Range", "")
             if wanted:
-                start = int(wanted.removeprefix("bytes=").rstrip("-"))
-                request.reply(206, body[start:], Content_Range=f"bytes {start}-{len(body) - 1}/{len(body)}")
+                first, _, last = wanted.removeprefix("bytes=").partition("-")
+                start, end = int(first), int(last or len(body) - 1)
+                request.reply(206, body[start : end + 1], Content_Range=f"bytes {start}-{end}/{len(body)}")
             else:
                 request.reply(200, body)
         else:

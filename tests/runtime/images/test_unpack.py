@@ -6,11 +6,13 @@ import os
 import stat
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from runtime.errors import Cancelled, Exhausted
 from runtime.images import Images, ImagesConfig
@@ -24,10 +26,14 @@ pytestmark = requires("root")
 
 def unpack(target: Path, data: bytes, config: ImagesConfig | None = None) -> Unpacked:
     target.mkdir(exist_ok=True)
-    with closing(Unpacker(config or ImagesConfig())) as unpacker, tempfile.TemporaryFile() as file:
+    with (
+        closing(Unpacker(config or ImagesConfig())) as unpacker,
+        tempfile.TemporaryFile() as file,
+        tempfile.TemporaryFile() as recipe,
+    ):
         file.write(data)
         file.flush()
-        with closing(unpacker.begin(target, file.fileno(), 0)) as child:
+        with closing(unpacker.begin(target, file.fileno(), 0, recipe.fileno())) as child:
             return child.finish(len(data))
 
 
@@ -211,6 +217,64 @@ def test_deep_names_cost_entries(target: Path) -> None:
         unpack(target, layer.tar(), ImagesConfig(entries_limit=50))
 
 
+def test_layers_built_to_take_time(target: Path) -> None:
+    """Deep names and a symlink in turns, which would be looked up from the root again each time."""
+    layer = Layer()
+    deep = "d/" * 1000
+    for number in range(200):
+        layer.symlink("s", f"t{number}").file(f"{deep}f{number}")
+    began_s = time.monotonic()
+    with pytest.raises(Exhausted, match="more than 20000 entries"):
+        unpack(target, layer.tar(), ImagesConfig(entries_limit=20_000))
+    assert time.monotonic() - began_s < 30
+
+
+def test_the_same_file_again_and_again(target: Path) -> None:
+    layer = Layer()
+    for number in range(2000):
+        layer.file("a/b/c/f", str(number))
+    assert unpack(target, layer.tar()).inodes == 4
+    assert (target / "a/b/c/f").read_text() == "1999"
+
+
+def test_ten_million_entries(target: Path) -> None:
+    """Of which no more are made than the configuration allows."""
+    header = Layer().file("f").tar()[:512]
+    plain = header * 1000
+    one = zstandard.compress(plain * 100)
+    with pytest.raises(Exhausted, match="more than 10000 entries"):
+        unpack(target, one * 100, ImagesConfig(entries_limit=10_000, ratio_limit=1 << 30))
+
+
+def test_names_of_any_bytes(target: Path) -> None:
+    names = ["new\nline", "tab\there", "esc\x1b[2J", " ", "-rf", "\u202egnp"]
+    layer = Layer()
+    for name in names:
+        layer.file(f"d/{name}", name)
+    layer.add("d/\udcff\udcfe", data=b"bytes")
+    unpacked = unpack(target, layer.tar())
+    assert {os.fsdecode(name) for name in os.listdir(os.fsencode(target / "d"))} == {*names, "\udcff\udcfe"}
+    assert unpacked.implied == ("d",)
+
+
+def test_chmod_and_chown_stay_inside(target: Path) -> None:
+    """CVE-2021-32760: a mode that was set through a hard link or symlink that leads out."""
+    victim = target.parent / "victim"
+    victim.write_text("mine")
+    victim.chmod(0o600)
+    up = "../" * 20
+    layer = Layer().symlink("l", str(victim)).file("l", "x", mode=0o4777, uid=5)
+    layer.symlink("m", f"{up}{victim}").hardlink("n", "m").file("n", "x", mode=0o4777, uid=5)
+    layer.symlink("d", str(target.parent)).directory("d", mode=0o777, uid=5)
+    before = target.parent.stat()
+    unpack(target, layer.tar())
+    assert (victim.read_text(), victim.stat().st_mode & 0o7777, victim.stat().st_uid) == ("mine", 0o600, 0)
+    after = target.parent.stat()
+    assert (after.st_mode, after.st_uid) == (before.st_mode, before.st_uid)
+    assert (target / "d").is_dir() and not (target / "d").is_symlink()
+    victim.unlink()
+
+
 @pytest.mark.parametrize("data", [b"\x1f\x8b" + bytes(100), b"x" * 2000, b"PK\x03\x04" + bytes(600)])
 def test_no_archive(target: Path, data: bytes) -> None:
     with pytest.raises(BadImage, match="unpack: "):
@@ -223,7 +287,7 @@ def test_the_child_is_confined(target: Path) -> None:
     with (
         closing(Unpacker(ImagesConfig())) as unpacker,
         tempfile.TemporaryFile() as file,
-        closing(unpacker.begin(target, file.fileno(), 0)) as child,
+        closing(unpacker.begin(target, file.fileno(), 0, os.open("/dev/null", os.O_RDWR))) as child,
     ):
         status: dict[str, str] = {}
         while status.get("NoNewPrivs") != "1":

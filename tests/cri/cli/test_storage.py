@@ -1,0 +1,99 @@
+"""`crib save`, `image`, `df` and `check`, against a cribd."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cri.cli.conftest import Crib
+from tests.cri.cli.fake import IMAGE
+from tests.cri.real.daemon import REPOSITORY, Daemon
+from tests.requires import requires
+
+pytestmark = requires("root", "bridge", "busybox", "overlay", "seccomp")
+
+
+@pytest.fixture(scope="module")
+def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    directory = Path(f"/run/crib-test-{os.getpid()}-storage")
+    directory.mkdir(mode=0o700)
+    daemon = Daemon(directory)
+    daemon.start()
+    archive = tmp_path_factory.mktemp("image") / "busybox.tar"
+    subprocess.run([sys.executable, REPOSITORY / "hack/busybox-image", archive, "--name", IMAGE], check=True)
+    Crib(daemon.listen, directory)("load", str(archive))
+    yield daemon
+    assert daemon.stop() == 0, daemon.log()
+    shutil.rmtree(directory)
+
+
+@pytest.fixture
+def crib(daemon: Daemon, tmp_path: Path) -> Crib:
+    return Crib(daemon.listen, tmp_path / "logs")
+
+
+def test_save_and_load(crib: Crib, tmp_path: Path) -> None:
+    [image] = crib.json("images")
+    archive = tmp_path / "a.tar"
+    crib("save", "-f", str(archive), IMAGE)
+    assert crib.full("save", IMAGE).stdout == archive.read_bytes()
+    assert [entry.name for entry in tmp_path.iterdir() if entry.suffix == ".part"] == []
+    crib("rmi", IMAGE)
+    assert crib("load", str(archive)) == f"{IMAGE}\n"
+    assert crib.json("images")[0]["id"] == image["id"]
+
+
+def test_a_layout(crib: Crib, tmp_path: Path) -> None:
+    layout = tmp_path / "layout"
+    crib("save", "--layout", str(layout), IMAGE)
+    assert json.loads((layout / "oci-layout").read_text()) == {"imageLayoutVersion": "1.0.0"}
+    [entry] = json.loads((layout / "index.json").read_text())["manifests"]
+    blobs = layout / "blobs/sha256"
+    manifest = json.loads((blobs / entry["digest"][7:]).read_text())
+    for blob in blobs.iterdir():
+        assert hashlib.sha256(blob.read_bytes()).hexdigest() == blob.name
+    assert {layer["digest"][7:] for layer in manifest["layers"]} < {blob.name for blob in blobs.iterdir()}
+    assert "file exists" in crib.error("save", "--layout", str(layout), IMAGE, code=1)
+
+
+def test_what_is_not_there(crib: Crib, tmp_path: Path) -> None:
+    assert "'local/none:1' is not here" in crib.error("save", "-f", str(tmp_path / "x"), "local/none:1", code=3)
+    assert list(tmp_path.iterdir()) == []
+    assert "no image" in crib.error("image", "inspect", "local/none:1", code=3)
+
+
+def test_inspect_tree_df(crib: Crib) -> None:
+    [image] = crib.json("images")
+    [told] = crib.json("image", "inspect", IMAGE)
+    assert (told["id"], told["tags"]) == (image["id"], [IMAGE])
+    assert told["spec"]["rootfs"]["diff_ids"]
+    [row] = crib.json("image", "tree")
+    assert [layer["diff_id"] for layer in row["layers"]] == told["spec"]["rootfs"]["diff_ids"]
+    assert 0 < row["own_bytes"] <= row["size_bytes"]
+    assert crib("image", "tree", IMAGE).splitlines()[-1].startswith("└─ ")
+    used, containers = crib.json("df")
+    assert (used["number"], used["in_use"], containers["number"]) == (1, 0, 0)
+    assert used["reclaimable_bytes"] == used["size_bytes"] == row["own_bytes"]
+    assert crib("df").splitlines()[0].split() == ["WHAT", "NUMBER", "IN", "USE", "SIZE", "RECLAIMABLE"]
+
+
+def test_check(crib: Crib, daemon: Daemon) -> None:
+    assert crib("check") == "1 layers checked: none damaged\n"
+    [finding] = crib.json("check")
+    assert finding["verified"]
+    [layer] = (daemon.root / "layers").iterdir()
+    before = (layer / "bin/busybox").stat().st_mode
+    (layer / "bin/busybox").chmod(0o700)
+    [finding] = crib.json("check", "--repair", code=1)
+    assert "bin/busybox' has mode 700" in finding["problem"]
+    assert not finding["repaired"], "no registry has it"
+    assert "damaged" in crib("check", code=1)
+    (layer / "bin/busybox").chmod(before & 0o7777)

@@ -1,0 +1,162 @@
+"""Checking, repairing and saving what is in the store."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from runtime.errors import NotFound, Unavailable, WrongState
+from runtime.images import Images
+from tests.requires import requires
+from tests.runtime.images.conftest import OpenStore, Served
+from tests.runtime.images.given import Layer, build, layer, oci_archive
+
+pytestmark = requires("root")
+
+Left = Callable[[], list[str]]
+
+
+def rich() -> list[bytes]:
+    """Layers with every kind of entry, the second with a directory that it implies and a link to what it hides."""
+    below = Layer().directory("d", mode=0o2755, uid=7).file("d/f", os.urandom(70_000), mode=0o4755, gid=9).file("empty")
+    below.symlink("s", "d/f").hardlink("h", "d/f").add("fifo", tarfile.FIFOTYPE)
+    below.add("dev", tarfile.CHRTYPE, devmajor=1, devminor=3).file("n" * 150, "long")
+    below.file("x", "x", pax_headers={"SCHILY.xattr.user.k": "v", "mtime": "1000000000.5"})
+    above = Layer().file("d/new", "new").file("d/.wh.f").hardlink("again", "d/f").file("gone/.wh..wh..opq")
+    return [below.tar(), above.tar()]
+
+
+def saved(images: Images, *refs: str) -> bytes:
+    return b"".join(images.save(refs))
+
+
+def listing(root: Path) -> list[object]:
+    found: list[object] = []
+    for path in sorted(root.rglob("*")):
+        status = path.lstat()
+        names = os.listxattr(path, follow_symlinks=False)
+        found.append(
+            (
+                str(path.relative_to(root)),
+                *(status.st_mode, status.st_uid, status.st_gid, status.st_rdev, status.st_nlink),
+                {name: os.getxattr(path, name, follow_symlinks=False) for name in names},
+                status.st_mtime_ns if path.is_file() or path.is_symlink() else 0,
+                path.read_bytes() if path.is_file() else os.readlink(path) if path.is_symlink() else None,
+            )
+        )
+    return found
+
+
+def test_saved_and_loaded(images: Images, open_store: OpenStore, run_dir: Path) -> None:
+    layers = rich()
+    built = build(*layers)
+    [image] = images.load(io.BytesIO(oci_archive(built, "local/app:1")))
+    data = saved(images, "local/app:1")
+    files = tarfile.open(fileobj=io.BytesIO(data))  # noqa: SIM115
+    for diff_id, plain in zip(built.diff_ids, layers, strict=True):
+        member = files.extractfile("blobs/" + diff_id.replace(":", "/"))
+        assert member is not None
+        assert member.read() == plain, "the very bytes"
+    other = open_store(run_dir / "other")
+    [again] = other.load(io.BytesIO(data))
+    assert (again.id, again.diff_ids, again.config) == (image.id, image.diff_ids, image.config)
+    assert again.repo_tags == image.repo_tags
+    trees = [
+        listing(run_dir / store / "layers" / short)
+        for store, found in (("store", image), ("other", again))
+        for short in found.layers
+    ]
+    assert trees[:2] == trees[2:]
+
+
+def test_several_images_share_their_layers(images: Images) -> None:
+    shared = layer(a="shared")
+    for number in range(2):
+        images.load(io.BytesIO(oci_archive(build(shared, layer(b=str(number))), f"local/{number}:1")))
+    names = tarfile.open(fileobj=io.BytesIO(saved(images, "local/0:1", "local/1:1", "local/0:1"))).getnames()  # noqa: SIM115
+    assert len(names) == len(set(names)) == 3 + 2 * 2 + 3
+    with pytest.raises(NotFound):
+        images.save(["local/2:1"])
+
+
+def test_what_can_not_be_saved(images: Images) -> None:
+    twice = Layer().file("a", "1").file("a", "2").tar()
+    images.load(io.BytesIO(oci_archive(build(twice), "local/twice:1")))
+    with pytest.raises(WrongState, match="can't be put together again"):
+        images.save(["local/twice:1"])
+    [finding] = images.check()
+    assert (finding.verified, finding.problem) == (False, "")
+
+
+def test_a_whole_store(images: Images) -> None:
+    images.load(io.BytesIO(oci_archive(build(*rich()), "local/app:1")))
+    assert [(finding.verified, finding.problem) for finding in images.check()] == [(True, "")] * 2
+
+
+def change(path: Path) -> None:
+    status = path.stat()
+    data = bytearray(path.read_bytes())
+    data[1] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    ("damage", "match"),
+    [
+        (lambda top: change(top / "d/f"), "holds something else"),
+        (lambda top: os.truncate(top / "d/f", 5), "bytes instead of|too short"),
+        (lambda top: (top / "empty").unlink(), "is missing"),
+        (lambda top: (top / "d/f").chmod(0o755), "has mode 755 instead of 4755"),
+        (lambda top: os.chown(top / "d", 0, 0), "another owner"),
+        (lambda top: ((top / "s").unlink(), (top / "s").symlink_to("x")), "leads elsewhere"),
+    ],
+)
+def test_damage(
+    images: Images, registry: Served, run_dir: Path, left: Left, damage: Callable[[Path], object], match: str
+) -> None:
+    built = build(*rich())
+    repository = f"care/{abs(hash(match))}"
+    registry.pusher.push(repository, "1", built)
+    image = images.pull(f"{registry.host}/{repository}:1")
+    rootfs = images.prepare("running", image.id)
+    damage(run_dir / "store/layers" / image.layers[0])
+    found = list(images.check())
+    assert [bool(finding.problem) for finding in found] == [True, False]
+    with pytest.raises(AssertionError, match=match):
+        raise AssertionError(found[0].problem)
+    assert found[0].images == (image.id,)
+    assert [finding.repaired for finding in images.check(repair=True)] == [True, False]
+    assert [finding.problem for finding in images.check()] == ["", ""]
+    after = images.get(image.id)
+    assert after.layers[0] != image.layers[0]
+    assert after.layers[1] == image.layers[1] or after.layers[1] not in image.layers
+    assert images.rootfs("running") == rootfs, "a container keeps what it was started on"
+    images.discard("running")
+    assert left() == sorted(f"layers/{name}" for name in after.layers)
+
+
+def test_what_no_registry_has_stays_damaged(images: Images, run_dir: Path) -> None:
+    [image] = images.load(io.BytesIO(oci_archive(build(layer(abc="abc")), "local/app:1")))
+    change(run_dir / "store/layers" / image.layers[0] / "abc")
+    [finding] = images.check(repair=True)
+    assert finding.problem and not finding.repaired
+    with pytest.raises(Unavailable, match="see crib check"):
+        saved(images, "local/app:1")
+
+
+def test_recipes_go_with_their_layers(images: Images, open_store: OpenStore, run_dir: Path) -> None:
+    [image] = images.load(io.BytesIO(oci_archive(build(*rich()), "local/app:1")))
+    recipes = run_dir / "store/recipes"
+    assert {path.name for path in recipes.iterdir()} == set(image.layers)
+    images.remove(image.id)
+    assert list(recipes.iterdir()) == []
+    (recipes / "stray").touch()
+    images.close()
+    open_store().close()
+    assert list(recipes.iterdir()) == []
