@@ -17,6 +17,8 @@ import msgspec
 from cri.daemon.log import LEVELS
 from cri.translate.capabilities import DEFAULT as DEFAULT_CAPABILITIES
 from cri.translate.defaults import RLIMITS, SHM_BYTES, UNLIMITED, Defaults, Handler
+from net import CniConfig
+from net.node import CHOICES as NETWORK_PLUGINS
 from runtime.spec import Rlimit
 
 DEFAULT_ROOT = Path("/var/lib/crib")
@@ -44,10 +46,8 @@ class ImagesSection(_Section, frozen=True):
 
     hosts_dir: str = "/etc/crib/certs.d"
     max_parallel: int = 3
-    progress_timeout_s: float = 60.0
-
     max_ranges: int = 4
-
+    progress_timeout_s: float = 60.0
     pinned: tuple[str, ...] = ()
     auth_file: str = ""
     verifiers: str = ""
@@ -57,15 +57,28 @@ class ImagesSection(_Section, frozen=True):
     unpacked_limit_bytes: int = 64 << 30
     ratio_limit: int = 1000
     entries_limit: int = 2_000_000
-class NetworkSection(_Section, frozen=True):
-    """The built-in bridge. `subnet` empty takes a free one, `subnet6` empty means no IPv6, `bridge` (its name) empty
-    derives it from the instance, `mtu` 0 is the uplink's."""
 
+
+class NetworkSection(_Section, frozen=True):
+    """`plugin` is auto (CNI where there is a configuration, else the built-in bridge), cni or builtin.
+
+    Of the bridge: `subnet` empty takes the kubelet's pod CIDR or a free one, `subnet6` empty means no IPv6 unless the
+    kubelet gives a CIDR, `bridge` (its name) empty derives it from the instance, `mtu` 0 is the uplink's.
+    Of CNI: `cni_template` makes a configuration of the kubelet's pod CIDRs; `cni_cache_dir` empty is /var/lib/cni, or
+    below `root` where that isn't the default.
+    """
+
+    plugin: str = "auto"
     subnet: str = ""
     subnet6: str = ""
     bridge: str = ""
     mtu: int = 0
     masquerade: bool = True
+    cni_conf_dir: str = CniConfig().conf_dir
+    cni_plugin_dirs: tuple[str, ...] = CniConfig().plugin_dirs
+    cni_cache_dir: str = ""
+    cni_template: str = ""
+    cni_timeout_s: float = CniConfig().timeout_s
 
 
 class CgroupSection(_Section, frozen=True):
@@ -222,6 +235,7 @@ def _problem(config: Config) -> str | None:
     choices = {
         "log_level": (config.log_level, LEVELS),
         "log_format": (config.log_format, ("text", "json")),
+        "network.plugin": (config.network.plugin, NETWORK_PLUGINS),
         "cgroup.driver": (config.cgroup.driver, ("auto", "cgroupfs", "systemd")),
     }
     for key, (value, allowed) in choices.items():
@@ -251,6 +265,7 @@ def _problem(config: Config) -> str | None:
             for name in config.images.__struct_fields__
             if isinstance(number := getattr(config.images, name), (int, float))
         },
+        "network.cni_timeout_s": config.network.cni_timeout_s,
         "defaults.shm_bytes": config.defaults.shm_bytes,
         **{f"limits.{name}": getattr(config.limits, name) for name in config.limits.__struct_fields__},
     }

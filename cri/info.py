@@ -101,7 +101,9 @@ class InfoCalls:
     async def update_runtime_config(
         self, request: pb.UpdateRuntimeConfigRequest, call: Call
     ) -> pb.UpdateRuntimeConfigResponse:
-        """The pod CIDR is the business of the network's own configuration: noted, and not acted on."""
-        if cidr := request.runtime_config.network_config.pod_cidr:
-            _logger.info("pod CIDR of the kubelet", extra={"fields": {"pod_cidr": cidr}})
+        """Tell the network the node's pod CIDRs, separated by commas; the kubelet may also have none to tell."""
+        if given := request.runtime_config.network_config.pod_cidr:
+            _logger.info("pod CIDR of the kubelet", extra={"fields": {"pod_cidr": given}})
+            cidrs = [cidr.strip() for cidr in given.split(",") if cidr.strip()]
+            await self._node.work(self._node.network.set_pod_cidrs, cidrs)
         return pb.UpdateRuntimeConfigResponse()

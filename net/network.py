@@ -1,7 +1,7 @@
 """What a pod's network is to the rest of crib: the types that cross the room's door."""
 
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
@@ -135,6 +135,12 @@ class Network(Protocol):
 
     def reconcile(self, known: set[str]) -> None:
         """Free what no sandbox in `known` owns. For the start of the daemon, before pods are made."""
+
+    def collect(self) -> None:
+        """Take back what `reconcile` found and can only be asked for slowly. Never in the way of a daemon's start."""
+
+    def set_pod_cidrs(self, cidrs: Sequence[str]) -> None:
+        """The node's pod CIDRs, as the kubelet says. Raises InvalidSpec."""
 
     def teardown(self) -> None:
         """Remove what `setup` made. Raises WrongState while a pod is attached."""

@@ -132,6 +132,12 @@ def _sctp() -> str | None:
     return None
 
 
+def _cni() -> str | None:
+    if any(Path(path, "bridge").exists() for path in ("/opt/cni/bin", "/usr/lib/cni")):
+        return None
+    return "no CNI plugins in /opt/cni/bin or /usr/lib/cni (containernetworking-plugins)"
+
+
 def _apparmor() -> str | None:
     return None if Path("/sys/kernel/security/apparmor/profiles").exists() else "AppArmor is not on"
 
@@ -147,6 +153,7 @@ VOCABULARY: dict[str, Callable[[], str | None]] = {
     "cgroup1": _cgroup1,
     "cgroup2": _cgroup2,
     "critest": _program("critest", "not packaged"),
+    "cni": _cni,
     "crictl": _program("crictl", "not packaged"),
     "ip": _program("ip", "iproute2"),
     "nft": _nft,

@@ -18,7 +18,7 @@ import grpc
 
 from cri.api import cri_pb2 as pb
 from cri.api import crib_pb2
-from cri.config import Config
+from cri.config import DEFAULT_ROOT, Config
 from cri.container.calls import ContainerCalls
 from cri.crib.calls import CribCalls
 from cri.daemon.directories import clear_socket
@@ -29,6 +29,7 @@ from cri.node import Node
 from cri.recovery import recover
 from cri.rpc import MESSAGE_LIMIT_BYTES, generic_handler
 from cri.sandbox.calls import SandboxCalls
+from cri.sandbox.debts import pay
 from cri.state.store import Store
 from cri.stats.calls import StatsCalls
 from cri.streaming.calls import StreamingCalls
@@ -36,7 +37,7 @@ from cri.streaming.server import StreamingServer
 from cri.translate.capabilities import capabilities
 from cri.translate.defaults import Host
 from cri.translate.seccomp import seccomp
-from net import BridgeConfig, open_network
+from net import BridgeConfig, CniConfig, NetworkConfig, open_network
 from net.errors import CribError as NetError
 from net.netns import Pins
 from runtime import apparmor
@@ -78,7 +79,7 @@ async def _serve(config: Config, cgroups: Cgroups, zygote: Zygote) -> int:
         images = Images(Path(config.root), _images(config))
         images.open()
         stack.callback(images.close)
-        network = open_network(config.instance, Path(config.root, "net"), _bridge(config))
+        network = open_network(config.instance, Path(config.root, "net"), _network(config))
         stack.callback(network.close)
         node = Node(config, store, engine, images, network, cgroups, Pins(mount, umount), _host(probes), zygote)
         stack.push_async_callback(node.close, _GRACE_S)
@@ -96,6 +97,7 @@ async def _serve(config: Config, cgroups: Cgroups, zygote: Zygote) -> int:
         _logger.info("ready", extra={"fields": fields})
         notify("READY=1")
         keeper = asyncio.create_task(_checkpoints(node))
+        debts = asyncio.create_task(pay(node))
         await node.work(_warm_up, node)
         gc.collect()
         gc.freeze()
@@ -103,6 +105,7 @@ async def _serve(config: Config, cgroups: Cgroups, zygote: Zygote) -> int:
         notify("STOPPING=1")
         _logger.info("stopping: pods keep running")
         keeper.cancel()
+        debts.cancel()
         await server.stop(_GRACE_S)
         config.socket.unlink(missing_ok=True)
         left = len(node.pods)
@@ -201,12 +204,23 @@ def _images(config: Config) -> ImagesConfig:
     )
 
 
-def _bridge(config: Config) -> BridgeConfig:
+def _network(config: Config) -> NetworkConfig:
     network = config.network
-    return BridgeConfig(
+    bridge = BridgeConfig(
         bridge=network.bridge,
         subnet=network.subnet,
         subnet6=network.subnet6,
         mtu=network.mtu,
         masquerade=network.masquerade,
     )
+    cache_dir = network.cni_cache_dir
+    if not cache_dir:
+        cache_dir = CniConfig().cache_dir if Path(config.root) == DEFAULT_ROOT else str(Path(config.root, "cni"))
+    cni = CniConfig(
+        conf_dir=network.cni_conf_dir,
+        plugin_dirs=network.cni_plugin_dirs,
+        cache_dir=cache_dir,
+        template=network.cni_template,
+        timeout_s=network.cni_timeout_s,
+    )
+    return NetworkConfig(plugin=network.plugin, bridge=bridge, cni=cni)

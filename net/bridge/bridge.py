@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 _DEFAULT_MTU: Final = 1500
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}")
+_POD_CIDR: Final = "pod CIDR"
 _NO_MASQUERADE: Final = "NoMasquerade"
 _FIREWALL: Final = "FirewallDropsForwarded"
 _SWEEP_LIMIT: Final = 32  # released leases looked at per detach: bounds what one pod pays for others
@@ -63,6 +64,8 @@ class BridgeNetwork:
         self._config = config
         self._subnet = subnet.configured("network.subnet", config.subnet, 4) if config.subnet else None
         self._subnet6 = subnet.configured("network.subnet6", config.subnet6, 6) if config.subnet6 else None
+        self._subnet_key = "network.subnet"
+        self._late = False  # the kubelet's pod CIDR waits for the last pod with an address of before
         self._mac = f"{pair.MAC_BRIDGE}:{hashlib.sha256(instance.encode()).digest()[:4].hex(':')}"
         self._setup_lock = threading.Lock()
         self._ready: Bridge | None = None
@@ -77,6 +80,31 @@ class BridgeNetwork:
     def pod_sysctls(self) -> Mapping[str, str]:
         # Any pod could else name itself another one's router (CVE-2020-10749).
         return {"net.ipv6.conf.default.accept_ra": "0"} if sysctl.exists("net.ipv6") else {}
+
+    @property
+    def used(self) -> bool:
+        """Whether a pod has, or had, an address here that isn't free yet."""
+        return bool(self._leases.all())
+
+    def tell_cidrs(self, cidrs: Sequence[str]) -> None:
+        """Let the kubelet's pod CIDRs be the subnets, as far as the configuration names none; heeded by `setup`."""
+        for cidr in cidrs:
+            version = ip_network(cidr).version
+            if version == 4 and not self._config.subnet:
+                self._subnet, self._subnet_key = subnet.configured(_POD_CIDR, cidr, 4), _POD_CIDR
+            elif version == 6 and not self._config.subnet6:
+                self._subnet6 = subnet.configured(_POD_CIDR, cidr, 6)
+
+    def set_pod_cidrs(self, cidrs: Sequence[str]) -> None:
+        before = self._subnet, self._subnet6
+        self.tell_cidrs(cidrs)
+        if before != (self._subnet, self._subnet6):
+            with self._setup_lock:
+                self._ready = None
+            logger.info("pod CIDRs %s: %s", " ".join(cidrs), self.status().message or "in use")
+
+    def collect(self) -> None:
+        """Nothing is slow here."""
 
     # What all pods share
 
@@ -171,15 +199,19 @@ class BridgeNetwork:
         first = self._subnet or (ip_network(recorded[0]) if recorded else None)
         clash = next((other for other in taken if first and first.overlaps(other)), None)
         if clash and self._subnet:
-            raise Unavailable(f"network.subnet {first}: overlaps {clash} of {taken[clash]}")
+            raise Unavailable(f"{self._subnet_key} {first}: overlaps {clash} of {taken[clash]}")
         second = (self._subnet6,) if self._subnet6 else ()
         if clash or not first:
             free = (subnet.choose(self._instance, taken), *second)
             if self._leases.record_subnets(free):
                 return free
+        self._late = False
         if first and self._leases.record_subnets(wanted := (first, *second)):
             return wanted
-        raise Unavailable(f"network.subnet: pods still have addresses of {', '.join(recorded)}; remove them first")
+        if self._subnet_key == _POD_CIDR and recorded:
+            self._late = True
+            return tuple(ip_network(cidr) for cidr in recorded)
+        raise Unavailable(f"{self._subnet_key}: pods still have addresses of {', '.join(recorded)}; remove them first")
 
     def _set_gateways(self, channel: Channel, index: int, subnets: Sequence[IpNetwork]) -> None:
         """Exactly the gateways' addresses on the bridge."""
@@ -198,7 +230,7 @@ class BridgeNetwork:
     def status(self) -> NetworkStatus:
         try:
             ready = self._ready
-            if not ready or not self._intact(ready):
+            if not ready or not self._intact(ready) or (self._late and not self.used):
                 self._set_up(ready)
             self._sweep(self._leases.released())
             self._leases.checkpoint()

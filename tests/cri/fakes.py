@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -410,6 +410,12 @@ class FakeNetwork:
     def reconcile(self, known: set[str]) -> None:
         for sandbox_id in self.world.addresses.keys() - known:
             del self.world.addresses[sandbox_id]
+
+    def collect(self) -> None:
+        pass
+
+    def set_pod_cidrs(self, cidrs: Sequence[str]) -> None:
+        pass
 
     def teardown(self) -> None:
         pass
