@@ -16,6 +16,7 @@ import pytest_asyncio
 from runtime.cgroup import detect
 from runtime.engine import Cgroup, ContainerStart, Engine, Exec, ExecStart, Pod, Started
 from runtime.images import RootFs
+from runtime.linux.caps import NAMES
 from runtime.linux.probe import probe
 from runtime.plan.compile import compile_exec, compile_start
 from runtime.plan.plan import Plan, Step
@@ -102,6 +103,19 @@ def holding(*names: str) -> Callable[[Process], Process]:
 def capable(*names: str) -> Capabilities:
     held = tuple(f"CAP_{name}" for name in names)
     return Capabilities(bounding=held, effective=held, permitted=held)
+
+
+def held() -> tuple[str, ...]:
+    """All capabilities that this process can give, without their prefix."""
+    bits = int(Path("/proc/self/status").read_text().partition("CapPrm:")[2].split()[0], 16)
+    return tuple(name for number, name in enumerate(NAMES) if bits >> number & 1)
+
+
+def applet(layer: Path, name: str) -> None:  # noqa: F811
+    """Have one more of busybox's programs in the usual image."""
+    path = layer / "1/bin" / name
+    if not path.exists():
+        path.symlink_to("busybox")
 
 
 class Image:

@@ -26,7 +26,7 @@ from runtime.spec import Capabilities, Mount, Process, User
 from tests.cri.translate import given
 from tests.requires import requires
 from tests.runtime.conftest import TIMEOUT_S, Bench, container
-from tests.security.conftest import Image, Plans, capable, execute, replaced, with_image
+from tests.security.conftest import Image, Plans, applet, capable, execute, replaced, with_image
 from tests.security.defects import attack
 
 real_kernel = requires("root", "overlay", "busybox")
@@ -276,7 +276,7 @@ async def packets(bench: Bench, *held: str) -> str:
 @real_kernel
 @pytest.mark.asyncio
 async def test_cve_2020_14386(bench: Bench, layer: Path) -> None:
-    (layer / "1/bin/ping").exists() or (layer / "1/bin/ping").symlink_to("busybox")
+    applet(layer, "ping")
     assert "CAP_NET_RAW" in DEFAULT
     assert len(DEFAULT) == 14
     without = capabilities(pb.Capability(drop_capabilities=["NET_RAW"]))
@@ -287,7 +287,7 @@ async def test_cve_2020_14386(bench: Bench, layer: Path) -> None:
 @real_kernel
 @pytest.mark.asyncio
 async def test_14386_control_with_net_raw(bench: Bench, layer: Path) -> None:
-    (layer / "1/bin/ping").exists() or (layer / "1/bin/ping").symlink_to("busybox")
+    applet(layer, "ping")
     assert "permission denied" not in await packets(bench, "NET_RAW")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sysconfig
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -61,6 +62,10 @@ def entered(trace: Trace) -> list[list[str]]:
     return [opened(after) for _, after in children.values()]
 
 
+def instead(made: Process, _: Process) -> Process:
+    return made
+
+
 async def attempts(bench: Bench, image: Image, null: int, trace_in: Path) -> Trace:
     """Start and exec by every way that can be gone wrong, under a tracer."""
     pod = await bench.pod()
@@ -85,10 +90,10 @@ async def attempts(bench: Bench, image: Image, null: int, trace_in: Path) -> Tra
         for number, (_, fields) in enumerate(wrong.items()):
             made = process(**fields)
             try:
-                await bench.start(pod, f"c{number}", container(pod, "x", process=lambda _, made=made: made))
+                await bench.start(pod, f"c{number}", container(pod, "x", process=partial(instead, made)))
             except (StepFailed, UnicodeEncodeError):
                 pass
-            running = execute(bench, pod, number, (null,) * 3, "x", process=lambda _, made=made: made)
+            running = execute(bench, pod, number, (null,) * 3, "x", process=partial(instead, made))
             try:
                 await asyncio.wait_for(running.wait(), TIMEOUT_S)
             except StepFailed:

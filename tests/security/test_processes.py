@@ -12,12 +12,14 @@ import msgspec
 import pytest
 
 from runtime.engine import Pod, PodStart
+from runtime.linux import caps
 from runtime.plan import identity
 from runtime.plan.plan import Plan
+from runtime.spec import Capabilities, Process
 from tests.requires import requires
 from tests.runtime.conftest import POD_ID, TIMEOUT_S, Bench, container
 from tests.security import weak
-from tests.security.conftest import Plans, Weaken, execute, holding
+from tests.security.conftest import Plans, Weaken, capable, execute, held, holding
 from tests.security.defects import attack
 
 pytestmark = [requires("root", "overlay", "busybox"), pytest.mark.asyncio]
@@ -46,7 +48,7 @@ def parent(pid: int) -> int:
 
 async def overwrite(bench: Bench, marker: Path, pid: str | None) -> list[str]:
     pod = await bench.pod(PodStart(id=POD_ID, hostname="pod", pid=pid == "pod"))
-    namespaces = shared(pod) if pid == "pod" else {"pid": None}
+    namespaces: dict[str, str | None] = shared(pod) if pid == "pod" else {"pid": None}
     # In the host's there are other cribds, and everything else: it is this pod's monitor and its parent.
     seen = (
         "/proc/[0-9]*"
@@ -139,13 +141,20 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
+NO_PTRACE = tuple(name for name in held() if name != "SYS_PTRACE")
+
+
+def has(sets: Capabilities) -> Callable[[Process], Process]:
+    return lambda process: msgspec.structs.replace(process, capabilities=sets)
+
+
 @asynccontextmanager
 async def watching(
     bench: Bench, pod: Pod, marker: Path, *, with_pod_pid: bool, ptrace: bool = True
 ) -> AsyncIterator[Watch]:
     spec = container(
         pod, "sh", "-c", f"MARKER={marker}; {WATCH}", namespaces=shared(pod) if with_pod_pid else {},
-        process=holding("SYS_PTRACE", "DAC_OVERRIDE") if ptrace else holding("DAC_OVERRIDE"),
+        process=holding("SYS_PTRACE", "DAC_OVERRIDE") if ptrace else has(capable(*NO_PTRACE)),
         linux=lambda linux: linux,
     )  # fmt: skip
     await bench.start(pod, "c", spec)
@@ -185,18 +194,20 @@ async def exec_watched(
     os.mkfifo(fifo)
     plans.execs(held_by(fifo))
     async with watching(bench, pod, tmp_path, with_pod_pid=False, ptrace=ptrace) as watch:
-        spec = container(pod, "x", process=holding("SYS_PTRACE", "DAC_OVERRIDE") if ptrace else holding("DAC_OVERRIDE"))
+        spec = container(
+            pod, "x", process=holding("SYS_PTRACE", "DAC_OVERRIDE") if ptrace else has(capable(*NO_PTRACE))
+        )
         running = execute(
             bench, pod, 1, (null, null, null), "true", linux=spec.linux,
             process=lambda process: msgspec.structs.replace(process, capabilities=spec.process.capabilities),
         )  # fmt: skip
         if guarded:
             await until(lambda: at_the_fifo(pod.monitor_pid))
-            assert frozen(bench)
-        elif ptrace:
-            await until(lambda: watch.caught)
+            assert frozen(bench) == ptrace
+            if not ptrace:
+                await watch.tried()
         else:
-            await watch.tried()
+            await until(lambda: watch.caught)
         reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
         assert (await asyncio.wait_for(running.wait(), TIMEOUT_S)).code == 0
         os.close(reader)
@@ -223,14 +234,33 @@ async def test_9962_control_not_frozen(
     assert await exec_watched(bench, plans, null, tmp_path, guarded=False)
 
 
+# The child has as few capabilities as it will have at the end: only that it is not dumpable keeps the attacker off.
+LESS = caps.mask(tuple(f"CAP_{name}" for name in NO_PTRACE))
+EQUAL: weak.Edits = (
+    (
+        "zygote/child.py",
+        "        steps = decode(plan)\n",
+        f"        identity.caps.capset({LESS}, {LESS}, 0)\n        steps = decode(plan)\n",
+    ),
+)
+DUMPABLE: weak.Edits = (("zygote/zygote.py", "prctl(PR_SET_DUMPABLE, 0)", "pass"),)
+
+
 @attack(
     "CVE-2016-9962",
-    sentence="The same without SYS_PTRACE, as root with every right to files",
+    sentence="A container with every capability but SYS_PTRACE goes through /proc/PID/root of an exec's child whose "
+    "capabilities are no more than its own",
     guard="crib's processes are not dumpable",
     control="test_9962_control_dumpable",
 )
-async def test_cve_2016_9962_without_ptrace(bench: Bench, plans: Plans, null: int, tmp_path: Path) -> None:
-    assert not await exec_watched(bench, plans, null, tmp_path, guarded=False, ptrace=False)
+async def test_cve_2016_9962_without_ptrace(weaken: Weaken, plans: Plans, null: int, tmp_path: Path) -> None:
+    bench = await weaken(EQUAL)
+    assert not await exec_watched(bench, plans, null, tmp_path, guarded=True, ptrace=False)
+
+
+async def test_9962_control_dumpable(weaken: Weaken, plans: Plans, null: int, tmp_path: Path) -> None:
+    bench = await weaken(EQUAL, DUMPABLE)
+    assert await exec_watched(bench, plans, null, tmp_path, guarded=False, ptrace=False)
 
 
 @attack(
