@@ -13,9 +13,9 @@ import pytest
 
 from runtime.errors import Cancelled, CribError, Exhausted, NotFound
 from runtime.images import Auth, Images
-from runtime.images.errors import BadContent, RegistryDenied, RegistryUnavailable
+from runtime.images.errors import BadContent, BadImage, RegistryDenied, RegistryUnavailable
 from tests.requires import requires
-from tests.runtime.images.conftest import OpenStore
+from tests.runtime.images.conftest import OpenStore, Served
 from tests.runtime.images.given import Answer, Built, Layer, Liar, Request, build, compressed, digest, layer, serving
 
 pytestmark = requires("root")
@@ -368,3 +368,103 @@ def test_a_proxy(open_store: OpenStore, liar: Liar, tmp_path: Path, monkeypatch:
     with pytest.raises(RegistryUnavailable):
         images.pull("registry.invalid/app:2")
     assert liar.seen == []
+
+
+def endless(chunk: bytes) -> Answer:
+    """A chunked body that never ends."""
+
+    def answer(request: Request) -> None:
+        request.send_response(200)
+        request.send_header("Transfer-Encoding", "chunked")
+        request.end_headers()
+        while True:
+            request.wfile.write(b"%x\r\n%s\r\n" % (len(chunk), chunk))
+
+    return answer
+
+
+@pytest.mark.parametrize("where", ["/manifests/", "config", "layer", "/token"])
+def test_a_body_without_end(images: Images, liar: Liar, left: Left, where: str) -> None:
+    key = {"config": liar.built.id, "layer": big_layer(liar.built)}.get(where, where)
+    if where == "/token":
+        token_service(liar, endless(b"x" * 65536))
+    else:
+        liar.lies[key] = endless(b"x" * 65536)
+    began_s = time.monotonic()
+    with pytest.raises(BadContent if where != "/manifests/" else Exhausted):
+        images.pull(f"{liar.host}/app")
+    assert time.monotonic() - began_s < 20
+    assert left() == []
+
+
+def test_a_manifest_of_100_mib(images: Images, liar: Liar, left: Left) -> None:
+    sent = []
+
+    def large(request: Request) -> None:
+        request.send_response(200)
+        request.send_header("Content-Length", str(100 << 20))
+        request.end_headers()
+        for _ in range(100):
+            request.wfile.write(b" " * (1 << 20))
+            sent.append(1)
+
+    liar.lies["/manifests/"] = large
+    fails(images, liar, Exhausted, "manifest latest of more than 4194304 bytes", left)
+    assert len(sent) < 50, "the rest isn't asked for"
+
+
+def test_indexes_in_indexes(images: Images, liar: Liar, left: Left) -> None:
+    """A true cycle would need a digest that holds itself; an endless chain is one to the client."""
+    documents = [liar.built.manifest]
+    for _ in range(6):
+        inner = documents[-1]
+        kind = "application/vnd.oci.image.index.v1+json" if len(documents) > 1 else liar.built.media_type
+        entry = {"mediaType": kind, "digest": digest(inner), "size": len(inner)}
+        documents.append(json.dumps({"schemaVersion": 2, "manifests": [entry]}).encode())
+    by_digest = {digest(document): document for document in documents}
+
+    def answer(request: Request) -> None:
+        request.reply(200, by_digest.get(request.path.rpartition("/")[2], documents[-1]))
+
+    liar.lies["/manifests/"] = answer
+    fails(images, liar, BadImage, "indexes more than 3 deep", left)
+
+
+def test_a_storm_of_429(images: Images, liar: Liar, left: Left) -> None:
+    liar.lies["/blobs/"] = status(429, Retry_After="0")
+    fails(images, liar, RegistryUnavailable, "answers 429", left)
+    assert len(liar.asked_for("/blobs/")) <= 9
+
+
+def test_a_certificate_for_another_name(
+    open_store: OpenStore, tls_registry: Served, tmp_path: Path, left: Left
+) -> None:
+    port = tls_registry.host.rpartition(":")[2]
+    (tmp_path / f"localhost:{port}").mkdir()
+    (tmp_path / f"localhost:{port}" / "hosts.toml").write_text(
+        f'server = "https://localhost:{port}"\nca = "{tls_registry.ca}"\n'
+    )
+    images = open_store(hosts_dir=tmp_path)
+    with pytest.raises(RegistryUnavailable, match=r"^RegistryUnavailable: localhost.*(match|valid)"):
+        images.pull(f"localhost:{port}/app")
+    assert left() == []
+
+
+def test_layers_that_race(images: Images, tmp_path: Path, left: Left) -> None:
+    """CVE-2025-47290: what one layer puts in another's way while both are unpacked leads nowhere outside."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    layers = []
+    for number in range(12):
+        made = Layer()
+        if number % 2:
+            for name in ("a", "b"):
+                made.directory(name).file(f"{name}/written", "x" * 5000).file(f"{name}/sub/written", "x")
+        else:
+            made.symlink("a", str(outside)).symlink("b", "../" * 12 + str(outside)[1:])
+        layers.append(made.file(f"n{number}", "x").tar())
+    built = build(*layers)
+    with serving(built) as liar:
+        image = images.pull(f"{liar.host}/app")
+        assert images.read_file(image.id, "a/written", 10_000) == b"x" * 5000
+    assert list(outside.iterdir()) == []
