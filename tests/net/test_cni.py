@@ -53,6 +53,10 @@ class Host:
         found = [json.loads(line) for line in lines]
         return [call for call in found if not commands or call["command"] in commands]
 
+    def types(self) -> list[str]:
+        conf = self.network.conf
+        return [plugin.type for plugin in conf.plugins] if conf else []
+
     def cached(self) -> list[str]:
         path = self.path / "cache/results"
         return sorted(os.listdir(path)) if path.exists() else []
@@ -145,11 +149,11 @@ def test_plugins_in_a_folder(host: Host) -> None:
     folder = host.path / "net.d/testnet"
     folder.mkdir()
     (folder / "20.conf").write_text('{"type": "two"}')
-    assert host.network.conf is not None and [one.type for one in host.network.conf.plugins] == ["one", "two"]
+    assert host.types() == ["one", "two"]
     (folder / "20.conf").write_text("{")
     assert "20.conf: not JSON" in host.network.status().message
     host.plugins({}, loadOnlyInlinedPlugins=True)
-    assert host.network.conf is not None and [one.type for one in host.network.conf.plugins] == ["one"]
+    assert host.types() == ["one"]
 
 
 def test_several_versions_offered(host: Host) -> None:
