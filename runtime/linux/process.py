@@ -58,14 +58,19 @@ def set_name(name: str) -> None:
     check("prctl", _prctl(PR_SET_NAME, os.fsencode(name)[:15], 0, 0, 0))
 
 
+_title_area: list[int] = []  # first and last address, found once: a forked process has it in the same place
+
+
 def set_title(title: str) -> None:
     """The command line that `ps` shows for this process; cut to the room that the present one takes.
 
     Overwrites the argument area in place (/proc/[pid]/stat, arg_start and arg_end).
     """
-    with open("/proc/self/stat", "rb") as file:
-        fields = file.read().rpartition(b")")[2].split()
-    start, end = int(fields[45]), int(fields[46])
+    if not _title_area:
+        with open("/proc/self/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+        _title_area.extend((int(fields[45]), int(fields[46])))
+    start, end = _title_area
     if 0 < start < end:
         text = os.fsencode(title)[: end - start - 1]
         ctypes.memset(start, 0, end - start)

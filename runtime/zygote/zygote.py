@@ -17,6 +17,7 @@ import socket
 import sys
 
 from runtime.linux.mount import detached
+from runtime.linux.namespaces import setns
 from runtime.linux.process import PR_SET_DUMPABLE, prctl, set_name, set_title
 from runtime.zygote.messages import Kind, close_all, pack, receive, send
 from runtime.zygote.monitor import Monitor
@@ -28,13 +29,13 @@ if TYPE_CHECKING:
 _WARM_UP_ROUNDS = 12  # the interpreter specializes a function at its eighth call
 _FAILING_PLAN = pack([["FindExecutable", "nothing", "/"]])
 _POD: dict[str, Any] = {
-    "net": False,
-    "ipc": False,
+    "net": True,
+    "ipc": True,
     "pid": False,
     "uids": (),
     "gids": (),
-    "hostname": None,
-    "sysctls": {},
+    "hostname": "warm-up",
+    "sysctls": {"net.ipv4.ip_unprivileged_port_start": "0"},
     "shm_bytes": 4096,
     "shm_path": "",
 }
@@ -46,13 +47,13 @@ _START = {
     "terminal": False,
     "stdin": False,
     "stdin_once": False,
-    "log": "",
+    "log": "/dev/null",
     "cgroup": "",
 }
 _WARM_UP: tuple[tuple[str, bool, dict[str, Any]], ...] = (
-    (Kind.POD, False, {"n": 1, "init_cgroup": [], **_POD}),
-    (Kind.START, True, {"n": 2, "id": "c", "clone_dir": "", "kill_dirs": [], "memory_events": "", **_START}),
-    (Kind.FACTS, False, {"n": 3}),
+    (Kind.POD, False, {"init_cgroup": [], **_POD}),
+    (Kind.START, True, {"id": "c", "clone_dir": "", "kill_dirs": [], "memory_events": "", **_START}),
+    (Kind.FACTS, False, {}),
 )
 
 
@@ -94,11 +95,8 @@ class Zygote:
         sys.path_importer_cache.clear()
         prctl(PR_SET_DUMPABLE, 0)
         os.chdir("/")
-        directory = detached("tmpfs", ())
         signal.signal(signal.SIGCHLD, lambda *_: None)
-        for _ in range(_WARM_UP_ROUNDS):
-            _warm_up(f"/proc/self/fd/{directory}")
-        os.close(directory)
+        _warm_up()
         signal.signal(signal.SIGCHLD, _reap)
         gc.collect()
         gc.freeze()
@@ -119,21 +117,33 @@ def _reap(*_: object) -> None:
             return
 
 
-def _warm_up(directory: str) -> None:
-    """Go through a monitor's life, in this process and without making anything that lasts."""
+def _warm_up() -> None:
+    """Go through a monitor's life, some times, and be left in the namespaces that this process was in before."""
+    before = [os.open(f"/proc/self/ns/{name}", os.O_RDONLY | os.O_CLOEXEC) for name in ("net", "ipc", "uts")]
+    directory = detached("tmpfs", ())
+    for _ in range(_WARM_UP_ROUNDS):
+        _live(f"/proc/self/fd/{directory}")
+    for namespace in before:
+        setns(namespace, 0)
+    close_all([directory, *before])
+
+
+def _live(directory: str) -> None:
+    """A monitor's life, in this process and without making anything that lasts."""
     cribd, monitors = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0).close()
     plan = os.memfd_create("warm-up", os.MFD_CLOEXEC)
     os.write(plan, _FAILING_PLAN)
     with cribd:
         monitor = Monitor("warm-up", directory, monitors)
+        set_title("crib-zygote")
         wake = monitor.wake_on_signals()
         for kind, fds, fields in _WARM_UP:
-            send(cribd, kind, (plan,) if fds else (), **fields)
+            send(cribd, kind, (plan,) if fds else (), n=1, **fields)
             monitor.turn()
             while select.select([cribd], [], [], 0)[0] == []:
                 monitor.turn()
-            receive(cribd)
+            message = receive(cribd)
+            close_all(message[2] if message else [])
         signal.set_wakeup_fd(-1)
         os.close(wake)
         monitor.close()
