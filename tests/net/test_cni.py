@@ -158,7 +158,8 @@ def test_plugins_in_a_folder(host: Host) -> None:
 
 def test_several_versions_offered(host: Host) -> None:
     host.plugins({}, version="0.4.0", cniVersions=["0.3.1", "1.0.0", "7.0.0"])
-    assert host.network.conf is not None and host.network.conf.version == "1.0.0"
+    assert host.network.conf
+    assert host.network.conf.version == "1.0.0"
 
 
 def test_a_plugin_that_is_too_old(host: Host) -> None:
