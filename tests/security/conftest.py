@@ -185,6 +185,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     for outcome in ("passed", "failed", "error"):
         for report in terminalreporter.stats.get(outcome, ()):
             ids = _attacks[report.nodeid].ids if report.nodeid in _attacks else ()
+            ids = tuple(id for id in ids if id.startswith(("CVE-", "GHSA-")))
             tried.update(ids)
             if outcome != "passed":
                 succeeded.update(ids)

@@ -315,7 +315,7 @@ async def test_cve_2016_9962_pod_init(bench: Bench, tmp_path: Path) -> None:
 
 
 async def test_9962_control_init_not_waited_for(weaken: Weaken, tmp_path: Path) -> None:
-    edits = (("zygote/monitor.py", "if self._pod_init_ready >= 0:", "if False:"),)
+    edits = (("zygote/podspace.py", "if self._init_ready >= 0:", "if False:"),)
     assert await init_watched(await weaken(edits), tmp_path, guarded=False)
 
 
