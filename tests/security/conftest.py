@@ -43,7 +43,7 @@ async def weaken(
         state = run_dir / "weak-state"
         state.mkdir()
         engine = Engine(state, weak.zygote(tmp_path, monkeypatch, *edits), probe())
-        made.append(Bench(engine, layer, tmp_path, detect(), f"/crib-test-{os.getpid()}-weak"))
+        made.append(Bench(engine, layer, tmp_path, detect(driver="cgroupfs"), f"/crib-test-{os.getpid()}-weak"))
         return made[-1]
 
     yield make
