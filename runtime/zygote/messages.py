@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 VERSION: Final = 2
 LIMIT_BYTES: Final = 4 << 20
 _FORMAT: Final = 4
-_INLINE_BYTES: Final = 60_000
+# Small, since the buffer to receive one is as large, and what a monitor allocates is memory of its own.
+DATAGRAM_BYTES: Final = 8192
+_INLINE_BYTES: Final = 8000
 _MAX_FDS: Final = 16
 _SEALS: Final = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 _CMSG_BYTES: Final = socket.CMSG_SPACE(_MAX_FDS * array.array("i").itemsize)
@@ -91,7 +93,7 @@ def receive(sock: socket.socket) -> tuple[str, dict[str, Any], list[int]] | None
 
     Raises ProtocolError, or OSError.
     """
-    data, ancillary, flags, _ = sock.recvmsg(65536, _CMSG_BYTES, socket.MSG_CMSG_CLOEXEC)
+    data, ancillary, flags, _ = sock.recvmsg(DATAGRAM_BYTES, _CMSG_BYTES, socket.MSG_CMSG_CLOEXEC)
     fds = array.array("i")
     for level, kind, payload in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
@@ -133,6 +135,14 @@ def _decode(data: bytes) -> dict[str, Any]:
     if not isinstance(fields, dict) or fields.pop("v", None) != VERSION:
         raise ProtocolError("message of another version")
     return fields
+
+
+def read_plan(fd: int) -> bytes:
+    """The plan in a memfd. Raises ValueError for one beyond the limit."""
+    size = os.fstat(fd).st_size
+    if size > LIMIT_BYTES:
+        raise ValueError(f"plan of {size} bytes")
+    return os.pread(fd, size, 0)
 
 
 def _read_memfd(fd: int, size: int) -> bytes:

@@ -20,16 +20,14 @@ from runtime.zygote.child import become
 from runtime.zygote.container import Container, Process
 from runtime.zygote.hold import Holds
 from runtime.zygote.log import Log
-from runtime.zygote.messages import Kind, close_all
+from runtime.zygote.messages import Kind, close_all, read_plan
 from runtime.zygote.podspace import NEWPID, PodSpace
 from runtime.zygote.server import SOCKET_NAME, Server
 from runtime.zygote.tree import kill_tree
 
 TYPE_CHECKING = False  # typing costs a monitor memory
 if TYPE_CHECKING:
-    from typing import Any, Final
-
-_PLAN_LIMIT_BYTES: Final = 4 << 20
+    from typing import Any
 
 
 class Monitor:
@@ -154,7 +152,7 @@ class Monitor:
         child = {"stdin": stdin[0] if stdin else self._null}
         child |= {"stdout": ends[0][1], "stderr": ends[1][1]} if ends else {}
         child |= {"shm": self._space.shm} if self._space.shm >= 0 else {}
-        plan = os.pread(fds[0], _PLAN_LIMIT_BYTES, 0)
+        plan = read_plan(fds[0])
         flags = NEWPID if fields["pid"] == "new" else 0
         inherited = pid_ns
         if self._space.user >= 0:  # what it clones after joining the user namespace is what enters the pid namespace
@@ -189,7 +187,7 @@ class Monitor:
     def _exec(self, connection: socket.socket, fields: dict[str, Any], fds: list[int]) -> None:
         container = self._running(fields["id"])
         mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-        plan = os.pread(fds[0], _PLAN_LIMIT_BYTES, 0)
+        plan = read_plan(fds[0])
         child = dict(zip(("stdin", "stdout", "stderr"), fds[1:], strict=False))
         child["container"] = container.pidfd
         held = self._watchers(container)
