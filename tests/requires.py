@@ -138,6 +138,14 @@ def _cni() -> str | None:
     return "no CNI plugins in /opt/cni/bin or /usr/lib/cni (containernetworking-plugins)"
 
 
+def _xtables() -> str | None:
+    """What the portmap plugin asks of iptables."""
+    rule = "-A x -m comment --comment x -j MARK --set-xmark 0x2000/0x2000"
+    return _program("ip6tables", "iptables")() or _rooted(
+        "; ".join(f"{name} -t nat -N x; {name} -t nat {rule}" for name in ("iptables", "ip6tables"))
+    )
+
+
 def _apparmor() -> str | None:
     return None if Path("/sys/kernel/security/apparmor/profiles").exists() else "AppArmor is not on"
 
@@ -166,4 +174,5 @@ VOCABULARY: dict[str, Callable[[], str | None]] = {
     "systemd": _systemd,
     "userns": _userns,
     "vm": _vm,
+    "xtables": _xtables,
 }
