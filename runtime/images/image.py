@@ -117,7 +117,7 @@ class ImagesConfig:
     retry_after_limit_s: float = 30.0
     unhealthy_s: float = 60.0
     max_ranges: int = 4
-    range_bytes: int = 16 * MIB
+    range_bytes: int = 32 * MIB
     pinned: tuple[str, ...] = ()
     auth_file: Path | None = None
     verifiers: Path | None = None
