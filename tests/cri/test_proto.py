@@ -89,7 +89,7 @@ def test_own_service() -> None:
     service = crib_pb2.DESCRIPTOR.services_by_name["Crib"]
     assert service.full_name == "crib.v1.Crib"
     assert [m.name for m in service.methods if m.client_streaming] == ["Load"]
-    assert [m.name for m in service.methods if m.server_streaming] == ["Pull"]
+    assert [m.name for m in service.methods if m.server_streaming] == ["Pull", "Save", "Check"]
 
 
 @pytest.mark.skipif(FACTS is None, reason="CRIB_FACTS names no directory with cri-v1-interface.txt")

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from cri.api import cri_pb2
+from cri.cli.client import Client
 from tests.cri.cli.conftest import Crib
 from tests.cri.cli.fake import IMAGE
 from tests.cri.real.daemon import REPOSITORY, Daemon
@@ -83,6 +85,22 @@ def test_inspect_tree_df(crib: Crib) -> None:
     assert (used["number"], used["in_use"], containers["number"]) == (1, 0, 0)
     assert used["reclaimable_bytes"] == used["size_bytes"] == row["own_bytes"]
     assert crib("df").splitlines()[0].split() == ["WHAT", "NUMBER", "IN", "USE", "SIZE", "RECLAIMABLE"]
+
+
+def test_lists_of_images(daemon: Daemon) -> None:
+    client = Client(daemon.listen)
+    try:
+        for given, number in ((IMAGE, 1), ("", 1), ("local/none:1", 0)):
+            wanted = cri_pb2.ImageFilter(image=cri_pb2.ImageSpec(image=given))
+            listed = [image.id for image in client.call("ListImages", filter=wanted).images]
+            streamed = [image.id for part in client.stream("StreamImages", filter=wanted) for image in part.images]
+            assert listed == streamed
+            assert len(listed) == number
+        usage = client.call("ImageFsInfo")
+        assert usage.image_filesystems[0].used_bytes.value > 0
+        assert usage.container_filesystems[0].fs_id.mountpoint == usage.image_filesystems[0].fs_id.mountpoint
+    finally:
+        client.close()
 
 
 def test_check(crib: Crib, daemon: Daemon) -> None:
