@@ -54,6 +54,7 @@ async def test_several_clients(real: Real, pod: str) -> None:
         await real.sh(container, "true")
         await streams["stdin"].write(b"c\n")
         assert await streams["stdout"].until(b"\n") == b"got c\n"
+        assert await streams["stderr"].until(b"\n") == b"err c\n"
         await real.client.StopContainer(pb.StopContainerRequest(container_id=container, timeout=0))
         assert code(await streams["error"].got()) == 0
     assert sorted(logged(real)) == sorted(["got a", "err a", "got b", "err b", "got c", "err c"])
