@@ -118,7 +118,7 @@ def _defaults(rules: MountRules) -> Iterable[Mount]:
     )
     yield Mount(destination="/dev/mqueue", type="mqueue", source="mqueue", options=safe)
     if rules.bind_sys:
-        yield Mount(destination="/sys", type="bind", source="/sys", options=("rbind", "rprivate", *safe, "ro", "rro"))
+        yield Mount(destination="/sys", type="bind", source="/sys", options=("bind", "rprivate", *safe, "ro", "rro"))
     else:
         yield Mount(destination="/sys", type="sysfs", source="sysfs", options=(*safe, writable))
     cgroup = "rw" if rules.privileged or rules.writable_cgroup else "ro"
