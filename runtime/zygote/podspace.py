@@ -172,5 +172,8 @@ def _set_sysctl(path: str, value: str, uids: Maps) -> None:
 
 
 def _write(path: str, value: str) -> None:
-    with open(path, "wb", buffering=0) as file:
-        file.write(value.encode())
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, value.encode())
+    finally:
+        os.close(fd)
