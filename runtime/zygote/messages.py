@@ -55,7 +55,6 @@ class Kind:
     FAILED = "failed"
     EXITED = "exited"  # monitor → cribd: a container ended
     EXEC_EXITED = "exec-exited"
-    WARNING = "warning"
 
 
 KINDS: Final = frozenset(value for name, value in vars(Kind).items() if name.isupper())

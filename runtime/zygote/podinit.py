@@ -3,6 +3,7 @@
 import os
 import signal
 
+from runtime.cgroup.files import join
 from runtime.linux.caps import capset, drop_bounding, last_cap
 from runtime.linux.mount import MS, mount, pivot_root, umount
 from runtime.linux.namespaces import CLONE, unshare
@@ -22,9 +23,7 @@ def reap_for_ever(cgroup: tuple[str, ...], ready: int = -1) -> None:
         signal.set_wakeup_fd(-1)
         os.setsid()
         set_name("crib-pod-init")
-        for name in cgroup:
-            with open(name, "wb", buffering=0) as file:
-                file.write(b"0")
+        join(cgroup)
         capabilities = last_cap()
         unshare(CLONE.NEWNS | CLONE.NEWCGROUP)
         mount("", "/", "", MS.REC | MS.PRIVATE)

@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 
+from runtime.cgroup.files import write
 from runtime.linux import mount, namespaces
 from runtime.linux.lib import SyscallError
 from runtime.linux.namespaces import CLONE
@@ -160,20 +161,12 @@ class PodSpace:
 def _set_sysctl(path: str, value: str, uids: Maps) -> None:
     """Write a kernel parameter; those of an ipc namespace belong to the root of its user namespace."""
     try:
-        _write(path, value)
+        write(path, value)
     except PermissionError:
         if not uids:
             raise
         os.seteuid(mapped(0, uids))
         try:
-            _write(path, value)
+            write(path, value)
         finally:
             os.seteuid(0)
-
-
-def _write(path: str, value: str) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        os.write(fd, value.encode())
-    finally:
-        os.close(fd)
