@@ -110,7 +110,7 @@ def run(registry: str | None, log_level: str = "info", log: Path | None = None) 
     root = Path(tempfile.mkdtemp(prefix="crib-e2e-", dir="/var/tmp"))
     state = Path(tempfile.mkdtemp(prefix="crib-e2e-", dir="/run"))
     settings, log = root / "config.toml", log or root / "cribd.log"
-    settings.write_text(f'[images]\nhosts_dir = "{root / "certs.d"}"\n')
+    settings.write_text(f'[images]\nhosts_dir = "{root / "certs.d"}"\n[network]\nplugin = "builtin"\n')
     if registry is not None:
         _mirrors(root / "certs.d", registry)
     endpoint = f"unix://{state / 'crib.sock'}"

@@ -124,6 +124,10 @@ def _nft() -> str | None:
     return _program("nft", "nftables")() or _rooted("nft add table inet probe")
 
 
+def _tbf() -> str | None:
+    return _program("tc", "iproute2")() or _rooted("tc qdisc add dev lo root tbf rate 1mbit burst 10kb latency 1ms")
+
+
 def _sctp() -> str | None:
     try:
         socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_SCTP).close()
@@ -170,6 +174,7 @@ VOCABULARY: dict[str, Callable[[], str | None]] = {
     "root": _root,
     "sctp": _sctp,
     "seccomp": _seccomp,
+    "tbf": _tbf,
     "strace": _program("strace", "strace"),
     "systemd": _systemd,
     "userns": _userns,

@@ -11,6 +11,8 @@ from cri.container import view
 from cri.rpc import Call, Handler
 from cri.state.records import ContainerState
 from cri.stats import usage
+from net.errors import CribError as NetError
+from net.statistics import counters
 from runtime.cgroup.stats import Stats
 from runtime.errors import CribError, NotFound
 
@@ -94,10 +96,20 @@ class StatsCalls:
         linux = pb.LinuxPodSandboxStats(
             cpu=cpu,
             memory=memory,
+            network=self._network(pod, now_ns),
             process=pb.ProcessUsage(timestamp=now_ns, process_count=pb.UInt64Value(value=processes)),
             containers=parts,
         )
         return pb.PodSandboxStats(attributes=attributes, linux=linux)
+
+    def _network(self, pod: Pod, now_ns: int) -> pb.NetworkUsage | None:
+        """Blocks. None for a pod in the host's network, whose interfaces aren't the pod's, and one that has ended."""
+        if not pod.record.netns_path:
+            return None
+        try:
+            return usage.network(counters(pod.record.netns_path), now_ns)
+        except NetError:
+            return None
 
     def _read(self, containers: list[Container]) -> list[pb.ContainerStats]:
         """Blocks. The figures of those that run; one that ends meanwhile is left out."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from cri.api import cri_pb2 as pb
+from net.statistics import Counters
 from runtime.cgroup.stats import Cpu, Io, Memory, Pressure, PressureLine, Stats, Swap
 
 
@@ -79,3 +82,14 @@ def total(parts: list[pb.ContainerStats], read_ns: int) -> tuple[pb.CpuUsage, pb
     for field in ("working_set_bytes", "usage_bytes", "rss_bytes", "page_faults", "major_page_faults"):
         getattr(memory_sum, field).value = sum(getattr(part.memory, field).value for part in parts)
     return cpu_sum, memory_sum
+
+
+def network(counters: Sequence[Counters], read_ns: int) -> pb.NetworkUsage:
+    """A pod's interfaces; the default one is that with the pod's address, which every network calls eth0."""
+    found = pb.NetworkUsage(timestamp=read_ns)
+    for one in counters:
+        listed = found.default_interface if one.name == "eth0" else found.interfaces.add()
+        listed.name = one.name
+        for field in ("rx_bytes", "rx_errors", "tx_bytes", "tx_errors"):
+            getattr(listed, field).value = getattr(one, field)
+    return found

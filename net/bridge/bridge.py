@@ -276,7 +276,7 @@ class BridgeNetwork:
                 with Channel() as host, Channel(opened=netns.rtnl) as inside:
                     if not _present(host, ready):  # removed behind our back
                         ready = self._set_up(ready)
-                    pair.connect(lease, netns, ready, host, inside)
+                    pair.connect(lease, netns, wants, ready, host, inside)
                 if wants.host_ports:
                     self._rules.open(pod.sandbox_id, ready.subnets)
             except BaseException:

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, ip_interface
 from typing import Final
 
-from net import rtnetlink
+from net import rtnetlink, shaping
 from net.bridge.ipam import Lease
-from net.errors import AlreadyExists, Exhausted, Unavailable
+from net.errors import AlreadyExists, Exhausted, Unavailable, Unsupported
 from net.netlink import Channel, NetlinkError
-from net.network import Attachment, NetNs
+from net.network import Attachment, NetNs, Wants
 from net.rtnetlink import IpNetwork, Link
 
 # Locally administered addresses: what an interface is can be read from it.
@@ -53,10 +53,11 @@ def gateway(subnet: IpNetwork) -> IPv4Address | IPv6Address:
     return _address(subnet, 1)
 
 
-def connect(lease: Lease, netns: NetNs, bridge: Bridge, host: Channel, inside: Channel) -> None:
+def connect(lease: Lease, netns: NetNs, wants: Wants, bridge: Bridge, host: Channel, inside: Channel) -> None:
     """The pair and what the pod's end needs; what an interrupted attempt has done is done again.
 
-    `host` talks to this network namespace, `inside` to the pod's. Raises NetlinkError beside the domain's errors.
+    `host` talks to this network namespace, `inside` to the pod's; of `wants` only the rates count here. Raises
+    NetlinkError beside the domain's errors.
     """
     name = host_interface(lease.sandbox_id)
     pod_mac = _mac(MAC_POD, bridge.subnets, lease)
@@ -89,12 +90,26 @@ def connect(lease: Lease, netns: NetNs, bridge: Bridge, host: Channel, inside: C
     end = _running(inside, _POD_INTERFACE)
     if not end:
         raise Unavailable(f"namespace {netns.path}: interface {_POD_INTERFACE} vanished")
+    if wants.ingress_bits and (outer := find(host, name)):
+        _limit(host, outer, wants.ingress_bits)
+    if wants.egress_bits:
+        _limit(inside, end, wants.egress_bits)
     configuration = []
     for subnet in bridge.subnets:
         address = ip_interface((_address(subnet, lease.offset).packed, subnet.prefixlen))
         configuration.append(rtnetlink.add_address(end.index, address))
         configuration.append(rtnetlink.default_route(end.index, gateway(subnet)))
     inside.do(*configuration)
+
+
+def _limit(channel: Channel, link: Link, bits_per_second: int) -> None:
+    """Limit what the link sends, before the pod can send or be sent anything."""
+    try:
+        channel.do(shaping.limit_rate(link.index, bits_per_second, link.mtu))
+    except NetlinkError as error:
+        if error.errno != errno.ENOENT:
+            raise
+        raise Unsupported(f"the kernel can't limit a link's rate (no sch_tbf): {error}") from error
 
 
 def remove(channel: Channel, lease: Lease, subnets: Sequence[IpNetwork]) -> None:

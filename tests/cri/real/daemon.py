@@ -14,13 +14,14 @@ from tests.cri.client import Client
 
 TIMEOUT_S = 30
 IMAGE = "localhost/crib/busybox:latest"
+BUILTIN = '[network]\nplugin = "builtin"\n'  # whatever the machine has in /etc/cni
 REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 class Daemon:
     """`start` returns when cribd is ready; `stop` ends it as systemd would, `kill` as a crash does."""
 
-    def __init__(self, directory: Path, config: str = "") -> None:
+    def __init__(self, directory: Path, config: str = BUILTIN) -> None:
         self.directory = directory
         self.root = directory / "root"
         self.state = directory / "state"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 
 import grpc
 import pytest
@@ -70,6 +71,31 @@ async def test_a_pod_has_the_sum_of_its_containers(real: Real) -> None:
     assert linux.cpu.usage_core_nano_seconds.value == sum(parts) > 0
     listed = await real.client.ListPodSandboxStats(pb.ListPodSandboxStatsRequest())
     assert [item.attributes.id for item in listed.stats] == [pod]
+
+
+async def test_a_pod_has_the_counters_of_its_interfaces(real: Real) -> None:
+    pod = await real.pod()
+    container = await real.run(pod, "sleep", "1000")
+    host = await real.pod(real.pod_config("host", network=False))
+    await real.run(host, "sleep", "1000")
+
+    async def network(of: str) -> pb.NetworkUsage:
+        answer = await real.client.PodSandboxStats(pb.PodSandboxStatsRequest(pod_sandbox_id=of))
+        found: pb.NetworkUsage = answer.stats.linux.network
+        return found
+
+    before = await network(pod)
+    assert before.timestamp > 0
+    assert before.default_interface.name == "eth0"
+    assert list(before.interfaces) == []
+    done = await real.sh(container, "ping -c 3 -i 0.2 -s 1000 $(ip route | awk '/default/ {print $3}')")
+    assert done.exit_code == 0, done
+    after = await network(pod)
+    for field in ("rx_bytes", "tx_bytes"):
+        assert getattr(after.default_interface, field).value - getattr(before.default_interface, field).value >= 3000
+    subprocess.run(["ip", "-n", f"crib-{pod[:32]}", "link", "add", "extra0", "type", "bridge"], check=True)
+    assert [one.name for one in (await network(pod)).interfaces] == ["extra0"]
+    assert not (await network(host)).HasField("default_interface"), "those are not the pod's"
 
 
 async def test_an_update_is_in_force_and_in_status(real: Real) -> None:

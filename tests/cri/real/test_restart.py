@@ -15,7 +15,7 @@ import pytest
 from cri.api import cri_pb2 as pb
 from tests.cri.client import until
 from tests.cri.real.conftest import Real
-from tests.cri.real.daemon import REPOSITORY, Daemon
+from tests.cri.real.daemon import BUILTIN, REPOSITORY, Daemon
 from tests.requires import requires
 
 pytestmark = [pytest.mark.asyncio, requires("root", "busybox", "bridge", "overlay", "nft")]
@@ -113,7 +113,7 @@ async def test_one_cribd_per_directory(real: Real) -> None:
 
 
 async def test_a_cribd_that_can_not_start_leaves_nothing(run_dir: Path) -> None:
-    daemon = Daemon(run_dir, '[network]\nsubnet = "300.0.0.0/16"\n')
+    daemon = Daemon(run_dir, f'{BUILTIN}subnet = "300.0.0.0/16"\n')
     process = await asyncio.create_subprocess_exec(*daemon.arguments, cwd=REPOSITORY, stderr=asyncio.subprocess.PIPE)
     _, text = await asyncio.wait_for(process.communicate(), 20)
     assert process.returncode == 1
