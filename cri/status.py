@@ -14,6 +14,7 @@ from grpc import StatusCode
 
 import net.errors
 import runtime.errors
+from runtime.images.errors import RegistryUnavailable, SignatureValidationFailed
 
 _CODES: Final = {
     "NotFound": StatusCode.NOT_FOUND,
@@ -34,6 +35,9 @@ _CLASSES: Final[tuple[tuple[type[BaseException], StatusCode], ...]] = tuple(
     for room in (runtime.errors, net.errors)
     if hasattr(room, name)
 )
+# The kubelet knows these by how the message starts, and takes only the code UNKNOWN off it (cri-client's
+# remote_image.go): with any other it would read "rpc error: code = ..." there.
+_BARE: Final = (RegistryUnavailable, SignatureValidationFailed)
 _ERRNOS: Final = {
     errno.ENOSPC: StatusCode.RESOURCE_EXHAUSTED,
     errno.EDQUOT: StatusCode.RESOURCE_EXHAUSTED,
@@ -47,6 +51,8 @@ _MESSAGE_LIMIT: Final = 4096  # gRPC sends it as a header, and the client's head
 
 def status_of(error: BaseException) -> tuple[StatusCode, str, bool]:
     """The code and the message for `error`, and whether it is expected; a bug isn't, and wants its traceback logged."""
+    if isinstance(error, _BARE):
+        return StatusCode.UNKNOWN, _text(error), True
     for kind, code in _CLASSES:
         if isinstance(error, kind):
             return code, _text(error), True

@@ -124,7 +124,7 @@ class Client:
 
     def _failure(self, method: str, error: grpc.RpcError) -> Failure:
         code, details = error.code(), error.details() or ""
-        # UNAVAILABLE may be cribd's word about a registry.
+        # UNAVAILABLE may be cribd's own word, about something that doesn't answer it.
         if code is grpc.StatusCode.UNAVAILABLE and (reason := self._silence()):
             return self._unreachable(reason)
         if code is grpc.StatusCode.NOT_FOUND:

@@ -25,7 +25,7 @@ class Shelf:
 
     def __init__(self, base: Path, recipes: Path, records: ImageRecords) -> None:
         self.base = base
-        self._recipes = recipes
+        self.recipes = recipes
         self._records = records
         self._lock = threading.Lock()
         self._layers: dict[int, Layer] = {}
@@ -39,7 +39,7 @@ class Shelf:
 
     def recipe(self, number: int) -> Path:
         """How the layer's tar is put together again; not there where that can't be."""
-        return self._recipes / short_name(number)
+        return self.recipes / short_name(number)
 
     def restore(self, layer: Layer) -> None:
         """Hold a layer that the records name, putting it on the shelf if it is the first time."""

@@ -6,32 +6,20 @@ setuid programs and secrets of containers that nobody on the host shall reach.
 
 import logging
 import os
-import re
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import TimeoutError as NotYet
-from dataclasses import dataclass, replace
 from errno import EDQUOT, ENOSPC
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from runtime.errors import (
-    AlreadyExists,
-    Cancelled,
-    CribError,
-    Exhausted,
-    InvalidSpec,
-    NotFound,
-    Unavailable,
-    WrongState,
-)
+from runtime.errors import AlreadyExists, Cancelled, CribError, Exhausted, NotFound, Unavailable
 from runtime.images import merged
+from runtime.images.catalogue import Catalogue
 from runtime.images.health import Health
 from runtime.images.image import Auth, FsUsage, Image, ImagesConfig, Progress, RootFs
 from runtime.images.layers import remove_tree, short_name
-from runtime.images.manifest import chain_ids, parse_config
-from runtime.images.records import ImageRecords, Layer, RootFsRecords, StoredImage, lock
+from runtime.images.records import ImageRecords, Layer, RootFsRecords, lock
 from runtime.images.reference import Reference, parse
 from runtime.images.rootfs import Roots, lowers
 from runtime.images.shelf import Shelf
@@ -44,15 +32,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _POLL_S = 0.05
-_HEX = re.compile(r"[0-9a-f]{1,64}")
-
-
-@dataclass(frozen=True, slots=True)
-class _Index:
-    """What `list` and `get` read; replaced as a whole."""
-
-    images: dict[str, Image]
-    names: dict[str, str]
 
 
 class Images:
@@ -70,8 +49,6 @@ class Images:
         self._spool = root / "spool"
         self._recipes = root / "recipes"
         self._lock = threading.Lock()
-        self._index = _Index({}, {})
-        self._stored: dict[str, StoredImage] = {}
         self._pulls: dict[object, Pull] = {}
         self._threads: set[threading.Thread] = set()
         self._health = Health(config.unhealthy_s)
@@ -92,6 +69,7 @@ class Images:
         self._rootfs_records.checkpoint()
         self._shelf = Shelf(self._base, self._recipes, self._records)
         self._roots = Roots(self._containers, self._shelf, self._rootfs_records)
+        self._catalogue = Catalogue(self._shelf, self._config.pinned)
         self._load()
 
     def _load(self) -> None:
@@ -100,6 +78,7 @@ class Images:
         for numbers in self._roots.load(layers.keys()):
             self._restore(layers, numbers)
         names = self._records.names()
+        whole = []
         for stored in self._records.images():
             missing = [n for n in stored.layers if n not in layers or short_name(n) not in present]
             if missing or not stored.layers:
@@ -108,8 +87,8 @@ class Images:
                 names = {name: image for name, image in names.items() if image != stored.id}
                 continue
             self._restore(layers, stored.layers)
-            self._stored[stored.id] = stored
-        self._reindex(names)
+            whole.append(stored)
+        self._catalogue.load(whole, names)
         unknown = [number for number in layers if not self._shelf.known(number)]
         known = {short_name(number) for number in layers}
         strays = [self._base / name for name in present - known]
@@ -154,24 +133,7 @@ class Images:
 
         Raises NotFound; InvalidSpec for an ambiguous prefix.
         """
-        index = self._index
-        found = index.images.get(ref) or index.images.get(f"sha256:{ref}")
-        if found is not None:
-            return found
-        try:
-            named = index.names.get(str(parse(ref)))
-        except InvalidSpec:
-            named = None
-        if named is not None:
-            return index.images[named]
-        prefix = ref.removeprefix("sha256:")
-        if _HEX.fullmatch(prefix):
-            matches = [image for id, image in index.images.items() if id.startswith(f"sha256:{prefix}")]
-            if len(matches) > 1:
-                raise InvalidSpec(f"image id {ref} is ambiguous: {len(matches)} images start with it")
-            if matches:
-                return matches[0]
-        raise NotFound(f"image {ref[:300]!r} is not here")
+        return self._catalogue.get(ref)
 
     def pull(
         self,
@@ -234,9 +196,9 @@ class Images:
         from runtime.images.transfer import Transfer
 
         id = content.manifest.config.digest
-        before = self._stored.get(id)
-        if before is not None and not any(map(self._shelf.hidden, before.layers)):
-            if any(self._index.names.get(name) != id for name in content.names):
+        stored = before = self._catalogue.stored(id)
+        if stored is not None and not any(map(self._shelf.hidden, stored.layers)):
+            if not self._catalogue.called(id, content.names):
                 self._records.name(id, content.names)
             for layer in content.manifest.layers:
                 report(Progress(layer.digest, "exists", layer.size, layer.size))
@@ -244,13 +206,10 @@ class Images:
             transfer = Transfer(content, source, self._shelf, self._records, self._config, report)
             when_cancelled(transfer.cancel)
             stored = transfer.run()
-            with self._lock:
-                self._stored[id] = stored
-            if before is not None:  # damaged layers have been replaced
-                self._shelf.remove(self._shelf.release(before.layers))
             log.info("image %s of %d layers is in the store", id, len(stored.layers))
-        with self._lock:
-            self._reindex({**self._index.names, **dict.fromkeys(content.names, id)})
+        self._catalogue.put(stored, content.names)
+        if before is not None and stored is not before:  # damaged layers have been replaced
+            self._shelf.remove(self._shelf.release(before.layers))
 
     def load(self, fileobj: IO[bytes]) -> list[Image]:
         """Add the images of an OCI archive or a docker archive, compressed or not.
@@ -282,11 +241,9 @@ class Images:
         except NotFound:
             return
         with self._shelf.turn(id, lambda: None):
-            with self._lock:
-                stored = self._stored.pop(id, None)
-                if stored is None:
-                    return
-                self._reindex({name: image for name, image in self._index.names.items() if image != id})
+            stored = self._catalogue.take(id)
+            if stored is None:
+                return
             doomed = self._shelf.release(stored.layers)
             try:
                 self._records.remove_image(id)
@@ -303,78 +260,23 @@ class Images:
 
         The layers stay until the iterator is exhausted or closed.
         """
-        from runtime.images.save import archive
+        from runtime.images.care import save
 
-        with self._lock:
-            images = list({image.id: image for image in map(self.get, refs)}.values())
-            for image in images:
-                for number in self._stored[image.id].layers:
-                    if not self._shelf.recipe(number).exists():
-                        raise WrongState(
-                            f"image {image.id}: layer {short_name(number)} can't be put together again: "
-                            "entries of it replaced each other, or went elsewhere on top of the layers below"
-                        )
-            held = [number for image in images for number in self._stored[image.id].layers]
-            self._shelf.hold(held)
-        return self._released(archive(images, self._place), held)
-
-    def _place(self, short: str) -> tuple[Path, Path]:
-        return self._base / short, self._recipes / short
-
-    def _released(self, chunks: Iterator[bytes], held: Sequence[int]) -> Generator[bytes, None, None]:
-        try:
-            yield from chunks
-        finally:
-            self._shelf.remove(self._shelf.release(held))
+        return save(self._catalogue, self._shelf, refs)
 
     def check(self, repair: bool = False) -> Generator["Finding", None, None]:
         """Read every layer and compare it with what was unpacked; with `repair`, pull images with damaged ones again.
 
         Containers keep the damaged layer that they were started on. Not for the event loop.
         """
-        from runtime.images.check import Finding, problem_of
+        from runtime.images.care import check
 
-        with self._lock:
-            users: dict[int, list[str]] = {}
-            for id, stored in self._stored.items():
-                for number in dict.fromkeys(stored.layers):
-                    users.setdefault(number, []).append(id)
-            self._shelf.hold(list(users))
-        try:
-            for number, images in sorted(users.items()):
-                layer, recipe = self._shelf.get(number), self._shelf.recipe(number)
-                verified = recipe.exists()
-                present = self._shelf.path(number).is_dir()
-                problem = problem_of(self._shelf.path(number), recipe, layer.diff_id) if verified else ""
-                problem = problem if present else "its directory is missing"
-                finding = Finding(short_name(number), layer.diff_id, tuple(images), verified, problem)
-                if problem and repair:
-                    finding = replace(finding, repaired=self._repair(number, images))
-                yield finding
-        finally:
-            self._shelf.remove(self._shelf.release(list(users)))
-
-    def _repair(self, number: int, images: Sequence[str]) -> bool:
-        self._shelf.hide(number)
-        done = True
-        for id in images:
-            image = self._index.images.get(id)
-            for name in image.repo_digests if image else ():
-                try:
-                    self.pull(name)
-                except CribError as error:
-                    log.warning("image %s is not repaired from %s: %s", id, name, error)
-                    continue
-                break
-            stored = self._stored.get(id)
-            done = done and (stored is None or number not in stored.layers)
-        return done
+        return check(self._catalogue, self._shelf, self.pull if repair else None)
 
     def layers(self) -> dict[str, tuple[int, int]]:
         """Bytes and inodes of each layer of an image, by its short name."""
-        numbers = {number for stored in list(self._stored.values()) for number in stored.layers}
         found = {}
-        for number in numbers:
+        for number in self._catalogue.users():
             try:
                 layer = self._shelf.get(number)
             except KeyError:
@@ -388,44 +290,35 @@ class Images:
 
     def read_file(self, image_id: str, path: str, limit_bytes: int) -> bytes:
         """A file of the image's merged layers, symlinks resolved inside. Raises NotFound; Exhausted if larger."""
-        with self._lock:
-            stored = self._stored.get(self.get(image_id).id)
-            if stored is None:
-                raise NotFound(f"image {image_id} is not here")
-            self._shelf.hold(stored.layers)
+        layers = self._catalogue.hold(image_id).layers
         try:
-            roots = tuple(self._base / name for name in lowers(stored.layers))
-            return merged.read_file(merged.Merged(roots), path, limit_bytes)
+            return merged.read_file(self._merged(layers), path, limit_bytes)
         finally:
-            self._shelf.remove(self._shelf.release(stored.layers))
+            self._shelf.remove(self._shelf.release(layers))
 
     def has(self, image_id: str, path: str) -> bool:
         """Whether the image's merged layers have something at `path`, symlinks resolved inside. Raises NotFound."""
-        with self._lock:
-            layers = self._stored[self.get(image_id).id].layers
-            self._shelf.hold(layers)
+        layers = self._catalogue.hold(image_id).layers
         try:
-            return merged.Merged(tuple(self._base / name for name in lowers(layers))).lookup(path) is not None
+            return self._merged(layers).lookup(path) is not None
         finally:
             self._shelf.remove(self._shelf.release(layers))
+
+    def _merged(self, layers: tuple[int, ...]) -> merged.Merged:
+        return merged.Merged(tuple(self._base / name for name in lowers(layers)))
 
     def prepare(self, container_id: str, image_id: str) -> RootFs:
         """Make a container's upper and work directories on top of an image. The same again returns the same.
 
         Raises NotFound; AlreadyExists if the container has another image; Exhausted, Unavailable.
         """
-        with self._lock:
-            there = self._roots.image(container_id)
-            if there is not None and there in (image_id, self._index.names.get(image_id)):
+        there = self._roots.image(container_id)
+        if there is not None:
+            if there == image_id or there == self.get(image_id).id:
                 return self._roots.get(container_id)
-            id = self.get(image_id).id
-            if there == id:
-                return self._roots.get(container_id)
-            if there is not None:
-                raise AlreadyExists(f"root file system of {container_id} is prepared from {there}")
-            layers = self._stored[id].layers
-            self._shelf.hold(layers)
-        return self._roots.make(container_id, id, layers)
+            raise AlreadyExists(f"root file system of {container_id} is prepared from {there}")
+        stored = self._catalogue.hold(image_id)
+        return self._roots.make(container_id, stored.id, stored.layers)
 
     def discard(self, container_id: str) -> None:
         """Remove what `prepare` made, whatever the container left in it; unknown is fine. Raises Unavailable."""
@@ -464,45 +357,6 @@ class Images:
             bytes_used, inodes = bytes_used + used[0], inodes + used[1]
         return images, [FsUsage(str(self._containers), bytes_used, inodes)]
 
-    def _reindex(self, names: dict[str, str]) -> None:
-        by_image: dict[str, list[str]] = {}
-        for name in sorted(names):
-            by_image.setdefault(names[name], []).append(name)
-        old = self._index.images
-        images = {}
-        for id, stored in self._stored.items():
-            own = by_image.get(id, [])
-            image = old.get(id)
-            layers = tuple(map(short_name, stored.layers))
-            if (
-                image is None
-                or image.layers != layers
-                or [*image.repo_digests, *image.repo_tags] != sorted(own, key=lambda n: "@" not in n)
-            ):
-                image = self._image(stored, own)
-            images[id] = image
-        self._index = _Index(images, names)
-
-    def _image(self, stored: StoredImage, names: Sequence[str]) -> Image:
-        config = parse_config(stored.config, len(stored.layers))
-        unique = {number: self._shelf.get(number) for number in stored.layers}
-        return Image(
-            id=stored.id,
-            repo_tags=tuple(name for name in names if "@" not in name),
-            repo_digests=tuple(name for name in names if "@" in name),
-            size_bytes=sum(layer.bytes_used for layer in unique.values()) + len(stored.config) + len(stored.manifest),
-            config=config.image,
-            layers=tuple(map(short_name, stored.layers)),
-            chain_id=chain_ids(config.diff_ids)[-1],
-            pinned=any(fnmatchcase(name, glob) for name in (stored.id, *names) for glob in self._config.pinned),
-            created=config.created,
-            manifest_digest=stored.manifest_digest,
-            diff_ids=config.diff_ids,
-            architecture=config.architecture,
-            os=config.os,
-            raw_config=stored.config,
-        )
-
     def _in_background(self, action: Callable[[], None]) -> None:
         def run() -> None:
             try:
@@ -519,4 +373,4 @@ class Images:
     # The last one, because its name hides the type's.
     def list(self) -> list[Image]:
         """Every image, from memory."""
-        return [*self._index.images.values()]
+        return self._catalogue.all()

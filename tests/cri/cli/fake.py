@@ -353,7 +353,7 @@ class Fake:
 
     def on_Pull(self, request: crib_pb2.PullRequest) -> Iterator[crib_pb2.PullProgress]:
         if request.image != REMOTE:
-            raise Refused(grpc.StatusCode.UNAVAILABLE, f"RegistryUnavailable: pull {request.image}: connection refused")
+            raise Refused(grpc.StatusCode.UNKNOWN, f"RegistryUnavailable: pull {request.image}: connection refused")
         for state in (
             crib_pb2.LAYER_WAITING,
             crib_pb2.LAYER_DOWNLOADING,

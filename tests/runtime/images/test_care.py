@@ -84,6 +84,17 @@ def test_several_images_share_their_layers(images: Images) -> None:
         images.save(["local/2:1"])
 
 
+def test_an_archive_that_nobody_reads_holds_nothing(images: Images, left: Left) -> None:
+    [image] = images.load(io.BytesIO(oci_archive(build(layer(a="a")), "local/app:1")))
+    unread, half_read = images.save([image.id]), images.save([image.id])
+    next(half_read)
+    images.remove(image.id)
+    assert left() == [f"layers/{image.layers[0]}"], "as long as somebody may read it"
+    unread.close()
+    half_read.close()
+    assert left() == []
+
+
 def test_what_can_not_be_saved(images: Images) -> None:
     twice = Layer().file("a", "1").file("a", "2").tar()
     images.load(io.BytesIO(oci_archive(build(twice), "local/twice:1")))
