@@ -50,13 +50,13 @@ class InfoCalls:
     async def status(self, request: pb.StatusRequest, call: Call) -> pb.StatusResponse:
         node = self._node
         network = await node.work(node.network.status)
-        lost = node.zygote.process.poll() is not None
+        lost = not node.engine.ready
         conditions = [
             pb.RuntimeCondition(
                 type="RuntimeReady",
                 status=not lost,
                 reason="ZygoteLost" if lost else "",
-                message="the process that makes pods is gone: restart cribd, pods are not affected" if lost else "",
+                message="the process that makes pods is gone and is being started again; pods run on" if lost else "",
             ),
             pb.RuntimeCondition(
                 type="NetworkReady", status=network.ready, reason=network.reason, message=network.message

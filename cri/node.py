@@ -28,7 +28,6 @@ from net.netns import Pins
 from runtime.cgroup import Cgroups
 from runtime.engine import Engine
 from runtime.images import Images
-from runtime.zygote.launch import Zygote
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -48,7 +47,6 @@ class Node:
         cgroups: Cgroups,
         pins: Pins,
         host: Host,
-        zygote: Zygote,
     ) -> None:
         self.config = config
         self.store = store
@@ -57,7 +55,6 @@ class Node:
         self.network = network
         self.cgroups = cgroups
         self.pins = pins
-        self.zygote = zygote
         self.pods: Index[Pod] = Index("pod sandbox")
         self.containers: Index[Container] = Index("container")
         self.making: dict[str, Pod] = {}

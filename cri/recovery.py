@@ -118,8 +118,15 @@ async def _connect(node: Node, pod: Pod) -> None:
             found = await node.engine.connect(pod.id)
             break
         except (CribError, OSError) as error:
-            _logger.warning("monitor does not answer", extra={"fields": {"sandbox": pod.id, "error": str(error)}})
+            if pod.trouble != str(error):
+                pod.trouble = str(error)
+                _logger.warning("monitor does not answer", extra={"fields": {"sandbox": pod.id, "error": pod.trouble}})
+            if pod.stopping:
+                return
+            for fact in node.engine.exits_on_disk(pod.id):  # it may well do its work, and only not be understood
+                on_exit(node, fact)
             await asyncio.sleep(_AGAIN_S)
+    pod.trouble = ""
     if found is None:
         orphan(node, pod, "the pod's monitor ended while cribd was down")
         if pod.record.state is SandboxState.READY:

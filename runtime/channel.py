@@ -62,6 +62,10 @@ class Channel:
                 raise Unavailable(f"{kind}: {(error.strerror or '').lower()}") from error
         return self._last
 
+    def forget(self, number: int) -> None:
+        """Wait no longer for the answer to a request: there will be none."""
+        self._waiting.pop(number, None)
+
     async def request(self, kind: str, fds: tuple[int, ...], timeout_s: float, **fields: Any) -> Reply:
         """Send a request and wait for its answer. Raises DeadlineExceeded, or Unavailable when the peer is gone."""
         future: asyncio.Future[Reply] = self._loop.create_future()
@@ -82,7 +86,7 @@ class Channel:
             if number in self._waiting:
                 self._waiting[number] = lambda reply: close_all(reply.fds)
         if reply.fields.get("lost"):
-            raise Unavailable(f"{kind}: the other process is gone")
+            raise Unavailable(f"{kind}: {reply.fields['detail']}")
         return reply
 
     def close(self) -> None:
@@ -91,14 +95,17 @@ class Channel:
         self._end()
 
     def _readable(self) -> None:
+        why = "the other process is gone"
         try:
             message = receive(self._sock)
         except BlockingIOError:
             return
-        except (OSError, ProtocolError):
+        except ProtocolError as error:
+            message, why = None, str(error)
+        except OSError:
             message = None
         if message is None:
-            self._end()
+            self._end(why)
             return
         kind, fields, fds = message
         waiter = self._waiting.pop(fields.get("re", 0), None) if kind in _REPLIES else None
@@ -123,7 +130,7 @@ class Channel:
             close_all(list(fds))
         self._loop.remove_writer(self._sock.fileno())
 
-    def _end(self) -> None:
+    def _end(self, why: str = "the other process is gone") -> None:
         if self.closed:
             return
         self._loop.remove_reader(self._sock.fileno())
@@ -134,6 +141,6 @@ class Channel:
         self._outbox.clear()
         waiting, self._waiting = self._waiting, {}
         for waiter in waiting.values():
-            waiter(Reply(Kind.FAILED, {"lost": True, "errno": 0, "detail": "the other process is gone"}, []))
+            waiter(Reply(Kind.FAILED, {"lost": True, "errno": 0, "detail": why}, []))
         if self.on_closed:
             self.on_closed()

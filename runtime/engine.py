@@ -1,6 +1,8 @@
 """The engine: what cribd calls to run pods. It makes monitors through the zygote and finds them again."""
 
+import asyncio
 import json
+import logging
 import os
 import shutil
 import signal
@@ -10,7 +12,7 @@ from struct import unpack
 from typing import Any, Final
 
 from runtime.channel import Channel
-from runtime.errors import AlreadyExists, DeadlineExceeded, Unavailable
+from runtime.errors import AlreadyExists, CribError, DeadlineExceeded, Unavailable
 from runtime.linux import mount
 from runtime.linux.caps import last_cap
 from runtime.linux.lib import SyscallError
@@ -38,6 +40,11 @@ from runtime.zygote.messages import Kind, close_all
 from runtime.zygote.server import SOCKET_NAME
 
 POD_TIMEOUT_S: Final = 20.0
+_AGAIN_S: Final = (1.0, 60.0)
+"""Between attempts to start a zygote: at first, and at most."""
+_FACTS_OF_OLD: Final = {"uids": (), "shm_path": ""}
+"""What the first monitors of this version of the messages didn't tell, as they didn't have it."""
+_logger = logging.getLogger(__name__)
 
 __all__ = [
     "Cgroup",
@@ -68,7 +75,35 @@ class Engine:
         self._pods: dict[str, Pod] = {}
         os.makedirs(self._staging, 0o700, exist_ok=True)
         self._zygote = zygote
-        self._zygote_channel = Channel(zygote.control)
+        self._zygote_channel = self._to_zygote()
+        self._relaunch: asyncio.Task[None] | None = None
+
+    def _to_zygote(self) -> Channel:
+        channel = Channel(self._zygote.control)
+        channel.on_closed = self._zygote_lost
+        return channel
+
+    def _zygote_lost(self) -> None:
+        _logger.error("the zygote is gone: no pod can be made until there is another one")
+        self._relaunch = asyncio.create_task(self._launch_again())
+
+    async def _launch_again(self) -> None:
+        wait_s, longest_s = _AGAIN_S
+        while True:
+            try:
+                await asyncio.to_thread(self._zygote.relaunch)
+                break
+            except (CribError, OSError) as error:
+                _logger.error("no zygote", extra={"fields": {"error": str(error)}})
+            await asyncio.sleep(wait_s)
+            wait_s = min(2 * wait_s, longest_s)
+        self._zygote_channel = self._to_zygote()
+        _logger.info("a new zygote is there")
+
+    @property
+    def ready(self) -> bool:
+        """Whether pods can be made now: the zygote is there."""
+        return not self._zygote_channel.closed
 
     def pod(self, pod_id: str) -> Pod | None:
         """The connected pod of that id."""
@@ -85,16 +120,20 @@ class Engine:
         """
         if request.id in self._pods:
             raise AlreadyExists(f"pod {request.id} has a monitor")
+        if self._relaunch is not None:
+            done, _ = await asyncio.wait((self._relaunch,), timeout=POD_TIMEOUT_S)
+            if not done:
+                raise Unavailable("the process that makes pods is gone, and can't be started")
         os.makedirs(self.directory(request.id), 0o700, exist_ok=True)
         shm = ""
         if request.shm_bytes and not self._probes.clone_detached_mount:
             shm = self._make_shm_mountpoint(request.id)
         mine, theirs = socketpair(AF_UNIX, SOCK_SEQPACKET)
         mine.setblocking(False)
-        channel = Channel(mine)
+        channel, zygote, number = Channel(mine), self._zygote_channel, 0
         try:
             with theirs:
-                self._zygote_channel.post(
+                number = zygote.post(
                     Kind.SPAWN,
                     (theirs.fileno(),),
                     lambda _: channel.close(),  # answered only when the fork failed
@@ -125,13 +164,19 @@ class Engine:
             channel.close()
             await self._discard(request.id)
             raise
+        finally:
+            zygote.forget(number)
         if request.net:
             pod.netns_fd = reply.fds[0]
             pod.rtnl = socket(fileno=reply.fds[1])
         return pod
 
     async def connect(self, pod_id: str) -> Pod | None:
-        """Find the monitor that an earlier cribd left; None when it is gone. Ends are told by `Pod.containers`."""
+        """Find the monitor that an earlier cribd left; None when it is gone. Ends are told by `Pod.containers`.
+
+        Raises DeadlineExceeded or Unavailable for one that is there and doesn't answer, as one of a build whose
+        messages are others.
+        """
         found = self._pods.get(pod_id)
         if found:
             return found
@@ -141,9 +186,13 @@ class Engine:
         channel = Channel(sock)
         try:
             return self._adopt(pod_id, channel, checked(await channel.request(Kind.FACTS, (), REQUEST_TIMEOUT_S)))
-        except Unavailable:
+        except Unavailable as error:
             channel.close()
-            return None
+            left = self._reach(pod_id)
+            if left is None:
+                return None
+            left.close()
+            raise Unavailable(f"pod {pod_id}: its monitor lives, and doesn't answer: {error}") from error
         except BaseException:
             channel.close()
             raise
@@ -227,6 +276,8 @@ class Engine:
         for pod in self._pods.values():
             pod.close()
         self._pods.clear()
+        if self._relaunch is not None:
+            self._relaunch.cancel()
         self._zygote_channel.close()
         self._zygote.close()
 
@@ -234,7 +285,7 @@ class Engine:
         """Hold on to a monitor that has just said who it is."""
         pid = facts["pid"]
         pidfd = os.pidfd_open(pid)
-        made = facts["pod"]
+        made = _FACTS_OF_OLD | facts["pod"]
         ns = f"/proc/{pid}/ns"
         namespaces = Namespaces(
             network=f"{ns}/net" if made["net"] else "",

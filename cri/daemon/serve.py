@@ -81,7 +81,7 @@ async def _serve(config: Config, cgroups: Cgroups, zygote: Zygote) -> int:
         stack.callback(images.close)
         network = open_network(config.instance, Path(config.root, "net"), _network(config))
         stack.callback(network.close)
-        node = Node(config, store, engine, images, network, cgroups, Pins(mount, umount), _host(probes), zygote)
+        node = Node(config, store, engine, images, network, cgroups, Pins(mount, umount), _host(probes))
         stack.push_async_callback(node.close, _GRACE_S)
         if node.host.apparmor:
             default = await node.work(apparmor.load_default)

@@ -18,12 +18,16 @@ if TYPE_CHECKING:
 
 
 class Pod:
-    """`running` is the engine's pod, None where its monitor is gone. `stopping` is set by StopPodSandbox for good."""
+    """`running` is the engine's pod, None where its monitor is gone, or can't be talked to: `trouble` says why.
+
+    `stopping` is set by StopPodSandbox for good.
+    """
 
     def __init__(self, record: SandboxRecord, config: pb.PodSandboxConfig, plan: PodPlan) -> None:
         self.config = config
         self.plan = plan
         self.running: engine.Pod | None = None
+        self.trouble = ""
         self.stopping = record.state is SandboxState.NOTREADY
         self.containers: dict[str, Container] = {}
         self._lock = asyncio.Lock()
@@ -62,7 +66,7 @@ class Pod:
     def monitor(self) -> engine.Pod:
         """The engine's pod. Raises Unavailable while there is none to talk to."""
         if self.running is None:
-            raise Unavailable(f"{self.title}: its monitor does not answer")
+            raise Unavailable(f"{self.title}: {self.trouble or 'its monitor does not answer'}")
         return self.running
 
     @property

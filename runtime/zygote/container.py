@@ -170,15 +170,19 @@ class Container(Process):
 
     def drain(self) -> None:
         """Log what is in the pipes now: the process has ended, and its last words come before that news."""
-        for fd in self.streams:
+        for fd, stream in self.streams.items():
             for _ in range(_DRAIN_BYTES // _READ_BYTES):
                 try:
                     data = os.read(fd, _READ_BYTES)
-                except OSError:  # nothing more just now, or EIO
+                except BlockingIOError:  # somebody else holds the pipe, and may go on with an unfinished line
                     break
+                except OSError:  # EIO: the last holder of a terminal's slave is gone
+                    data = b""
                 if not data:
+                    if stream:
+                        stream.finish()
                     break
-                self._take(fd, self.streams[fd], data)
+                self._take(fd, stream, data)
 
     def record(self) -> bytes:
         """The end as JSON, for the record on disk."""

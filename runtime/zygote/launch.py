@@ -16,10 +16,19 @@ _READY_TIMEOUT_S: Final = 20.0
 
 @dataclass(slots=True)
 class Zygote:
-    """A running zygote: cribd's end of its control socket, and its process."""
+    """A running zygote: cribd's end of its control socket, its process, and what took it into its cgroup."""
 
     control: socket.socket
     process: subprocess.Popen[bytes]
+    cgroup_files: tuple[str, ...] = ()
+
+    def relaunch(self) -> None:
+        """Put a new one in the place of one that has gone. Blocks; raises Unavailable, and can be called again."""
+        self.control.close()
+        self.process.kill()
+        self.process.wait()
+        made = launch(self.cgroup_files)
+        self.control, self.process = made.control, made.process
 
     def close(self) -> None:
         """Let it go: it ends by itself, its monitors live on."""
@@ -65,4 +74,4 @@ def launch(cgroup_files: tuple[str, ...] = ()) -> Zygote:
         mine.close()
         raise Unavailable(f"the zygote did not start{cause} (its messages are above)")
     mine.setblocking(False)
-    return Zygote(mine, process)
+    return Zygote(mine, process, cgroup_files)

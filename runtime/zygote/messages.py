@@ -5,6 +5,10 @@ format, with descriptors beside it. What is larger than a datagram may be goes a
 Format 4 is written whatever the interpreter, so that a cribd on a newer Python talks to the monitors of an older one.
 Both ends are root's, of one installation; what arrives is still checked (size, shape, kind) before it is used.
 
+A monitor lives as long as its pod, so a later cribd has to talk to it. Within one VERSION fields are only added: to a
+request such as an older monitor can do without, to an answer such as a later cribd does without (`Engine.connect`). Any
+other change raises VERSION; then the two can't talk, and say so.
+
 marshal and plain strings, not json and an enum: those run Python code, and each object that a monitor's code touches
 is a page of memory of that monitor's own (0.2 MiB, measured).
 """
@@ -62,6 +66,14 @@ KINDS: Final = frozenset(value for name, value in vars(Kind).items() if name.isu
 
 class ProtocolError(Exception):
     """A message that is none of ours."""
+
+
+class OtherVersion(ProtocolError):
+    """A message of another build's; `number` is the request's, or of the request that it answers."""
+
+    def __init__(self, version: object, number: int) -> None:
+        super().__init__(f"it speaks version {version} of the messages, this process version {VERSION}")
+        self.number = number
 
 
 def send(sock: socket.socket, kind: str, fds: tuple[int, ...] = (), **fields: Any) -> None:
@@ -131,8 +143,11 @@ def close_all(fds: list[int]) -> None:
 
 def _decode(data: bytes) -> dict[str, Any]:
     fields = marshal.loads(data)
-    if not isinstance(fields, dict) or fields.pop("v", None) != VERSION:
-        raise ProtocolError("message of another version")
+    if not isinstance(fields, dict):
+        raise ProtocolError("not a mapping")
+    version = fields.pop("v", None)
+    if version != VERSION:
+        raise OtherVersion(version, fields.get("n", 0))
     return fields
 
 

@@ -6,7 +6,7 @@ import os
 import select
 import socket
 
-from runtime.zygote.messages import ProtocolError, receive, send
+from runtime.zygote.messages import Kind, OtherVersion, ProtocolError, receive, send
 
 TYPE_CHECKING = False  # typing costs a monitor memory
 if TYPE_CHECKING:
@@ -120,6 +120,9 @@ class Server:
         try:
             message = receive(connection)
         except BlockingIOError:
+            return
+        except OtherVersion as error:
+            self.send(connection, Kind.FAILED, re=error.number, errno=0, detail=str(error))
             return
         except (OSError, ProtocolError):
             message = None

@@ -20,7 +20,7 @@ from cri.streaming.server import StreamingServer
 from cri.translate.defaults import Host
 from runtime.linux.probe import Probes
 from tests.cri.client import Client
-from tests.cri.fakes import FakeCgroups, FakeEngine, FakeImages, FakeNetwork, FakePins, FakeZygote, World, image
+from tests.cri.fakes import FakeCgroups, FakeEngine, FakeImages, FakeNetwork, FakePins, World, image
 
 
 @dataclass
@@ -69,7 +69,6 @@ def cribd(tmp_path: Path, world: World, images: FakeImages) -> Start:
             FakeCgroups(world),
             FakePins(world),
             Host(),
-            FakeZygote(),
         )
         node.cgroups.create(node.cgroup_parent, None)  # as main does, for the monitors
         world.own_cgroups.add(node.cgroup_parent)

@@ -277,6 +277,8 @@ def _flood(fd: int, size: int) -> None:
 class FakeEngine:
     """See runtime.engine.Engine."""
 
+    ready = True
+
     def __init__(self, world: World) -> None:
         self.world = world
         world.attach_loop()
@@ -554,15 +556,6 @@ class FakeImages:
 
     def fs_info(self) -> tuple[list[FsUsage], list[FsUsage]]:  # type: ignore[valid-type]
         return [FsUsage("/var/lib/fake", 4096, 7)], [FsUsage("/var/lib/fake", 4096, 7)]
-
-
-class FakeZygote:
-    """See runtime.zygote.launch.Zygote."""
-
-    class process:
-        @staticmethod
-        def poll() -> int | None:
-            return None
 
 
 def socket_path(directory: Path) -> str:

@@ -153,3 +153,25 @@ async def test_a_monitor_that_hangs_over_a_restart(real: Real) -> None:
         await real.client.ExecSync(request)
     await real.remove(pod)
     await until(lambda: not Path(f"/proc/{monitor}").exists())
+
+
+async def test_a_zygote_that_dies_is_started_again(real: Real) -> None:
+    async def ready() -> bool:
+        conditions = (await real.client.Status(pb.StatusRequest())).status.conditions
+        return bool(next(one.status for one in conditions if one.type == "RuntimeReady"))
+
+    pod = await real.pod()
+    container = await real.run(pod, "sleep", "1000")
+    assert real.daemon.process is not None
+    for _ in range(2):
+        threads = Path(f"/proc/{real.daemon.process.pid}/task").glob("*/children")
+        children = [pid for thread in threads for pid in thread.read_text().split()]
+        (zygote,) = (pid for pid in children if Path(f"/proc/{pid}/comm").read_text() == "crib-zygote\n")
+        os.kill(int(zygote), signal.SIGKILL)
+        await until(lambda zygote=zygote: not Path(f"/proc/{zygote}").exists())  # type: ignore[misc]
+        other = await real.pod(real.pod_config("other"))  # waits for the next one
+        assert await ready()
+        assert (await real.sh(await real.run(other, "sleep", "1000"), "echo new")).stdout == b"new\n"
+        await real.remove(other)
+    assert (await real.sh(container, "echo still here")).stdout == b"still here\n"
+    assert real.daemon.log().count("a new zygote is there") == 2

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runtime.zygote.container import Container
 from runtime.zygote.log import LINE_BYTES, Log, Stream
 
 _LINE = re.compile(rb"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}Z) (stdout|stderr) ([FP]) (.*)\n", re.DOTALL)
@@ -117,3 +119,26 @@ class MemoryLog(Log):
 
     def _open(self) -> int:
         return self._memory
+
+
+def test_an_unfinished_line_is_there_when_the_end_is_told(tmp_path: Path) -> None:
+    mine, theirs = socket.socketpair()
+    fields = {"id": "c", "own_pid": True, "watches": False, "cgroup": "", "kill_dirs": [], "memory_events": ""}
+    container = Container(1, 0, os.dup(0), mine, fields | {"stdin": False, "stdin_once": False})
+    container.log = Log(str(tmp_path / "0.log"))
+    pipes = [os.pipe(), os.pipe()]
+    for (reading, writing), name in zip(pipes, (b"stdout", b"stderr"), strict=True):
+        container.add_stream(reading, name)
+        os.write(writing, b"last words")
+    os.close(pipes[0][1])
+    container.drain()
+    said = (tmp_path / "0.log").read_bytes()
+    assert parse(said) == [(b"stdout", b"P", b"last words")]  # the other pipe's holder may go on with its line
+    os.close(pipes[1][1])
+    container.drain()
+    assert parse((tmp_path / "0.log").read_bytes()[len(said) :]) == [(b"stderr", b"P", b"last words")]
+    container.log.close()
+    container.close()
+    theirs.close()
+    for reading, _ in pipes:
+        os.close(reading)

@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from runtime.zygote.messages import LIMIT_BYTES, VERSION, Kind, ProtocolError, pack, receive, send
+from runtime.zygote.messages import LIMIT_BYTES, VERSION, Kind, OtherVersion, ProtocolError, pack, receive, send
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
@@ -54,6 +54,7 @@ def test_the_end_of_the_stream_is_none() -> None:
         pack({}),
         pack({"v": VERSION}),
         pack({"v": VERSION + 1, "k": "ok"}),
+        pack({"k": "ok"}),
         pack({"v": VERSION, "k": "nonsense"}),
         pack({"v": VERSION, "k": "ok", "big": 5}),
         pack({"v": VERSION, "k": "ok"})[:-1],
@@ -84,3 +85,12 @@ def test_a_memfd_that_could_change_or_is_too_big_is_refused(size: int, sealed: b
             receive(right)
         assert set(os.listdir("/proc/self/fd")) == before | {str(left.fileno()), str(right.fileno())} & before
     os.close(memfd)
+
+
+def test_another_versions_message_can_be_answered() -> None:
+    left, right = pair()
+    with left, right:
+        left.send(pack({"v": VERSION + 1, "k": "never heard of", "n": 7, "what": "ever"}))
+        with pytest.raises(OtherVersion, match=f"version {VERSION + 1}") as caught:
+            receive(right)
+        assert caught.value.number == 7
