@@ -31,6 +31,7 @@ from e2e.registry import SetupError, serve
 
 NO_CRITEST = 3
 NO_SETUP = 4
+WEBSOCKET = ("-websocket-exec", "-websocket-attach", "-websocket-portforward")
 # Part of a spec's name, and why it fails through no fault of the runtime. Applied only with CRIB_TEST_IMAGES.
 KNOWN = {
     "public image with digest should be pulled and removed": "pulls by the digest of the published image, which a "
@@ -141,7 +142,8 @@ def _run(options: argparse.Namespace, program: str, console: Console) -> int:
             endpoint = stack.enter_context(cribd.run(registry, options.log_level, options.daemon_log)).endpoint
         version = cribd.call(endpoint, "Version")
         console.print(f"{version.runtime_name} {version.runtime_version} at {endpoint}", markup=False)
-        report = _critest(program, endpoint, options.critest, options.verbose, console)
+        extra = [*(WEBSOCKET if options.websocket else ()), *options.critest]
+        report = _critest(program, endpoint, extra, options.verbose, console)
         if options.report:
             options.report.write_text(json.dumps(report))
         if options.endpoint is None:
@@ -160,6 +162,7 @@ def main() -> int:
         epilog="What follows -- goes to critest: -ginkgo.focus REGEX, -ginkgo.skip REGEX, -parallel N (needs ginkgo).",
     )
     parser.add_argument("--endpoint", metavar="unix:///SOCKET", help="test what listens there instead of a cribd")
+    parser.add_argument("--websocket", action="store_true", help="exec, attach, port-forward by it instead of SPDY")
     parser.add_argument("--log-level", default="info", help="cribd's (%(default)s)")
     parser.add_argument("--daemon-log", type=Path, metavar="FILE", help="keep cribd's log there")
     parser.add_argument("--report", type=Path, metavar="FILE", help="keep ginkgo's JSON report there")

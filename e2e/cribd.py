@@ -21,7 +21,7 @@ from google.protobuf.message_factory import GetMessageClass
 from cri.api import cri_pb2 as api
 from cri.config import load
 from e2e.registry import SetupError
-from net import BridgeConfig, open_network
+from net import NetworkConfig, open_network
 from runtime.cgroup import detect
 
 _START_S = 60
@@ -92,7 +92,7 @@ def _take_away(settings: Path, root: Path) -> None:
     if not (root / "net").is_dir():  # it never came that far
         return
     config = load(settings, root=str(root))
-    network = open_network(config.instance, root / "net", BridgeConfig())
+    network = open_network(config.instance, root / "net", NetworkConfig())
     try:
         network.teardown()
     finally:

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests import enclosure
+from tests.limits import scaled
 
 # How long the kernel may take: a link goes some time after the last reference to its namespace, a cgroup's last
 # process is reaped after it was killed.
-SETTLE_S = 10.0
+SETTLE_S = scaled(10)
 
 # Where files of crib's could turn up outside of the directories that a test gives it. Tests have /run/netns to
 # themselves (see enclosure); the defaults of cribd are not theirs to use.

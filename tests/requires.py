@@ -20,6 +20,7 @@ from typing import NoReturn
 import pytest
 
 from tests import enclosure
+from tests.limits import scaled
 
 PROMISED = "CRIB_CI_REQUIRES"
 
@@ -77,7 +78,11 @@ def _rooted(command: str) -> str | None:
     if reason := _root():
         return reason
     tried = subprocess.run(
-        ["unshare", "--mount", "--net", "sh", "-euc", command], capture_output=True, text=True, timeout=30, check=False
+        ["unshare", "--mount", "--net", "sh", "-euc", command],
+        capture_output=True,
+        text=True,
+        timeout=scaled(30),
+        check=False,
     )
     return None if tried.returncode == 0 else (tried.stderr.strip() or f"exit code {tried.returncode} of {command}")
 

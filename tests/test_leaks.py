@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 
 from tests import enclosure, leaks
+from tests.limits import scaled
 from tests.requires import requires
 
 pytestmark = requires("root", "ip")
 
 
 def sh(command: str) -> None:
-    subprocess.run(["sh", "-euc", command], check=True, timeout=30)
+    subprocess.run(["sh", "-euc", command], check=True, timeout=scaled(30))
 
 
 def kill_orphan() -> None:

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.limits import scaled
+
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(scaled(600))
 @pytest.mark.parametrize("linter", ["ruff", "format", "mypy", "imports"])
 def test_linter_finds_nothing(linter: str) -> None:
     done = subprocess.run([ROOT / "hack/lint", linter], capture_output=True, text=True, check=False)

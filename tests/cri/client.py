@@ -12,6 +12,7 @@ from google.protobuf.message import Message
 
 from cri.api import cri_pb2 as pb
 from cri.api import crib_pb2
+from tests.limits import scaled
 
 
 class Client:
@@ -41,7 +42,7 @@ class Client:
 
 async def until(condition: Callable[[], object], timeout_s: float = 20) -> None:
     """Wait for what has no event to wait for."""
-    async with asyncio.timeout(timeout_s):
+    async with asyncio.timeout(scaled(timeout_s)):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 

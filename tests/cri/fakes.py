@@ -34,6 +34,7 @@ from runtime.engine import (
 from runtime.errors import InvalidSpec, NotFound, StepFailed, Unavailable, WrongState
 from runtime.images import Auth, FsUsage, Image, ImageConfig, Progress, RootFs
 from runtime.spec import Resources
+from tests.limits import scaled
 
 FIRST_PID = 1000
 
@@ -84,7 +85,7 @@ class World:
         """Every operation begins here: it is noted, may have to wait for a gate, and may fail."""
         self.calls.append(operation)
         if operation in self.gates:
-            assert self.gates[operation].wait(10), f"gate {operation} never opened"
+            assert self.gates[operation].wait(scaled(10)), f"gate {operation} never opened"
         if failures := self.failures.get(operation):
             raise failures.pop(0)
 
@@ -514,7 +515,7 @@ class FakeImages:
     ) -> Image:
         self.world.enter("pull")
         if ref == "endless":
-            cancelled.wait(10)
+            cancelled.wait(scaled(10))
             self.cancelled.set()
             raise Unavailable("cancelled")
         if ref not in self.remote:

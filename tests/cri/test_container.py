@@ -16,6 +16,7 @@ from tests.cri.client import container_config, create, pod_config, run, run_pod,
 from tests.cri.conftest import Served, Start
 from tests.cri.fakes import SIGTERM, FakeProcess
 from tests.cri.test_sandbox import code_of
+from tests.limits import scaled
 
 pytestmark = pytest.mark.asyncio
 
@@ -251,7 +252,7 @@ async def test_stopping_sends_one_signal_and_the_shortest_time_wins(served: Serv
     assert code == grpc.StatusCode.DEADLINE_EXCEEDED
     assert (await status(client, container)).state == pb.CONTAINER_RUNNING
     await client.StopContainer(stop_request(container, 1))
-    await asyncio.wait_for(patient, 5)
+    await asyncio.wait_for(patient, scaled(5))
     assert process(served, container).signals == [SIGTERM]
     assert (await status(client, container)).exit_code == 137
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.limits import scaled
 from tests.requires import requires
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +41,7 @@ def hack(name: str, code: int = 0, **environment: str) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
+        timeout=scaled(300),
         check=False,
     )
     assert done.returncode == code, done.stdout
@@ -53,7 +54,7 @@ def crib(*arguments: str) -> str:
 
 
 @real
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(scaled(400))
 def test_up_twice_and_down_twice(here: None) -> None:
     shown = hack("up")
     [pod] = json.loads(crib("pods", "-o", "json"))
@@ -73,7 +74,7 @@ def test_up_twice_and_down_twice(here: None) -> None:
 
 
 @real
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(scaled(400))
 def test_down_removes_pods_that_outlived_their_cribd(here: None) -> None:
     hack("up")
     cribd = os.pidfd_open(int((STATE / "cribd.pid").read_text()))

@@ -22,11 +22,12 @@ from net.netlink import Channel, Reply
 from net.netns import Pins
 from net.network import NetNs
 from runtime.linux.mount import mount, umount
+from tests.limits import scaled
 
 _PROGRAM = Path(__file__).with_name("namespace_program.py")
 _RTMGRP_LINK = 1
 _SO_RCVBUFFORCE = 33
-_DEADLINE_S = 10.0
+_DEADLINE_S = scaled(10)
 
 
 @dataclass

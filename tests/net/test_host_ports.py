@@ -17,6 +17,7 @@ from net import HostPort, Wants
 from net.bridge import BridgeNetwork
 from net.bridge.ipam import Leases
 from net.errors import AlreadyExists, InvalidSpec
+from tests.limits import scaled
 from tests.net.conftest import NewNetwork
 from tests.net.given import NewNamespace, inside, nft, pod
 from tests.net.namespaces import Namespace, pinned
@@ -35,7 +36,7 @@ def made(where: Namespace | None, family: int, kind: int, protocol: int = 0) -> 
     if where:
         return where.socket(family, kind, protocol)
     found = socket.socket(family, kind, protocol)
-    found.settimeout(10)
+    found.settimeout(scaled(10))
     return found
 
 
@@ -64,7 +65,7 @@ def reach(
         asking.connect((address, port))
         accepted, peer = answering.accept()
         with accepted:
-            accepted.settimeout(10)
+            accepted.settimeout(scaled(10))
             asking.sendall(b"ping")
             assert accepted.recv(16) == b"ping"
             accepted.sendall(b"pong")
@@ -243,7 +244,7 @@ def test_nobody_else_reaches_127_0_0_1(
         inside(path, "ip address delete 127.0.0.1/8 dev lo; ip route add 127.0.0.0/8 via 10.99.0.1")
         with socket.socket(type=socket.SOCK_DGRAM) as listening, socket.socket(type=socket.SOCK_DGRAM) as fair:
             listening.bind(("127.0.0.1", 0))
-            listening.settimeout(10)
+            listening.settimeout(scaled(10))
             for attacker in (bad, neighbour):
                 for port in (listening.getsockname()[1], 8080):
                     with attacker.socket(kind=socket.SOCK_DGRAM) as asking:

@@ -18,13 +18,14 @@ from runtime.images import RootFs
 from runtime.linux.probe import probe
 from runtime.spec import Capabilities, IDMapping, Linux, Mount, Namespace, Process, Resources, Root, Spec, User
 from runtime.zygote.launch import launch
+from tests.limits import scaled
 
 POD_ID = "a" * 64
 _APPLETS = (
     "sh cat echo env false grep hostname id ls mkdir mknod mount ps readlink setsid sleep stat touch true tty wc yes"
 )
 _CAPABILITIES = ("CAP_CHOWN", "CAP_KILL", "CAP_MKNOD", "CAP_SETGID", "CAP_SETUID")
-TIMEOUT_S = 30
+TIMEOUT_S = scaled(30)
 FIRST_ID, COUNT_IDS = 1 << 20, 1 << 16
 MAPS = ((0, FIRST_ID, COUNT_IDS),)
 

@@ -15,6 +15,7 @@ from runtime.errors import InvalidSpec
 from runtime.linux import libseccomp as lib
 from runtime.seccomp import _Arch, _prologue, bpf, flags
 from runtime.spec import Seccomp, SeccompArg, SeccompRule
+from tests.limits import scaled
 from tests.requires import requires
 from tests.runtime.bpf_machine import run
 
@@ -180,7 +181,7 @@ def under(given: Seccomp, *calls: str) -> list[int]:
         [sys.executable, "-m", "tests.runtime.seccomp_program", str(flags(given)), *calls],
         input=bpf(given),
         capture_output=True,
-        timeout=30,
+        timeout=scaled(30),
         check=True,
     )
     return [int(word) for word in done.stdout.split()]

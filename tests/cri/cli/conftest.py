@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 
 from tests.cri.cli.fake import IMAGE, Fake
+from tests.limits import scaled
 
-LIMIT_S = 60
+LIMIT_S = scaled(60)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cri.api import cri_pb2 as pb
-from tests.cri.cli.conftest import Crib
+from tests.cri.cli.conftest import LIMIT_S, Crib
 from tests.cri.cli.fake import IMAGE, LAYERS, REMOTE, Fake
 
 Start = Callable[..., str]
@@ -202,7 +202,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(crib: Crib, running: Start) -
         assert process.stdout is not None and process.stderr is not None
         assert process.stdout.readline() == b"1\n"
         process.stdout.close()
-        assert process.wait(60) == 141
+        assert process.wait(LIMIT_S) == 141
         assert process.stderr.read() == b""
 
 

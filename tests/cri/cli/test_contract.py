@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cri.cli.conftest import Crib
+from tests.cri.cli.conftest import LIMIT_S, Crib
 from tests.cri.cli.fake import IMAGE, Fake
 from tests.cri.real.daemon import REPOSITORY, Daemon
 from tests.requires import need, requires
@@ -109,7 +109,7 @@ def test_run_interrupted_stops_the_container_and_tells_its_last_words(crib: Crib
         assert process.stdout is not None and process.stdout.readline() == b"up\n"
         process.send_signal(signal.SIGTERM)
         assert process.stdout.read() == b"bye\n"
-        assert process.wait(60) == 5
+        assert process.wait(LIMIT_S) == 5
     assert crib.json("pods") == []
 
 
@@ -120,7 +120,7 @@ def test_run_interrupted_twice_kills_the_container(crib: Crib) -> None:
         process.send_signal(signal.SIGTERM)
         assert process.stdout.readline() == b"no\n"
         process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 137
+        assert process.wait(LIMIT_S) == 137
     assert crib.json("pods") == []
 
 
@@ -181,7 +181,7 @@ def test_logs_follow_until_the_end(crib: Crib, running: Start, tmp_path: Path) -
         assert process.stdout is not None and process.stdout.readline() == b"first\n"
         gate.write_text("second\n")
         assert process.stdout.read() == b"second\n"
-        assert process.wait(60) == 0
+        assert process.wait(LIMIT_S) == 0
 
 
 def test_exec_passes_everything_through(crib: Crib, running: Start) -> None:

@@ -18,6 +18,7 @@ import pytest_asyncio
 from cri.api import cri_pb2 as pb
 from tests.cri.client import Client
 from tests.cri.real.daemon import IMAGE, REPOSITORY, Daemon, load_image
+from tests.limits import scaled
 from tests.requires import need
 
 
@@ -80,7 +81,7 @@ class Real:
 
     async def ended(self, container: str) -> pb.ContainerStatus:
         """The status once the container has ended by itself."""
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(scaled(30)):
             while (found := await self.status(container)).state != pb.CONTAINER_EXITED:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         return found

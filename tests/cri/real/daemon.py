@@ -11,8 +11,9 @@ from pathlib import Path
 
 from cri.api import crib_pb2
 from tests.cri.client import Client
+from tests.limits import scaled
 
-TIMEOUT_S = 30
+TIMEOUT_S = scaled(30)
 IMAGE = "localhost/crib/busybox:latest"
 BUILTIN = '[network]\nplugin = "builtin"\n'  # whatever the machine has in /etc/cni
 REPOSITORY = Path(__file__).resolve().parents[3]

@@ -14,6 +14,7 @@ from cri.api import cri_pb2 as pb
 from tests.cri.real.conftest import Real
 from tests.cri.real.streams import attach_url, channels, spdy
 from tests.cri.streaming.client import Spdy, code
+from tests.limits import scaled
 from tests.requires import requires
 
 pytestmark = [pytest.mark.asyncio, requires("root", "busybox", "overlay")]
@@ -108,7 +109,7 @@ async def test_a_terminal(real: Real, pod: str) -> None:
         streams = await client.command("stdin", "stdout", "resize")
         await real.sh(container, "true")
         await streams["resize"].write(json.dumps({"Width": 99, "Height": 11}).encode())
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(scaled(20)):
             while True:
                 await streams["stdin"].write(b"stty size; echo e''nd\n")
                 if b"11 99\r\n" in await streams["stdout"].until(b"end\r\n"):
@@ -158,7 +159,7 @@ async def test_clients_that_come_and_go(real: Real, pod: str) -> None:
         if number % 3:
             client.writer.transport.abort()
         await client.close()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(scaled(20)):
         while len(os.listdir(f"/proc/{real.daemon.process.pid}/fd")) > before:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
     assert (await real.sh(container, "echo here")).stdout == b"here\n"

@@ -19,6 +19,7 @@ from tests.cri.real.conftest import Real
 from tests.cri.real.streams import channels, exec_url, spdy
 from tests.cri.streaming import frames
 from tests.cri.streaming.client import Refusal, Spdy, code
+from tests.limits import scaled
 from tests.requires import requires
 
 pytestmark = [pytest.mark.asyncio, requires("root", "busybox", "overlay")]
@@ -45,7 +46,7 @@ async def processes(real: Real, container: str, *wanted: str) -> None:
     script = "for p in /proc/[0-9]*; do grep -q 'State:.Z' $p/status || cat $p/comm 2>/dev/null; done"
     found: list[str] = []
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(scaled(10)):
             while found != sorted(wanted):
                 names = (await real.sh(container, script)).stdout.decode().split()
                 found = sorted(name for name in names if name not in ("sh", "cat", "grep"))
@@ -117,7 +118,7 @@ async def test_a_reader_that_keeps_windows_stops_the_writer(real: Real, pod: str
         while got < 64 << 10:
             got += len(await streams["stdout"].queue.get())
         assert got == 64 << 10, "the window, and no more"
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(scaled(10)):
             await real.sh(container, "true")
         assert streams["stdout"].queue.empty()
         assert streams["stderr"].queue.empty()
@@ -219,7 +220,7 @@ async def test_input_that_nobody_takes_any_more_does_not_hold_the_client(real: R
     container = await sleeper(real, pod)
     async with spdy(await exec_url(real, container, "sh", "-c", "exec <&-; sleep 1; echo over", stdin=True)) as client:
         streams = await client.command("stdin", "stdout", "stderr")
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(scaled(20)):
             await streams["stdin"].write(bytes(8 << 20))
         assert await streams["stdout"].got() == b"over\n"
 

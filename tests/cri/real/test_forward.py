@@ -18,6 +18,7 @@ from cri.api import cri_pb2 as pb
 from tests.cri.real.conftest import Real
 from tests.cri.real.streams import channels, forward_url, spdy
 from tests.cri.streaming.client import Spdy, Stream
+from tests.limits import scaled
 from tests.requires import requires
 
 pytestmark = [pytest.mark.asyncio, requires("root", "busybox", "bridge", "overlay", "nft")]
@@ -132,7 +133,7 @@ async def test_a_reader_that_stops_stops_its_own_connection_alone(real: Real, se
 async def test_host_network(real: Real) -> None:
     pod = await real.pod(real.pod_config(network=False))
     with socket.create_server(("127.0.0.1", 0)) as server:
-        server.settimeout(20)
+        server.settimeout(scaled(20))
         async with spdy(await forward_url(real, pod), _PROTOCOL) as client:
             connection = Forwarded(client, server.getsockname()[1], "0")
             await connection.data.write(b"hello")

@@ -9,9 +9,14 @@ import pytest
 
 from cri.api import cri_pb2 as pb
 from tests.cri.real.conftest import Real
+from tests.limits import scaled
 from tests.requires import requires
 
-pytestmark = [pytest.mark.asyncio, requires("root", "busybox", "bridge", "overlay", "nft"), pytest.mark.timeout(240)]
+pytestmark = [
+    pytest.mark.asyncio,
+    requires("root", "busybox", "bridge", "overlay", "nft"),
+    pytest.mark.timeout(scaled(240)),
+]
 PODS = 100
 
 

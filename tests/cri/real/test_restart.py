@@ -16,6 +16,7 @@ from cri.api import cri_pb2 as pb
 from tests.cri.client import until
 from tests.cri.real.conftest import Real
 from tests.cri.real.daemon import BUILTIN, REPOSITORY, Daemon
+from tests.limits import scaled
 from tests.requires import requires
 
 pytestmark = [pytest.mark.asyncio, requires("root", "busybox", "bridge", "overlay", "nft")]
@@ -106,7 +107,7 @@ async def test_one_cribd_per_directory(real: Real) -> None:
     second = await asyncio.create_subprocess_exec(
         *real.daemon.arguments, cwd=REPOSITORY, stderr=asyncio.subprocess.PIPE
     )
-    _, text = await asyncio.wait_for(second.communicate(), 20)
+    _, text = await asyncio.wait_for(second.communicate(), scaled(20))
     assert second.returncode == 1
     assert b"another cribd" in text
     assert (await real.client.Version(pb.VersionRequest())).runtime_name == "crib"
@@ -115,7 +116,7 @@ async def test_one_cribd_per_directory(real: Real) -> None:
 async def test_a_cribd_that_can_not_start_leaves_nothing(run_dir: Path) -> None:
     daemon = Daemon(run_dir, f'{BUILTIN}subnet = "300.0.0.0/16"\n')
     process = await asyncio.create_subprocess_exec(*daemon.arguments, cwd=REPOSITORY, stderr=asyncio.subprocess.PIPE)
-    _, text = await asyncio.wait_for(process.communicate(), 20)
+    _, text = await asyncio.wait_for(process.communicate(), scaled(20))
     assert process.returncode == 1
     assert b"300.0.0.0/16" in text
 

@@ -13,8 +13,9 @@ from wsproto.connection import Connection, ConnectionType
 from wsproto.events import BytesMessage, CloseConnection, Ping, TextMessage
 
 from tests.cri.streaming import frames
+from tests.limits import scaled
 
-TIMEOUT_S = 30
+TIMEOUT_S = scaled(30)
 
 
 class Refusal(Exception):
@@ -41,6 +42,7 @@ async def upgrade(url: str, headers: dict[str, str], method: str = "POST", tls: 
     if status != 101:
         body = (await reader.read()).decode()
         writer.close()
+        await writer.wait_closed()
         raise Refusal(status, body)
     return reader, writer, fields
 

@@ -23,6 +23,7 @@ from runtime.linux import libseccomp as lib
 from runtime.seccomp import bpf, flags
 from runtime.spec import Seccomp, SeccompArg, SeccompRule
 from tests.cri.translate.given import linux, sandbox_with, secured, spec
+from tests.limits import scaled
 from tests.requires import requires
 from tests.runtime.bpf_machine import run
 
@@ -272,7 +273,7 @@ def test_the_default_profile_under_the_kernel() -> None:
         [sys.executable, "-m", "tests.runtime.seccomp_program", str(flags(default())), *calls.values()],
         input=bpf(default()),
         capture_output=True,
-        timeout=30,
+        timeout=scaled(30),
         check=True,
     )
     answers = dict(zip(calls, map(int, done.stdout.split()), strict=True))

@@ -16,8 +16,9 @@ import pytest
 from runtime.cgroup import Cgroups, detect, files
 from runtime.spec import Resources
 from tests import requires
+from tests.limits import scaled
 
-DEADLINE_S = 60  # a system call in the virtual machine costs many times the native one
+DEADLINE_S = scaled(30)
 
 # Joins the cgroups whose files are its arguments, says so and runs the test's program once a line comes in.
 _PROLOGUE = """

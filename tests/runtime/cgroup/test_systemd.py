@@ -18,6 +18,7 @@ from runtime.cgroup.guard import Guard
 from runtime.errors import DeadlineExceeded, InvalidSpec, Unavailable
 from runtime.linux import inotify
 from runtime.spec import CPU, BlockIO, DeviceCgroup, HugepageLimit, Memory, Pids, Resources, ThrottleDevice
+from tests.limits import scaled
 from tests.requires import requires
 from tests.runtime.cgroup.conftest import DEADLINE_S, Place
 
@@ -133,7 +134,9 @@ def test_both_ways_to_systemd(path: str) -> None:
 
 
 def _systemctl(*arguments: str) -> str:
-    return subprocess.run(["systemctl", *arguments], check=True, capture_output=True, text=True, timeout=60).stdout
+    return subprocess.run(
+        ["systemctl", *arguments], check=True, capture_output=True, text=True, timeout=scaled(60)
+    ).stdout
 
 
 def _files(path: str) -> dict[str, str]:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from runtime.images import Images, ImagesConfig
+from tests.limits import scaled
 from tests.requires import need
 from tests.runtime.images.given import Built, Liar, Pusher, free_port, layer, serving
 
@@ -91,7 +92,7 @@ def docker_registry(directory: Path, tls: tuple[Path, Path] | None = None, passw
         deadline = time.monotonic() + 60
         while True:
             try:
-                socket.create_connection(("127.0.0.1", port), timeout=5).close()
+                socket.create_connection(("127.0.0.1", port), timeout=scaled(5)).close()
                 break
             except ConnectionRefusedError:
                 if process.poll() is not None or time.monotonic() > deadline:

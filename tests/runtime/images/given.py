@@ -20,6 +20,8 @@ from urllib.parse import urlsplit
 
 import zstandard
 
+from tests.limits import scaled
+
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
 OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 OCI_CONFIG = "application/vnd.oci.image.config.v1+json"
@@ -176,9 +178,9 @@ class Pusher:
         port = parts.port
         assert parts.hostname
         connection = (
-            HTTPSConnection(parts.hostname, port, timeout=30, context=self._context)
+            HTTPSConnection(parts.hostname, port, timeout=scaled(30), context=self._context)
             if parts.scheme == "https"
-            else HTTPConnection(parts.hostname, port, timeout=30)
+            else HTTPConnection(parts.hostname, port, timeout=scaled(30))
         )
         headers = self._headers | ({"Content-Type": content_type} if content_type else {})
         try:

@@ -14,6 +14,7 @@ import pytest
 from runtime.errors import Cancelled, CribError, Exhausted, NotFound
 from runtime.images import Auth, Images
 from runtime.images.errors import BadContent, BadImage, RegistryDenied, RegistryUnavailable
+from tests.limits import scaled
 from tests.requires import requires
 from tests.runtime.images.conftest import OpenStore, Served
 from tests.runtime.images.given import Answer, Built, Layer, Liar, Request, build, compressed, digest, layer, serving
@@ -193,7 +194,7 @@ def stall(liar: Liar, key: str) -> Answer:
         request.end_headers()
         request.wfile.write(body[: len(body) // 2])
         request.wfile.flush()
-        liar.release.wait(60)
+        liar.release.wait(scaled(60))
 
     return answer
 
@@ -207,7 +208,7 @@ def test_a_stalled_socket(open_store: OpenStore, liar: Liar, left: Left) -> None
 
 def silence(liar: Liar, key: str) -> Answer:
     def answer(request: Request) -> None:
-        liar.release.wait(60)
+        liar.release.wait(scaled(60))
 
     return answer
 
@@ -244,7 +245,7 @@ def test_one_of_two_gives_up(images: Images, liar: Liar) -> None:
     key = big_layer(liar.built)
 
     def late(request: Request) -> None:
-        liar.release.wait(60)
+        liar.release.wait(scaled(60))
         liar.honest(request)
 
     liar.lies[key] = late

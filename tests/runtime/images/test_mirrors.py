@@ -13,6 +13,7 @@ import pytest
 
 from runtime.images import Images
 from runtime.images.errors import BadContent, BadImage, RegistryUnavailable
+from tests.limits import scaled
 from tests.requires import requires
 from tests.runtime.images.conftest import OpenStore
 from tests.runtime.images.given import Built, Layer, Liar, Request, build, serving
@@ -114,7 +115,7 @@ def test_large_layers_come_in_parallel(open_store: OpenStore, large: Built, left
     images = open_store(**RANGES)
     key = biggest(large)
     with serving(large) as liar:
-        together = threading.Barrier(3, timeout=30)
+        together = threading.Barrier(3, timeout=scaled(30))
 
         def held(request: Request) -> None:
             """The first three pieces after the first are asked for before one of them is answered."""

@@ -11,6 +11,7 @@ import pytest
 from runtime.errors import Cancelled, InvalidSpec, NotFound, Unsupported
 from runtime.images import Auth, Image, Images, Progress
 from runtime.images.errors import BadContent, RegistryDenied, RegistryUnavailable
+from tests.limits import scaled
 from tests.requires import requires
 from tests.runtime.images.conftest import OpenStore, Served
 from tests.runtime.images.given import ARCHITECTURE, Layer, Pusher, build, digest, free_port, index, layer
@@ -153,7 +154,7 @@ def test_the_same_image_in_two_repositories(images: Images, registry: Served) ->
 def test_two_pulls_are_one_transfer(images: Images, registry: Served) -> None:
     built = build(*(layer(**{f"f{n}": "x" * 50_000}) for n in range(4)))
     registry.pusher.push("together", "latest", built)
-    gate = threading.Barrier(4, timeout=30)
+    gate = threading.Barrier(4, timeout=scaled(30))
     results: list[Image] = []
 
     def pull() -> None:

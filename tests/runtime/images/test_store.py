@@ -19,6 +19,7 @@ import pytest
 from runtime.errors import AlreadyExists, Exhausted, InvalidSpec, NotFound, Unavailable, Unsupported, WrongState
 from runtime.images import Image, Images
 from runtime.images.errors import BadImage
+from tests.limits import scaled
 from tests.requires import requires
 from tests.runtime.images.conftest import OpenStore, Served, tree_of
 from tests.runtime.images.given import Built, Layer, build, compressed, docker_archive, layer, oci_archive
@@ -496,7 +497,7 @@ time.sleep(60)
 """
 # How often the two tests below kill; CRIB_KILLS=200 is what a release wants.
 KILLS = int(os.environ.get("CRIB_KILLS", "12"))
-KILLS_LIMIT_S = (60 + 6 * KILLS) * float(os.environ.get("CRIB_TEST_TIMEOUT_SCALE", "1"))
+KILLS_LIMIT_S = scaled(60 + 6 * KILLS)
 
 
 def whole(images: Images) -> None:
