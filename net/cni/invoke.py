@@ -20,7 +20,7 @@ OUTPUT_LIMIT_BYTES: Final = 1 << 20
 _STDERR_LIMIT_BYTES: Final = 4096  # the last of it
 _READ_BYTES: Final = 1 << 16
 _PRIVATE: Final = ("NOTIFY_SOCKET", "LISTEN_FDS", "LISTEN_PID", "LISTEN_FDNAMES")  # systemd speaks to cribd with these
-_SWEEPS: Final = 8
+_MARK: Final = "CRIB_PLUGIN_RUN"
 _REAP_S: Final = 5.0
 
 
@@ -58,6 +58,7 @@ def run(path: str, environment: Mapping[str, str], conf: bytes, deadline: float)
     """
     inherited = {key: value for key, value in os.environ.items() if key not in _PRIVATE}
     name = os.path.basename(path)
+    mark = os.urandom(16).hex()
     with _file(conf) as stdin:
         try:
             process = subprocess.Popen(
@@ -65,7 +66,7 @@ def run(path: str, environment: Mapping[str, str], conf: bytes, deadline: float)
                 stdin=stdin,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
-                env={**inherited, **environment},
+                env={**inherited, **environment, _MARK: mark},
                 cwd="/",
                 bufsize=0,
                 start_new_session=True,
@@ -78,7 +79,7 @@ def run(path: str, environment: Mapping[str, str], conf: bytes, deadline: float)
         try:
             return _follow(process, stdout, stderr, name, deadline)
         except BaseException:
-            _kill(process)
+            _kill(process, f"{_MARK}={mark}".encode())
             raise
 
 
@@ -143,42 +144,76 @@ def _file(data: bytes) -> Iterator[int]:
         os.close(fd)
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill the plugin and its descendants, those in sessions of their own as well."""
-    known: set[int] = set()
-    for _ in range(_SWEEPS):
-        found = {process.pid, *_family(process.pid, known)}
-        if found <= known:
-            break
-        for pid in found - known:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        known |= found
+@dataclass(frozen=True, slots=True)
+class _Process:
+    """A line of the process table; `started` tells it from a later one with the same number."""
+
+    parent: int
+    session: int
+    started: int
+    marked: bool
+
+
+def _kill(process: subprocess.Popen[bytes], mark: bytes) -> None:
+    """Kill the plugin and all it has started, in sessions of their own and orphaned ones as well.
+
+    First everything is stopped, since what is stopped neither forks nor leaves its parent; then killed. What was
+    orphaned before is known by the mark in its environment, so one that has cleared that, too, is a daemon and stays.
+    """
+    held: dict[tuple[int, int], int] = {}
+    try:
+        while found := _family(process.pid, mark) - held.keys():
+            for pid, started in found:
+                if (fd := _hold(pid, started)) is not None:
+                    held[pid, started] = fd
+                    _signal(fd, signal.SIGSTOP)
+        for fd in held.values():
+            _signal(fd, signal.SIGKILL)
+    finally:
+        for fd in held.values():
+            os.close(fd)
     try:
         process.wait(_REAP_S)
     except subprocess.TimeoutExpired as error:  # in an uninterruptible call
         raise DeadlineExceeded(f"plugin {process.args!r}: does not end when killed") from error
 
 
-def _family(leader: int, known: set[int]) -> set[int]:
-    """Processes of the session that `leader` leads, and descendants of it and of those that are `known`."""
-    parents: dict[int, int] = {}
-    found: set[int] = set()
-    for name in os.listdir("/proc"):
-        if not name.isdigit():
-            continue
-        try:
-            with open(f"/proc/{name}/stat", "rb") as file:
-                fields = file.read().rpartition(b")")[2].split()
-        except OSError:
-            continue
-        if fields[0] in (b"Z", b"X"):
-            continue
-        parents[int(name)] = int(fields[1])
-        if int(fields[3]) == leader:
-            found.add(int(name))
-    family = {leader, *known}
-    while more := {pid for pid, parent in parents.items() if parent in family} - family:
-        family |= more
-        found |= more
-    return found
+def _hold(pid: int, started: int) -> int | None:
+    """A descriptor of the process that the table showed; None when it has gone meanwhile."""
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
+    now = _look(pid, b"")
+    if now and now.started == started:
+        return fd
+    os.close(fd)
+    return None
+
+
+def _signal(fd: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(fd, number)
+
+
+def _family(leader: int, mark: bytes) -> set[tuple[int, int]]:
+    """The leader, its descendants, those of its session and what bears the mark: by number and start."""
+    table = {int(name): found for name in os.listdir("/proc") if name.isdigit() and (found := _look(int(name), mark))}
+    chosen = {pid for pid, one in table.items() if pid == leader or one.session == leader or one.marked}
+    while more := {pid for pid, one in table.items() if one.parent in chosen} - chosen:
+        chosen |= more
+    return {(pid, table[pid].started) for pid in chosen}
+
+
+def _look(pid: int, mark: bytes) -> _Process | None:
+    """None for one that has ended."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            marked = bool(mark) and mark in file.read().split(b"\0")
+    except OSError:
+        return None
+    if fields[0] in (b"Z", b"X"):
+        return None
+    return _Process(parent=int(fields[1]), session=int(fields[3]), started=int(fields[19]), marked=marked)

@@ -3,7 +3,7 @@
 
 `log`: a file that each call is added to, as a line of JSON. `fail`: {"ADD": {...}} prints that error and exits 1.
 `say`: {"ADD": "text"} prints the text and exits 0. `result`: what ADD prints (default: prevResult, or one address).
-`hang`: a list of commands that never end, with a child in another session; its pid goes to <log>.pid.
+`hang`: a list of commands that never end, with children that try to get away; all pids go to <log>.pid.
 `versions`: what it says it speaks.
 """
 
@@ -27,8 +27,11 @@ def main() -> int:
             file.write(json.dumps({"command": command, "env": seen, "conf": conf}) + "\n")
     if command in conf.get("hang", ()):
         child = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+        bare = subprocess.Popen(["sleep", "1000"], start_new_session=True, env={})
+        script = "setsid sh -c 'setsid sleep 1000 >/dev/null 2>&1 & echo $!'"  # its parents are gone when it runs
+        orphan = subprocess.run(["sh", "-c", script], stdout=subprocess.PIPE, check=True, stdin=subprocess.DEVNULL)
         with open(f"{log}.pid", "w") as file:
-            file.write(f"{os.getpid()} {child.pid}")
+            file.write(f"{os.getpid()} {child.pid} {bare.pid} {orphan.stdout.decode()}")
         print("about to hang", file=sys.stderr, flush=True)
         child.wait()
     if said := conf.get("say", {}).get(command):

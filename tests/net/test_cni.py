@@ -322,9 +322,11 @@ def test_a_plugin_that_hangs(tmp_path: Path, namespace: Namespace) -> None:
     with pytest.raises(DeadlineExceeded, match=r"plugin one: not done in time \(stderr: about to hang\)"):
         host.network.attach(pod(1), namespace.netns())
     assert time.monotonic() - began < 5
-    for number in (tmp_path / "log.pid").read_text().split():
+    numbers = (tmp_path / "log.pid").read_text().split()
+    assert len(numbers) == 4
+    for number in numbers:
         path = Path("/proc", number, "stat")
-        assert not path.exists() or path.read_text().rpartition(")")[2].split()[0] == "Z"
+        assert not path.exists() or path.read_text().rpartition(")")[2].split()[0] == "Z", number
     assert host.cached() == []
 
 
