@@ -102,6 +102,66 @@ class NetworkStatus:
     message: str = ""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """A network of this node; `detail` is where it comes from. Of several the `current` one gets new pods."""
+
+    name: str
+    kind: str
+    current: bool
+    ranges: tuple[str, ...]
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hold:
+    """What a sandbox holds of a network: addresses and host ports; none of the latter once it is `released`.
+
+    `since_ns` is 0 where nobody has noted it.
+    """
+
+    network: str
+    pod: PodIdentity
+    addresses: tuple[str, ...]
+    host_interface: str
+    host_ports: tuple[HostPort, ...]
+    since_ns: int
+    released: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A rule that the kernel has now; `text` says what it is for."""
+
+    table: str
+    chain: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inventory:
+    """Networks, what pods hold of them, and the rules made for that."""
+
+    networks: tuple[Subject, ...] = ()
+    holds: tuple[Hold, ...] = ()
+    rules: tuple[Rule, ...] = ()
+
+    def __add__(self, other: "Inventory") -> "Inventory":
+        return Inventory(
+            networks=self.networks + other.networks, holds=self.holds + other.holds, rules=self.rules + other.rules
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """Something that pods' traffic needs of this host; `fix` says what to do while `ok` is false."""
+
+    name: str
+    ok: bool
+    detail: str
+    fix: str = ""
+
+
 class Network(Protocol):
     """Gives pods addresses. Safe to use from several threads; calls for one sandbox must not overlap.
 
@@ -132,6 +192,12 @@ class Network(Protocol):
 
     def status(self) -> NetworkStatus:
         """Whether pods can be attached now, and why not. Tries to repair first."""
+
+    def inventory(self) -> Inventory:
+        """What there is: from the records, and the rules from the kernel."""
+
+    def check_host(self) -> list[Finding]:
+        """What this host has, and lacks, of what the network needs."""
 
     def reconcile(self, known: set[str]) -> None:
         """Free what no sandbox in `known` owns. For the start of the daemon, before pods are made."""

@@ -72,6 +72,7 @@ _DEL_TABLE: Final = 2
 _NEW_CHAIN: Final = 3
 _GET_CHAIN: Final = 4
 _NEW_RULE: Final = 6
+_GET_RULE: Final = 7
 _NEW_SET: Final = 9
 _NEW_ELEMENT: Final = 12
 _DEL_ELEMENT: Final = 14
@@ -88,6 +89,7 @@ _FIB_ADDRESS_TYPE: Final = 3
 _FIB_DESTINATION: Final = 2
 _LOCAL: Final = 2  # RTN_LOCAL
 _DESTINATION_NAT: Final = 1
+_COMMENT: Final = 0  # NFTNL_UDATA_RULE_COMMENT
 _ELEMENTS_AT_ONCE: Final = 256  # an attribute holds at most 64 KiB
 
 _HEADER: Final = struct.Struct("!BBH")  # nfgenmsg: family, version, resource
@@ -120,9 +122,12 @@ def base_chain(table: str, name: str, kind: str, hook: int, priority: int) -> Re
     return _request(_NEW_CHAIN, NLM_F_CREATE, text(1, table), text(3, name), where, text(7, kind))
 
 
-def rule(table: str, name: str, *expressions: bytes) -> Request:
-    """A rule at the end of the chain."""
-    return _request(_NEW_RULE, NLM_F_CREATE | NLM_F_APPEND, text(1, table), text(2, name), nest(4, *expressions))
+def rule(table: str, name: str, comment: str, *expressions: bytes) -> Request:
+    """A rule at the end of the chain; nft(8) shows the comment, of at most 127 bytes."""
+    said = comment.encode() + b"\0"
+    shown = attr(7, bytes([_COMMENT, len(said)]) + said)
+    flags = NLM_F_CREATE | NLM_F_APPEND
+    return _request(_NEW_RULE, flags, text(1, table), text(2, name), nest(4, *expressions), shown)
 
 
 def make_set(table: str, name: str, number: int, key: Sequence[int], data: Sequence[int] = ()) -> Request:
@@ -284,6 +289,20 @@ def exists(table: str) -> bool:
             return bool(channel.get(_request(_GET_TABLE, 0, text(1, table))))
     except (NetlinkError, Unsupported):
         return False
+
+
+def rules(table: str) -> list[tuple[str, str]]:
+    """Chain and comment of each of the table's rules; none where there is no such table. Raises Unsupported, OSError."""
+    found = []
+    with _channel() as channel:
+        replies = channel.dump(_request(_GET_RULE, 0, text(1, table)))
+    for reply in replies:
+        listed = attributes(reply.body[_HEADER.size :])
+        if listed[1] == table.encode() + b"\0":
+            said = listed.get(7, b"")
+            comment = said[2 : 2 + said[1]] if said[:1] == bytes([_COMMENT]) else b""
+            found.append(tuple(value.rstrip(b"\0").decode(errors="replace") for value in (listed[2], comment)))
+    return [(chain, comment) for chain, comment in found]
 
 
 def forward_drops() -> list[str]:

@@ -12,7 +12,17 @@ from typing import Final
 from net.bridge import BridgeConfig, BridgeNetwork
 from net.cni import CniConfig, CniNetwork
 from net.errors import InvalidSpec, Unavailable, WrongState
-from net.network import NOTHING, Attachment, NetNs, Network, NetworkStatus, PodIdentity, Wants
+from net.network import (
+    NOTHING,
+    Attachment,
+    Finding,
+    Inventory,
+    NetNs,
+    Network,
+    NetworkStatus,
+    PodIdentity,
+    Wants,
+)
 
 CHOICES: Final = ("auto", "cni", "builtin")
 
@@ -81,6 +91,15 @@ class NodeNetwork:
             except WrongState:
                 self.bridge.status()
         return self.cni.status()
+
+    def inventory(self) -> Inventory:
+        builtin = self.builtin
+        return self.bridge.inventory(current=builtin) + self.cni.inventory(current=not builtin)
+
+    def check_host(self) -> list[Finding]:
+        if self.builtin:
+            return self.bridge.check_host()
+        return [*(self.bridge.check_host() if self.bridge.used else ()), *self.cni.check_host()]
 
     def reconcile(self, known: set[str]) -> None:
         self.bridge.reconcile(known)

@@ -215,3 +215,97 @@ class Probe(_message.Message):
     detail: str
     fallback: str
     def __init__(self, name: _Optional[str] = ..., ok: _Optional[bool] = ..., detail: _Optional[str] = ..., fallback: _Optional[str] = ...) -> None: ...
+
+class NetworkRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class NetworkResponse(_message.Message):
+    __slots__ = ("networks", "holds", "rules")
+    NETWORKS_FIELD_NUMBER: _ClassVar[int]
+    HOLDS_FIELD_NUMBER: _ClassVar[int]
+    RULES_FIELD_NUMBER: _ClassVar[int]
+    networks: _containers.RepeatedCompositeFieldContainer[NodeNetwork]
+    holds: _containers.RepeatedCompositeFieldContainer[NetworkHold]
+    rules: _containers.RepeatedCompositeFieldContainer[NetworkRule]
+    def __init__(self, networks: _Optional[_Iterable[_Union[NodeNetwork, _Mapping]]] = ..., holds: _Optional[_Iterable[_Union[NetworkHold, _Mapping]]] = ..., rules: _Optional[_Iterable[_Union[NetworkRule, _Mapping]]] = ...) -> None: ...
+
+class NodeNetwork(_message.Message):
+    __slots__ = ("name", "kind", "current", "ranges", "detail")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    CURRENT_FIELD_NUMBER: _ClassVar[int]
+    RANGES_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    kind: str
+    current: bool
+    ranges: _containers.RepeatedScalarFieldContainer[str]
+    detail: str
+    def __init__(self, name: _Optional[str] = ..., kind: _Optional[str] = ..., current: _Optional[bool] = ..., ranges: _Optional[_Iterable[str]] = ..., detail: _Optional[str] = ...) -> None: ...
+
+class NetworkHold(_message.Message):
+    __slots__ = ("network", "pod", "pod_name", "pod_namespace", "addresses", "host_interface", "host_ports", "since_ns", "released")
+    NETWORK_FIELD_NUMBER: _ClassVar[int]
+    POD_FIELD_NUMBER: _ClassVar[int]
+    POD_NAME_FIELD_NUMBER: _ClassVar[int]
+    POD_NAMESPACE_FIELD_NUMBER: _ClassVar[int]
+    ADDRESSES_FIELD_NUMBER: _ClassVar[int]
+    HOST_INTERFACE_FIELD_NUMBER: _ClassVar[int]
+    HOST_PORTS_FIELD_NUMBER: _ClassVar[int]
+    SINCE_NS_FIELD_NUMBER: _ClassVar[int]
+    RELEASED_FIELD_NUMBER: _ClassVar[int]
+    network: str
+    pod: str
+    pod_name: str
+    pod_namespace: str
+    addresses: _containers.RepeatedScalarFieldContainer[str]
+    host_interface: str
+    host_ports: _containers.RepeatedCompositeFieldContainer[NetworkHostPort]
+    since_ns: int
+    released: bool
+    def __init__(self, network: _Optional[str] = ..., pod: _Optional[str] = ..., pod_name: _Optional[str] = ..., pod_namespace: _Optional[str] = ..., addresses: _Optional[_Iterable[str]] = ..., host_interface: _Optional[str] = ..., host_ports: _Optional[_Iterable[_Union[NetworkHostPort, _Mapping]]] = ..., since_ns: _Optional[int] = ..., released: _Optional[bool] = ...) -> None: ...
+
+class NetworkHostPort(_message.Message):
+    __slots__ = ("protocol", "host_ip", "host_port", "container_port")
+    PROTOCOL_FIELD_NUMBER: _ClassVar[int]
+    HOST_IP_FIELD_NUMBER: _ClassVar[int]
+    HOST_PORT_FIELD_NUMBER: _ClassVar[int]
+    CONTAINER_PORT_FIELD_NUMBER: _ClassVar[int]
+    protocol: str
+    host_ip: str
+    host_port: int
+    container_port: int
+    def __init__(self, protocol: _Optional[str] = ..., host_ip: _Optional[str] = ..., host_port: _Optional[int] = ..., container_port: _Optional[int] = ...) -> None: ...
+
+class NetworkRule(_message.Message):
+    __slots__ = ("table", "chain", "text")
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    CHAIN_FIELD_NUMBER: _ClassVar[int]
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    table: str
+    chain: str
+    text: str
+    def __init__(self, table: _Optional[str] = ..., chain: _Optional[str] = ..., text: _Optional[str] = ...) -> None: ...
+
+class CheckNetworkRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class CheckNetworkResponse(_message.Message):
+    __slots__ = ("findings",)
+    FINDINGS_FIELD_NUMBER: _ClassVar[int]
+    findings: _containers.RepeatedCompositeFieldContainer[NetworkFinding]
+    def __init__(self, findings: _Optional[_Iterable[_Union[NetworkFinding, _Mapping]]] = ...) -> None: ...
+
+class NetworkFinding(_message.Message):
+    __slots__ = ("name", "ok", "detail", "fix")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    OK_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    FIX_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    ok: bool
+    detail: str
+    fix: str
+    def __init__(self, name: _Optional[str] = ..., ok: _Optional[bool] = ..., detail: _Optional[str] = ..., fix: _Optional[str] = ...) -> None: ...

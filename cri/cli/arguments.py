@@ -115,6 +115,13 @@ def parser() -> argparse.ArgumentParser:
     rm.add_argument("-a", "--all", action="store_true", help="every pod on the node")
     plan = command("plan", "node:plan", "the steps that a pod or container was built with, and what each cost")
     plan.add_argument("things", metavar="ID", nargs="+")
+    net = command(
+        "net", "net:show_networks", "networks, and the addresses, host ports and rules that pods have of them"
+    )
+    parts = net.add_subparsers(metavar="COMMAND", parser_class=_Parser)
+    text = "what this host lacks for pods' traffic, and what to do about it"
+    part = parts.add_parser("check", help=text, description=text, parents=[_common()], allow_abbrev=False)
+    part.set_defaults(handler="net:check")
     command("doctor", "node:doctor", "whether cribd is ready, and what this kernel offers it")
     command("version", "node:version", "versions of crib and cribd")
     return top

@@ -20,6 +20,7 @@ _COLOURS: Final = {
     "not-ready": "dim",
     "no": "red",
 }
+_FOLDED: Final = ("STEP", "DETAIL", "FIX")  # of columns with sentences nothing is left out
 
 
 def show(rows: Sequence[Row], columns: Mapping[str, Callable[[Row], str]], as_json: bool) -> None:
@@ -44,7 +45,8 @@ def _show_rich(titles: list[str], lines: list[list[str]]) -> None:
 
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
     for title in titles:
-        table.add_column(title, no_wrap=title != "STEP", overflow="fold" if title == "STEP" else "ellipsis")
+        folded = title in _FOLDED
+        table.add_column(title, no_wrap=not folded, overflow="fold" if folded else "ellipsis")
     for line in lines:
         table.add_row(*(Text(cell, style=_COLOURS.get(cell.partition(" ")[0], "")) for cell in line))
     Console(highlight=False).print(table)

@@ -44,6 +44,8 @@ class CribCalls:
             "Storage": self.storage,
             "Plan": self.plan,
             "Doctor": self.doctor,
+            "Network": self.network,
+            "CheckNetwork": self.check_network,
         }
 
     async def load(self, requests: AsyncIterator[pb.LoadRequest], call: Call) -> pb.LoadResponse:
@@ -204,3 +206,41 @@ class CribCalls:
         for kind, id, error in node.store.quarantined():
             probes.append(pb.Probe(name=f"record of {kind} {id[:12]}", ok=False, detail=error, fallback="set aside"))
         return pb.DoctorResponse(probes=probes)
+
+    async def network(self, request: pb.NetworkRequest, call: Call) -> pb.NetworkResponse:
+        found = await self._node.work(self._node.network.inventory)
+        return pb.NetworkResponse(
+            networks=[
+                pb.NodeNetwork(name=one.name, kind=one.kind, current=one.current, ranges=one.ranges, detail=one.detail)
+                for one in found.networks
+            ],
+            holds=[
+                pb.NetworkHold(
+                    network=hold.network,
+                    pod=hold.pod.sandbox_id,
+                    pod_name=hold.pod.name,
+                    pod_namespace=hold.pod.namespace,
+                    addresses=hold.addresses,
+                    host_interface=hold.host_interface,
+                    host_ports=[
+                        pb.NetworkHostPort(
+                            protocol=port.protocol,
+                            host_ip=port.host_ip,
+                            host_port=port.host_port,
+                            container_port=port.container_port,
+                        )
+                        for port in hold.host_ports
+                    ],
+                    since_ns=hold.since_ns,
+                    released=hold.released,
+                )
+                for hold in found.holds
+            ],
+            rules=[pb.NetworkRule(table=rule.table, chain=rule.chain, text=rule.text) for rule in found.rules],
+        )
+
+    async def check_network(self, request: pb.CheckNetworkRequest, call: Call) -> pb.CheckNetworkResponse:
+        found = await self._node.work(self._node.network.check_host)
+        return pb.CheckNetworkResponse(
+            findings=[pb.NetworkFinding(name=one.name, ok=one.ok, detail=one.detail, fix=one.fix) for one in found]
+        )

@@ -17,14 +17,14 @@ from ipaddress import ip_interface, ip_network
 from pathlib import Path
 from typing import Final
 
-from net import nftables, rtnetlink
-from net.bridge import pair, subnet, sysctl
+from net import nftables, rtnetlink, sysctl
+from net.bridge import pair, report, subnet
 from net.bridge.ipam import Lease, Leases
 from net.bridge.pair import Bridge
 from net.bridge.rules import Rules, check
 from net.errors import CribError, DeadlineExceeded, Exhausted, InvalidSpec, Unavailable, Unsupported, WrongState
 from net.netlink import Channel, NetlinkError
-from net.network import NOTHING, Attachment, NetNs, NetworkStatus, PodIdentity, Wants
+from net.network import NOTHING, Attachment, Finding, Inventory, NetNs, NetworkStatus, PodIdentity, Wants
 from net.rtnetlink import IpNetwork, Link
 
 logger = logging.getLogger(__name__)
@@ -322,6 +322,20 @@ class BridgeNetwork:
     def _recorded(self) -> list[IpNetwork]:
         """The subnets that leases count in, also before `setup`."""
         return [ip_network(recorded) for recorded in self._leases.subnets()]
+
+    # Looking at it
+
+    def inventory(self, *, current: bool = True) -> Inventory:
+        with _explained(f"bridge {self.bridge}"):
+            return report.inventory(self.bridge, self._rules.table, self._leases, current=current)
+
+    def check_host(self) -> list[Finding]:
+        status = self.status()
+        ready = self._ready
+        subnets = ready.subnets if ready else tuple(self._recorded())
+        with _explained(f"bridge {self.bridge}"):
+            rules = self._rules.table if self._config.masquerade else ""
+            return report.check(status, self.bridge, rules, subnets)
 
     # Records and the world
 

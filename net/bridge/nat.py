@@ -44,29 +44,33 @@ def table(
         requests += [
             # Packets to or from 127.0.0.0/8 that a link brought: CVE-2020-8558.
             nft.base_chain(name, "guard", "filter", nft.PRE_ROUTING, nft.PRIORITY_RAW),
-            nft.rule(name, "guard", *_foreign(nft.DESTINATION)),
-            nft.rule(name, "guard", *_foreign(nft.SOURCE)),
+            nft.rule(name, "guard", "to 127.0.0.0/8 from a link: dropped", *_foreign(nft.DESTINATION)),
+            nft.rule(name, "guard", "from 127.0.0.0/8 by a link: dropped", *_foreign(nft.SOURCE)),
             nft.chain(name, "hostports"),
         ]
         for subnet in subnets:
             requests += _translations(name, subnet.version)
         for hook, chain in ((nft.PRE_ROUTING, "prerouting"), (nft.LOCAL_OUT, "output")):
             requests.append(nft.base_chain(name, chain, "nat", hook, nft.PRIORITY_DESTINATION_NAT))
-            requests.append(nft.rule(name, chain, *nft.destination_is_local(), nft.jump("hostports")))
+            local = [*nft.destination_is_local(), nft.jump("hostports")]
+            requests.append(nft.rule(name, chain, "to this node: maybe to a host port", *local))
     requests.append(nft.base_chain(name, "postrouting", "nat", nft.POST_ROUTING, nft.PRIORITY_SOURCE_NAT))
     for subnet in subnets:
         inside = [*nft.version_is(subnet.version), *nft.address_in(subnet, nft.SOURCE)]
         if masquerade:
             away = nft.address_in(subnet, nft.DESTINATION, nft.NOT_EQUAL)
-            requests.append(nft.rule(name, "postrouting", *inside, *away, nft.masquerade()))
+            comment = f"from {subnet} to elsewhere: with this node's address"
+            requests.append(nft.rule(name, "postrouting", comment, *inside, *away, nft.masquerade()))
         if ports:
             back = [*inside, *nft.destination_was_translated(), *_key(subnet.version, address=True)]
             found = nft.look_up(f"targets{subnet.version}")
-            requests.append(nft.rule(name, "postrouting", *back, found, nft.masquerade()))
+            comment = f"from {subnet} by a host port back to it: with the bridge's address"
+            requests.append(nft.rule(name, "postrouting", comment, *back, found, nft.masquerade()))
     if ports:
         local = [*nft.version_is(4), *nft.address_in(_LOOPBACK, nft.SOURCE)]
         out = [nft.meta(nft.META_OIFNAME), nft.compare(nft.EQUAL, bridge.encode().ljust(16, b"\0"))]
-        requests.append(nft.rule(name, "postrouting", *local, *out, nft.masquerade()))
+        comment = "from 127.0.0.0/8 by a host port: with the bridge's address"
+        requests.append(nft.rule(name, "postrouting", comment, *local, *out, nft.masquerade()))
     return requests + open_ports(name, ports)
 
 
@@ -99,6 +103,7 @@ def _translations(name: str, version: int) -> list[Request]:
         nft.rule(
             name,
             "hostports",
+            f"to a host port{' of one address' if at else ''}, IPv{version}",
             *checked,
             *_key(version, address=at),
             nft.look_up(f"ports{version}{suffix}", data=True),

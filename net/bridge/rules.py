@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from ipaddress import ip_address
 from typing import Final
 
-from net import nftables
-from net.bridge import conntrack, nat, sysctl
+from net import nftables, sysctl
+from net.bridge import conntrack, nat
 from net.bridge.ipam import Lease, Leases
 from net.bridge.nat import OpenPort
 from net.errors import AlreadyExists, InvalidSpec, Unavailable, Unsupported
@@ -23,7 +23,7 @@ class Rules:
     """Masquerading and host ports. Safe to use from several threads."""
 
     def __init__(self, table: str, bridge: str, leases: Leases, *, masquerade: bool) -> None:
-        self._table = table
+        self.table = table
         self._bridge = bridge
         self._leases = leases
         self._masquerade = masquerade
@@ -41,15 +41,15 @@ class Rules:
     def _install(self, subnets: Sequence[IpNetwork]) -> None:
         ports = [_open_port(lease, port, subnets) for lease, port in self._leases.ports()]
         if ports or self._masquerade:
-            wanted = nat.table(self._table, self._bridge, subnets, masquerade=self._masquerade, ports=ports)
-            nftables.commit(self._table, wanted)
+            wanted = nat.table(self.table, self._bridge, subnets, masquerade=self._masquerade, ports=ports)
+            nftables.commit(self.table, wanted)
         if ports:  # only behind the guard that came with them; and only here may 127.0.0.1 meet a link
             sysctl.write(f"net.ipv4.conf.{self._bridge}.route_localnet", "1")
         self._with_ports = bool(ports)
 
     def intact(self) -> bool:
         """Whether the table is there, if there has to be one."""
-        return not (self._masquerade or self._with_ports) or nftables.exists(self._table)
+        return not (self._masquerade or self._with_ports) or nftables.exists(self.table)
 
     def open(self, sandbox_id: str, subnets: Sequence[IpNetwork]) -> None:
         """Let the sandbox's recorded host ports lead to it. Raises as `install`."""
@@ -57,7 +57,7 @@ class Rules:
             ports = [_open_port(lease, port, subnets) for lease, port in self._leases.ports(sandbox_id)]
             if self._with_ports:
                 try:
-                    nftables.commit(self._table, nat.open_ports(self._table, ports))
+                    nftables.commit(self.table, nat.open_ports(self.table, ports))
                 except Unavailable as error:
                     if not _missing(error):
                         raise
@@ -74,7 +74,7 @@ class Rules:
             if not ports:
                 return
             try:
-                nftables.commit(self._table, nat.close_ports(self._table, ports))
+                nftables.commit(self.table, nat.close_ports(self.table, ports))
             except Unsupported:
                 pass
             except Unavailable as error:
@@ -88,7 +88,7 @@ class Rules:
         with self._lock:
             self._with_ports = False
             try:
-                nftables.commit(self._table, [nftables.make_table(self._table), nftables.delete_table(self._table)])
+                nftables.commit(self.table, [nftables.make_table(self.table), nftables.delete_table(self.table)])
             except Unsupported:
                 pass
 

@@ -108,12 +108,20 @@ class Chain:
         """Raises where a plugin is missing or doesn't speak the configuration's version. Remembers what they answer."""
         deadline = time.monotonic() + timeout_s
         for plugin in conf.plugins:
-            path = invoke.find(plugin.type, self._directories)
-            spoken = self._spoken(path, deadline)
-            if conf.version not in spoken:
-                known = ", ".join(version for version in spoken if version in VERSIONS) or "none that crib knows"
-                text = f"plugin {plugin.type}: does not speak version {conf.version} of {conf.path} (it speaks {known})"
-                raise PluginFailed(text)
+            self._find(plugin.type, conf, deadline)
+
+    def find(self, kind: str, conf: NetworkConf, timeout_s: float) -> str:
+        """The executable of one plugin, which may be one that another plugin starts. Raises as `validate`."""
+        return self._find(kind, conf, time.monotonic() + timeout_s)
+
+    def _find(self, kind: str, conf: NetworkConf, deadline: float) -> str:
+        path = invoke.find(kind, self._directories)
+        spoken = self._spoken(path, deadline)
+        if conf.version not in spoken:
+            known = ", ".join(version for version in spoken if version in VERSIONS) or "none that crib knows"
+            text = f"plugin {kind}: does not speak version {conf.version} of {conf.path} (it speaks {known})"
+            raise PluginFailed(text)
+        return path
 
     def _spoken(self, path: str, deadline: float) -> tuple[str, ...]:
         try:

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Final
 
 from net import rtnetlink
-from net.cni import template
+from net.cni import report, template
 from net.cni.cache import Cache, Entry
 from net.cni.chain import Chain, Target
 from net.cni.conf import Directory, Json, NetworkConf, parse
 from net.cni.result import attachment
 from net.errors import CribError, NotFound, Unavailable
 from net.netlink import Channel
-from net.network import NOTHING, Attachment, NetNs, NetworkStatus, PodIdentity, Wants
+from net.network import NOTHING, Attachment, Finding, Inventory, NetNs, NetworkStatus, PodIdentity, Wants
 
 logger = logging.getLogger(__name__)
 
@@ -174,6 +174,13 @@ class CniNetwork:
             return NetworkStatus(ready=False, reason=NOT_READY, message=str(error))
         problems = self._directory.look().problems
         return NetworkStatus(ready=True, message=f"ignored: {'; '.join(problems)}" if problems else "")
+
+    def inventory(self, *, current: bool = True) -> Inventory:
+        entries = [entry for entry in self._cache.all() if entry.owner == self._owner]
+        return report.inventory(self._directory.look().conf, entries, current=current)
+
+    def check_host(self) -> list[Finding]:
+        return report.check(self.status(), self._directory.path, self._directory.look().conf, self._chain)
 
     def reconcile(self, known: set[str]) -> None:
         self._stale = [one for one in self._cache.all() if one.owner == self._owner and one.container_id not in known]

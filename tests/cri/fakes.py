@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from net import Attachment, NetNs, NetworkStatus, PodIdentity, Wants
-from net.network import NOTHING
+from net.network import NOTHING, Finding, Inventory
 from runtime.cgroup import Mount
 from runtime.engine import (
     ContainerExit,
@@ -409,6 +409,12 @@ class FakeNetwork:
 
     def status(self) -> NetworkStatus:
         return self.ready
+
+    def inventory(self) -> Inventory:
+        return Inventory()
+
+    def check_host(self) -> list[Finding]:
+        return []
 
     def reconcile(self, known: set[str]) -> None:
         for sandbox_id in self.world.addresses.keys() - known:

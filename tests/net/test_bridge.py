@@ -130,12 +130,13 @@ def test_dual_stack(new_network: NewNetwork, new_namespace: NewNamespace, outsid
 def test_the_rules_as_nft_reads_them(new_network: NewNetwork) -> None:
     new_network(subnet="10.99.0.0/24", subnet6="fd00:99::/64").setup()
     listed = subprocess.run(["nft", "list", "table", "inet", "crib-t"], check=True, capture_output=True, text=True)
+    masquerade = """masquerade fully-random comment "from {} to elsewhere: with this node's address\""""
     assert [line.strip() for line in listed.stdout.splitlines()] == [
         "table inet crib-t {",
         "chain postrouting {",
         "type nat hook postrouting priority srcnat; policy accept;",
-        "ip saddr 10.99.0.0/24 ip daddr != 10.99.0.0/24 masquerade fully-random",
-        "ip6 saddr fd00:99::/64 ip6 daddr != fd00:99::/64 masquerade fully-random",
+        f"ip saddr 10.99.0.0/24 ip daddr != 10.99.0.0/24 {masquerade.format('10.99.0.0/24')}",
+        f"ip6 saddr fd00:99::/64 ip6 daddr != fd00:99::/64 {masquerade.format('fd00:99::/64')}",
         "}",
         "}",
     ]

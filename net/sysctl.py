@@ -1,4 +1,4 @@
-"""The few kernel parameters that forwarding needs, in this thread's network namespace. Source: ip-sysctl.rst."""
+"""The few kernel parameters that pods' traffic needs, in this thread's network namespace. Source: ip-sysctl.rst."""
 
 from pathlib import Path
 from typing import Final
@@ -10,6 +10,14 @@ _ROOT: Final = Path("/proc/sys")
 
 def exists(name: str) -> bool:
     return _path(name).exists()
+
+
+def read(name: str) -> str:
+    """The value; "" where the kernel has no such parameter."""
+    try:
+        return _path(name).read_text().strip()
+    except OSError:
+        return ""
 
 
 def write(name: str, value: str) -> None:
@@ -24,7 +32,7 @@ def write(name: str, value: str) -> None:
 
 def forward_ipv6() -> None:
     """Forward IPv6; interfaces that listen to router advertisements go on doing so, which forwarding would end."""
-    if _path("net.ipv6.conf.all.forwarding").read_text().strip() == "1":
+    if read("net.ipv6.conf.all.forwarding") == "1":
         return
     for accept in _path("net.ipv6.conf").glob("*/accept_ra"):
         if accept.parent.name not in ("all", "default") and accept.read_text().strip() == "1":
