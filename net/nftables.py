@@ -292,7 +292,7 @@ def exists(table: str) -> bool:
 
 
 def rules(table: str) -> list[tuple[str, str]]:
-    """Chain and comment of each of the table's rules; none where there is no such table. Raises Unsupported, OSError."""
+    """Chain and comment of each of the table's rules; none where it is gone. Raises Unsupported, OSError."""
     found = []
     with _channel() as channel:
         replies = channel.dump(_request(_GET_RULE, 0, text(1, table)))
