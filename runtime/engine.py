@@ -6,11 +6,13 @@ import logging
 import os
 import shutil
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from socket import AF_UNIX, SO_PEERCRED, SOCK_SEQPACKET, SOL_SOCKET, socket, socketpair
 from struct import unpack
 from typing import Any, Final
 
+from runtime import hooks
 from runtime.channel import Channel
 from runtime.errors import AlreadyExists, CribError, DeadlineExceeded, Unavailable
 from runtime.linux import mount
@@ -35,6 +37,7 @@ from runtime.pod import (
     container_exit,
     gone,
 )
+from runtime.spec import Hook, Spec
 from runtime.zygote.launch import Zygote
 from runtime.zygote.messages import Kind, close_all
 from runtime.zygote.server import SOCKET_NAME
@@ -197,6 +200,42 @@ class Engine:
             channel.close()
             raise
 
+    async def run_hooks(self, stage: str, wanted: tuple[Hook, ...], state: Mapping[str, object]) -> None:
+        """Run hooks in the host's namespaces, one after the other, with `state` on stdin.
+
+        Raises CribError for the first that fails, with what it wrote; one that takes too long is killed with all that
+        it has started.
+        """
+        if not wanted:
+            return
+        mine, theirs = socketpair(AF_UNIX, SOCK_SEQPACKET)
+        mine.setblocking(False)
+        channel, zygote, number = Channel(mine), self._zygote_channel, 0
+        try:
+            with theirs:
+                number = zygote.post(Kind.RUNNER, (theirs.fileno(),), lambda _: channel.close())
+            plain, limit_s = hooks.plain(wanted), hooks.deadline_s(wanted)
+            reply = await channel.request(Kind.HOOKS, (), limit_s, stage=stage, hooks=plain, state=json.dumps(state))
+        finally:
+            zygote.forget(number)
+            channel.close()
+        if reply.kind == Kind.FAILED:
+            raise CribError(str(reply.fields["detail"]))
+
+    async def stopped(self, pod_id: str, container_id: str, spec: Spec) -> None:
+        """Run the poststop hooks of a container that had been started and is gone, and remove its bundle.
+
+        Needs no monitor. Raises CribError; nothing is run for a container without a bundle.
+        """
+        bundle = self.directory(pod_id) / f"bundle-{container_id}"
+        if not spec.hooks or not bundle.is_dir():
+            return
+        state = hooks.state(container_id, "stopped", str(bundle), spec.annotations)
+        try:
+            await self.run_hooks("poststop", spec.hooks.poststop, state)
+        finally:
+            shutil.rmtree(bundle, ignore_errors=True)
+
     def _reach(self, pod_id: str) -> socket | None:
         """A socket to the pod's monitor, whether it answers or not; None when it is gone."""
         try:
@@ -306,6 +345,7 @@ class Engine:
         )
         pod = Pod(pod_id, channel, environment, pidfd, pid)
         pod.init_pid = facts["init_pid"]
+        pod.run_hooks = self.run_hooks
         self._pods[pod_id] = pod
         return pod
 

@@ -1,9 +1,7 @@
 """A running pod as cribd holds it: its monitor's channel, its containers' starts, execs and ends."""
 
 import asyncio
-import json
 import os
-import shutil
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +16,18 @@ from runtime import hooks
 from runtime.channel import Channel, Reply
 from runtime.errors import CribError, DeadlineExceeded, StepFailed, Unavailable, WrongState
 from runtime.images import RootFs
-from runtime.plan.compile import Cgroup, Environment, Maps, Namespaces, compile_exec, compile_start, watches
+from runtime.linux.userns import mapped
+from runtime.plan.compile import (
+    HOOKS_ROOT,
+    Cgroup,
+    Environment,
+    Maps,
+    Namespaces,
+    compile_exec,
+    compile_start,
+    id_maps,
+    watches,
+)
 from runtime.plan.plan import Plan, encode
 from runtime.spec import Hooks, Linux, Process, Spec
 from runtime.zygote.messages import Kind
@@ -185,6 +194,7 @@ class Pod:
         self._pidfd = pidfd
         self._channel = channel
         self._execs: dict[str, asyncio.Future[ExecExit]] = {}
+        self.run_hooks: hooks.Run = hooks.none
         self._starting: dict[str, tuple[Hooks, dict[str, object]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         channel.on_event = self._event
@@ -217,7 +227,7 @@ class Pod:
         begun_ns = time.time_ns()
         bundle = self._bundle(request) if request.spec.hooks else ""
         state = hooks.state(request.id, "creating", bundle, request.spec.annotations)
-        start = compile_start(request.spec, request.rootfs, request.cgroup, self.environment, json.dumps(state))
+        start = compile_start(request.spec, request.rootfs, request.cgroup, self.environment, state)
         sent_ns = time.time_ns()
         cgroup = request.cgroup
         memfd = _memfd(start.plan)
@@ -260,29 +270,27 @@ class Pod:
         warnings = tuple(fields["warnings"])
         if request.spec.hooks and request.spec.hooks.poststart:
             try:
-                await hooks.run(
+                await self.run_hooks(
                     "poststart", request.spec.hooks.poststart, state | {"status": "running", "pid": fields["pid"]}
                 )
             except CribError as error:
                 warnings = (*warnings, str(error))
         return Started(fields["pid"], fields["running_ns"], timeline, warnings)
 
-    async def stopped(self, container_id: str, spec: Spec) -> None:
-        """Run the poststop hooks of a container that is gone, and remove its bundle. Raises CribError."""
-        bundle = f"{self.environment.directory}/bundle-{container_id}"
-        wanted = spec.hooks or Hooks()
-        try:
-            await hooks.run("poststop", wanted.poststop, hooks.state(container_id, "stopped", bundle, spec.annotations))
-        finally:
-            shutil.rmtree(bundle, ignore_errors=True)
-
     def _bundle(self, request: ContainerStart) -> str:
-        """The directory with config.json that hooks are told of; root.path is where createContainer hooks find it."""
+        """The directory with config.json that hooks are told of; root.path is where createContainer hooks find it.
+
+        It belongs to the container's root, who shall read it in there.
+        """
         bundle = f"{self.environment.directory}/bundle-{request.id}"
-        root = replace(request.spec.root, path="/sys" if self.namespaces.user else self.environment.staging)
+        root = replace(request.spec.root, path=HOOKS_ROOT if self.namespaces.user else self.environment.staging)
+        linux = request.spec.linux or Linux()
+        owner = mapped(0, id_maps(linux.uid_mappings)), mapped(0, id_maps(linux.gid_mappings))
         os.makedirs(bundle, 0o700, exist_ok=True)
-        with open(f"{bundle}/config.json", "wb") as file:
+        os.chown(bundle, *owner)
+        with open(os.open(f"{bundle}/config.json", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
             file.write(msgspec.json.encode(replace(request.spec, root=root)))
+            os.fchown(file.fileno(), *owner)
         return bundle
 
     async def _resume(self, container_id: str, pid: int) -> None:
@@ -290,8 +298,8 @@ class Pod:
         wanted, state = self._starting.get(container_id, (Hooks(), {}))
         detail = ""
         try:
-            await hooks.run("prestart", wanted.prestart, state | {"pid": pid})
-            await hooks.run("createRuntime", wanted.create_runtime, state | {"pid": pid})
+            await self.run_hooks("prestart", wanted.prestart, state | {"pid": pid})
+            await self.run_hooks("createRuntime", wanted.create_runtime, state | {"pid": pid})
         except CribError as error:
             detail = str(error)
         await self.request(Kind.RESUME, id=container_id, detail=detail)

@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING
 from cri.container import volumes
 from cri.container.end import dead
 from cri.container.start import spec_of
-from runtime import engine
 from runtime.errors import CribError, DeadlineExceeded, NotFound, Unavailable, WrongState
 
 if TYPE_CHECKING:
     from cri.container.container import Container
     from cri.node import Node
-    from runtime.spec import Spec
 
 _logger = logging.getLogger(__name__)
 
@@ -31,23 +29,22 @@ async def _remove(node: Node, container: Container) -> None:
     async with container.pod.changing():  # after this it isn't started
         container.removing = True
     await dead(node, container)
+    await _poststop(node, container)
     if container.pod.running is not None:
-        with contextlib.suppress(NotFound):
-            spec = spec_of(node, container)
-            if spec.hooks:
-                await _poststop(container.pod.running, container.id, spec)
         with contextlib.suppress(NotFound, WrongState, Unavailable, DeadlineExceeded):  # never started, or no monitor
             await container.pod.running.forget(container.id)
     await node.work(volumes.release, node, container)
     forget(node, container)
 
 
-async def _poststop(pod: engine.Pod, container_id: str, spec: Spec) -> None:
-    """A hook that fails is logged: the container is gone whatever it says."""
+async def _poststop(node: Node, container: Container) -> None:
+    """Run what hooks there are. One that fails is logged: the container is gone whatever it says."""
     try:
-        await pod.stopped(container_id, spec)
+        await node.engine.stopped(container.pod.id, container.id, spec_of(node, container))
+    except NotFound:  # no spec: it was never made
+        pass
     except CribError as error:
-        _logger.warning("hook failed", extra={"fields": {"container": container_id, "error": str(error)}})
+        _logger.warning("hook failed", extra={"fields": {"container": container.id, "error": str(error)}})
 
 
 def forget(node: Node, container: Container) -> None:

@@ -7,42 +7,18 @@ from collections.abc import Mapping
 
 from cri.translate.field import show
 from runtime.errors import InvalidSpec
+from runtime.spec.sysctl import dotted, namespace
 
 VALUE_LIMIT = 1024
 _NAME = re.compile(r"[a-z0-9]([a-zA-Z0-9_-]*[a-zA-Z0-9])?([./][a-zA-Z0-9]([a-zA-Z0-9_-]*[a-zA-Z0-9])?)+")
 # No newline, "+" or "=": a value must never become a second setting (CVE-2022-0811).
 _VALUE = re.compile(r"[A-Za-z0-9_.,:/ \t-]+")
-_IPC = frozenset(
-    {
-        "kernel.auto_msgmni",
-        "kernel.msgmax",
-        "kernel.msgmnb",
-        "kernel.msgmni",
-        "kernel.msg_next_id",
-        "kernel.sem",
-        "kernel.sem_next_id",
-        "kernel.shmall",
-        "kernel.shmmax",
-        "kernel.shmmni",
-        "kernel.shm_next_id",
-        "kernel.shm_rmid_forced",
-    }
-)
 UNPRIVILEGED_NETWORK = {
     "net.ipv4.ip_unprivileged_port_start": "0",
     "net.ipv4.ping_group_range": "0 2147483647",
 }
 """What a pod with its own network gets unless the request says otherwise: any user may bind any port and send echo
 requests, which needs no capability inside one's own network namespace. Both established runtimes do the first."""
-
-
-def dotted(name: str) -> str:
-    """The name as sysctl(8) spells it with dots: "net/ipv4/conf/eth0.1/forwarding" is
-    "net.ipv4.conf.eth0/1.forwarding". A path below /proc/sys has each "." as "/" and each "/" as "."."""
-    separator = re.search(r"[./]", name)
-    if separator and separator[0] == "/":
-        return name.translate(str.maketrans("./", "/."))
-    return name
 
 
 def pod_sysctls(
@@ -75,11 +51,7 @@ def pod_sysctls(
 
 def _owned(name: str, *, own_network: bool, own_ipc: bool) -> bool | None:
     """Whether the pod owns the namespace of this parameter; None for a parameter of no namespace."""
-    if name.startswith("net."):
-        return own_network
-    if name in _IPC or name.startswith("fs.mqueue."):
-        return own_ipc
-    return None
+    return {"network": own_network, "ipc": own_ipc}.get(namespace(name) or "")
 
 
 def _check(name: str, *, own_network: bool, own_ipc: bool) -> None:

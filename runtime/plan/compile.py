@@ -1,7 +1,11 @@
 """From an OCI spec to a plan: pure, every decision is made here and none in the steps."""
 
 import binascii
+import json
+import os.path
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Final
 
 from runtime import seccomp as seccomp_compiler
@@ -24,11 +28,25 @@ from runtime.plan.tree import (
     enter_cgroup,
     id_maps,
 )
-from runtime.spec import Capabilities, Hook, Hooks, Linux, Process, Spec
+from runtime.spec import Capabilities, Hook, Hooks, Linux, Process, Spec, sysctl
 
-__all__ = ["Cgroup", "Environment", "Maps", "Namespaces", "Start", "compile_exec", "compile_start"]
+__all__ = [
+    "HOOKS_ROOT",
+    "Cgroup",
+    "Environment",
+    "Maps",
+    "Namespaces",
+    "Start",
+    "compile_exec",
+    "compile_start",
+    "id_maps",
+]
 
 _RLIMITS: Final = {f"RLIMIT_{name}": number for number, name in enumerate(identity.RLIMIT_NAMES)}
+_VISIBLE: Final = "/sys"
+HOOKS_ROOT: Final = f"{_VISIBLE}/rootfs"
+"""Where createContainer hooks find the root file system of a mapped container."""
+_HOOKS_BUNDLE: Final = f"{_VISIBLE}/bundle"
 _DEFAULT_PATH: Final = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -46,7 +64,13 @@ class Start:
     watches: bool = False
 
 
-def compile_start(spec: Spec, rootfs: RootFs, cgroup: Cgroup, environment: Environment, state: str = "") -> Start:
+def compile_start(
+    spec: Spec,
+    rootfs: RootFs,
+    cgroup: Cgroup,
+    environment: Environment,
+    state: Mapping[str, object] = MappingProxyType({}),
+) -> Start:
     """The plan that makes a container's first process; `state` is for its hooks. Raises InvalidSpec or Unsupported."""
     linux = spec.linux or Linux()
     build = Build(id_maps(linux.uid_mappings), id_maps(linux.gid_mappings))
@@ -67,7 +91,11 @@ def compile_start(spec: Spec, rootfs: RootFs, cgroup: Cgroup, environment: Envir
     found = spec.hooks or Hooks()
     if found.prestart or found.create_runtime:
         build.tree.append(hooks.Pause())
-    build.tree += _hooks("createContainer", found.create_container, spec, state, environment)
+    shown = bool(build.uids and found.create_container)  # root inside reaches neither bundle nor state directory
+    if shown:
+        build.sources.append(mounts.OpenSource("bundle", str(state["bundle"]), False, False))
+    inside = {**state, "bundle": _HOOKS_BUNDLE} if shown else state
+    build.tree += _hooks("createContainer", found.create_container, spec, inside, environment)
     if linux.masked_paths:
         build.tree.append(mounts.MaskPaths(linux.masked_paths))
     if linux.readonly_paths:
@@ -79,19 +107,21 @@ def compile_start(spec: Spec, rootfs: RootFs, cgroup: Cgroup, environment: Envir
     if build.uids:
         root = (rootfs.base, rootfs.lowers, rootfs.upper, rootfs.work, build.uids, build.gids)
         # Where root inside may look up a path, whatever the modes of the state directory's parents are.
-        attach: Step = user.AttachRoot("/sys")
+        attach: list[Step] = [user.ShowBundle("bundle", *map(os.path.basename, (_HOOKS_BUNDLE, HOOKS_ROOT)))] * shown
+        attach.append(user.AttachRoot(HOOKS_ROOT if shown else _VISIBLE))
         plan.append(user.MountMappedOverlay(*root, environment.overlay_of_descriptors, environment.staging))
         plan += build.devices
         if not cgroup.clone_dir:
             plan.append(identity.JoinCgroup(cgroup.join_files))
         plan += [user.JoinUser(), user.CloneAgain(int(CLONE.NEWPID) if pid == "new" else 0), identity.Detach()]
     else:
-        attach = mounts.MountOverlay(rootfs.base, rootfs.lowers, rootfs.upper, rootfs.work, environment.staging)
+        attach = [mounts.MountOverlay(rootfs.base, rootfs.lowers, rootfs.upper, rootfs.work, environment.staging)]
     plan.append(identity.Unshare(build.unshare))
     if spec.hostname:
         plan.append(identity.Hostname(spec.hostname))
+    plan += [identity.Sysctl(name, value) for name, value in _sysctls(linux)]
     plan.append(mounts.Propagation(int(MS.SLAVE)))
-    plan.append(attach)
+    plan += attach
     plan += _label(process)
     plan += build.tree
     plan.append(mounts.PivotRoot())
@@ -158,7 +188,18 @@ def _namespaces(build: Build, linux: Linux, environment: Environment) -> tuple[s
     return ("pod", "") if path == pod.pid else ("join", path)
 
 
-def _hooks(stage: str, wanted: tuple[Hook, ...], spec: Spec, state: str, environment: Environment) -> list[Step]:
+def _sysctls(linux: Linux) -> list[tuple[str, str]]:
+    """Kernel parameters by their files below /proc/sys; only such as belong to one of the spec's namespaces."""
+    listed = {namespace.type for namespace in linux.namespaces}
+    for name in linux.sysctl:
+        if sysctl.namespace(sysctl.dotted(name)) not in listed:
+            raise InvalidSpec(f"sysctl {name}: belongs to no namespace of the container, it would change the host")
+    return [(sysctl.file(name), value) for name, value in linux.sysctl.items()]
+
+
+def _hooks(
+    stage: str, wanted: tuple[Hook, ...], spec: Spec, state: Mapping[str, object], environment: Environment
+) -> list[Step]:
     """Hooks in the container's namespaces; what the image may have put in their place gets no more than the process."""
     if not wanted:
         return []
@@ -171,7 +212,7 @@ def _hooks(stage: str, wanted: tuple[Hook, ...], spec: Spec, state: str, environ
             args=hook.args,
             env=hook.env,
             timeout_s=hook.timeout or HOOK_TIMEOUT_S,
-            state=state,
+            state=json.dumps(state),
             confined=stage == "startContainer",
             bounding=execute.bounding,
             permitted=execute.permitted & execute.bounding,

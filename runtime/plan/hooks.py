@@ -19,6 +19,10 @@ from runtime.linux.process import CLOSE_RANGE_CLOEXEC, PR_SET_NO_NEW_PRIVS, Exec
 from runtime.linux.seccomp import Filter
 from runtime.plan.plan import Context, Step
 
+TYPE_CHECKING = False  # typing costs a monitor memory
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 _STDERR_BYTES = 4096
 
 
@@ -59,40 +63,9 @@ class RunHook(Step):
     seccomp_flags: int
 
     def run(self, context: Context) -> None:
-        stdin = os.memfd_create("crib-hook", os.MFD_CLOEXEC)
-        os.write(stdin, f'{{"pid":{os.getpid()},{self.state[1:]}'.encode())
-        os.lseek(stdin, 0, os.SEEK_SET)
-        program = Exec(self.path, tuple(self.args) or (self.path,), tuple(self.env))
-        read, write = os.pipe2(os.O_CLOEXEC)
-        try:
-            pid, pidfd = clone3(0)
-            if pid == 0:
-                self._become(program, stdin, write)
-        finally:
-            os.close(stdin)
-            os.close(write)
-        try:
-            status, errors = self._wait(pid, pidfd, read)
-        finally:
-            os.close(read)
-            os.close(pidfd)
-        if status:
-            raise SyscallError(f"{self.stage} hook {self.path}: exit code {status}: {errors.strip()}", EIO)
-
-    def _become(self, program: Exec, stdin: int, stderr: int) -> None:
-        try:
-            os.setsid()
-            os.dup2(stdin, 0)
-            os.dup2(stderr, 1)
-            os.dup2(stderr, 2)
-            close_range(3, 0xFFFFFFFF, CLOSE_RANGE_CLOEXEC)
-            os.umask(0o022)
-            if self.confined:
-                self._confine()
-            number = program.run()
-            os.write(2, os.strerror(number).lower().encode())
-        finally:
-            os._exit(127)
+        title, state = f"{self.stage} hook {self.path}", f'{{"pid":{os.getpid()},{self.state[1:]}'.encode()
+        confine = self._confine if self.confined else None
+        run_hook(title, self.path, self.args, self.env, self.timeout_s, state, confine)
 
     def _confine(self) -> None:
         program = Filter(binascii.a2b_base64(self.seccomp)) if self.seccomp else None
@@ -105,26 +78,78 @@ class RunHook(Step):
         if self.no_new_privileges and program:
             program.load(self.seccomp_flags)
 
-    def _wait(self, pid: int, pidfd: int, read: int) -> tuple[int, str]:
-        """The exit code and what was written; past the deadline the hook's session is killed. Raises SyscallError."""
-        until = time.monotonic() + self.timeout_s
-        poll = select.poll()
-        poll.register(pidfd, select.POLLIN)
-        poll.register(read, select.POLLIN)
-        errors = b""
-        while True:
-            ready = dict(poll.poll(max(0, int((until - time.monotonic()) * 1000))))
-            if read in ready:
-                data = os.read(read, _STDERR_BYTES)
-                errors = (errors + data)[-_STDERR_BYTES:]
-                if not data:
-                    poll.unregister(read)
-            elif pidfd in ready:
-                return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), errors.decode("utf-8", "replace")
-            if time.monotonic() >= until and pidfd not in ready:
-                os.killpg(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-                raise SyscallError(f"{self.stage} hook {self.path}: took longer than {self.timeout_s} s", ETIME)
-
     def describe(self) -> str:
         return f"run {self.stage} hook {self.path}"
+
+
+def run_hook(
+    title: str,
+    path: str,
+    args: tuple[str, ...],
+    env: tuple[str, ...],
+    timeout_s: int,
+    stdin: bytes,
+    confine: Callable[[], None] | None = None,
+) -> None:
+    """Run a program as a hook, in a session of its own and with nothing of this process's but its namespaces.
+
+    `confine` is called before execve. Raises SyscallError, whose call tells what it wrote, where it fails or takes
+    longer than `timeout_s`: its session is killed then.
+    """
+    state = os.memfd_create("crib-hook", os.MFD_CLOEXEC)
+    os.write(state, stdin)
+    os.lseek(state, 0, os.SEEK_SET)
+    program = Exec(path, tuple(args) or (path,), tuple(env))
+    read, write = os.pipe2(os.O_CLOEXEC)
+    try:
+        pid, pidfd = clone3(0)
+        if pid == 0:
+            _become(program, state, write, confine)
+    finally:
+        os.close(state)
+        os.close(write)
+    try:
+        status, said = _wait(title, pid, pidfd, read, timeout_s)
+    finally:
+        os.close(read)
+        os.close(pidfd)
+    if status:
+        raise SyscallError(f"{title}: exit code {status}: {said.strip()}", EIO)
+
+
+def _become(program: Exec, stdin: int, stderr: int, confine: Callable[[], None] | None) -> None:
+    try:
+        os.setsid()
+        os.dup2(stdin, 0)
+        os.dup2(stderr, 1)
+        os.dup2(stderr, 2)
+        close_range(3, 0xFFFFFFFF, CLOSE_RANGE_CLOEXEC)
+        os.umask(0o022)
+        if confine:
+            confine()
+        number = program.run()
+        os.write(2, os.strerror(number).lower().encode())
+    finally:
+        os._exit(127)
+
+
+def _wait(title: str, pid: int, pidfd: int, read: int, timeout_s: int) -> tuple[int, str]:
+    """The exit code and what was written last; past the deadline the hook's session is killed. Raises SyscallError."""
+    until = time.monotonic() + timeout_s
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    poll.register(read, select.POLLIN)
+    said = b""
+    while True:
+        ready = dict(poll.poll(max(0, int((until - time.monotonic()) * 1000))))
+        if read in ready:
+            data = os.read(read, _STDERR_BYTES)
+            said = (said + data)[-_STDERR_BYTES:]
+            if not data:
+                poll.unregister(read)
+        elif pidfd in ready:
+            return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said.decode("utf-8", "replace")
+        if time.monotonic() >= until and pidfd not in ready:
+            os.killpg(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise SyscallError(f"{title}: took longer than {timeout_s} s", ETIME)

@@ -129,6 +129,32 @@ class Hostname(Step):
         return f"hostname {self.name}"
 
 
+class Sysctl(Step):
+    """Write a kernel parameter of a namespace that this process is in, while /proc is the host's.
+
+    `file` is its path below /proc/sys.
+    """
+
+    phase = "namespaces"
+
+    file: str
+    value: str
+
+    def run(self, context: Context) -> None:
+        path = f"/proc/sys/{self.file}"
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                os.write(fd, self.value.encode())
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise SyscallError("write", error.errno or 0, path) from None
+
+    def describe(self) -> str:
+        return f"kernel parameter {self.file} = {self.value}"
+
+
 class JoinNamespace(Step):
     """Join the namespace at `path` (below /proc or /run/netns)."""
 

@@ -13,7 +13,7 @@ from errno import EPERM
 
 from runtime.linux import userns
 from runtime.linux.lib import SyscallError
-from runtime.linux.mount import detached, idmap, mount_setattr, move_mount
+from runtime.linux.mount import MS, detached, idmap, mount, mount_setattr, move_mount
 from runtime.linux.namespaces import CLONE, setns
 from runtime.linux.process import clone3
 from runtime.plan.layers import overlay
@@ -23,6 +23,9 @@ from runtime.plan.plan import Context, Step
 TYPE_CHECKING = False  # typing costs a monitor memory
 if TYPE_CHECKING:
     from runtime.plan.mounts import Nodes
+
+
+_VISIBLE = "/sys"  # on every host, and open to everybody
 
 
 class MakeMapping(Step):
@@ -192,6 +195,32 @@ class CloneAgain(Step):
 
     def describe(self) -> str:
         return f"clone without the host's privileges{', into a new pid namespace' if self.flags else ''}"
+
+
+class ShowBundle(Step):
+    """Make two directories that root inside can reach, in this mount namespace only: `bundle`, with the opened source
+    `key`, and `root`, for the root file system."""
+
+    phase = "hooks"
+
+    key: str
+    bundle: str
+    root: str
+
+    def run(self, context: Context) -> None:
+        mount("tmpfs", _VISIBLE, "tmpfs", MS.NOSUID | MS.NODEV | MS.NOEXEC, "mode=755")
+        for name in (self.bundle, self.root):
+            os.mkdir(f"{_VISIBLE}/{name}", 0o755)
+        target = os.open(f"{_VISIBLE}/{self.bundle}", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        tree = context.take(self.key)
+        try:
+            move_mount(tree, target, self.bundle)
+        finally:
+            os.close(target)
+            os.close(tree)
+
+    def describe(self) -> str:
+        return f"show the bundle to hooks, at {_VISIBLE}/{self.bundle}"
 
 
 class AttachRoot(Step):

@@ -40,6 +40,8 @@ class Kind:
     """What a message is. Requests carry `n`; their reply repeats it as `re`."""
 
     SPAWN = "spawn"  # cribd → zygote: fork a monitor; fds: its end of a socket pair
+    RUNNER = "runner"  # cribd → zygote: fork a process that runs hooks; fds: its end of a socket pair
+    HOOKS = "hooks"  # cribd → that process: run these
     POD = "pod"  # cribd → monitor: make the pod's namespaces; reply fds: net namespace, netlink socket
     START = "start"  # cribd → monitor: start a container by its plan
     EXEC = "exec"  # cribd → monitor: run a process in a container by its plan; fds: plan, and stdin, stdout, stderr

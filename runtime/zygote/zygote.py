@@ -1,4 +1,4 @@
-"""The zygote: a lean interpreter with everything loaded, which forks monitors and does nothing else.
+"""The zygote: a lean interpreter with everything loaded, which forks monitors (and runners of hooks), nothing else.
 
 A monitor's memory is what it touches after the fork: reference counts are written, so every object that is used is
 a page of its own. Hence the warm-up: what fills caches by being used once (the interpreter specializes code, types
@@ -19,6 +19,7 @@ import sys
 from runtime.linux.mount import detached
 from runtime.linux.namespaces import setns
 from runtime.linux.process import PR_SET_DUMPABLE, prctl, set_name, set_title
+from runtime.zygote.hookrunner import run_stage
 from runtime.zygote.messages import Kind, close_all, pack, receive, send
 from runtime.zygote.monitor import Monitor
 
@@ -64,20 +65,22 @@ class Zygote:
         self._control = control
 
     def serve(self) -> None:
-        """Fork a monitor per SPAWN message; return when cribd is gone."""
+        """Fork a monitor per SPAWN message, a runner per RUNNER message; return when cribd is gone."""
         self._settle()
         while message := receive(self._control):
             kind, fields, fds = message
-            if kind != Kind.SPAWN:
+            if kind not in (Kind.SPAWN, Kind.RUNNER):
                 close_all(fds)
                 continue
             try:
                 pid = os.fork()
             except OSError as error:
-                send(self._control, Kind.FAILED, re=fields["n"], errno=error.errno, detail="fork a monitor")
+                send(self._control, Kind.FAILED, re=fields["n"], errno=error.errno, detail="fork a process")
             else:
                 if pid == 0:
                     self._control.close()
+                    if kind == Kind.RUNNER:
+                        run_stage(socket.socket(fileno=fds[0]))
                     _become_monitor(fields["id"], fields["directory"], socket.socket(fileno=fds[0]))
             close_all(fds)
 

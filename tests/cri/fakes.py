@@ -33,7 +33,7 @@ from runtime.engine import (
 )
 from runtime.errors import InvalidSpec, NotFound, StepFailed, Unavailable, WrongState
 from runtime.images import Auth, FsUsage, Image, ImageConfig, Progress, RootFs
-from runtime.spec import Resources
+from runtime.spec import Resources, Spec
 from tests.limits import scaled
 
 FIRST_PID = 1000
@@ -300,6 +300,9 @@ class FakeEngine:
         self.world.enter("stop_pod")
         await asyncio.sleep(0)
         self.world.monitors.pop(pod_id, None)
+
+    async def stopped(self, pod_id: str, container_id: str, spec: Spec) -> None:
+        pass
 
     def drop(self, pod_id: str) -> None:
         pass

@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
-from runtime.engine import PodStart
-from runtime.errors import CribError, StepFailed
-from runtime.spec import Hook, Hooks, Spec
+from runtime.engine import Maps, PodStart
+from runtime.errors import CribError, InvalidSpec, StepFailed
+from runtime.pod import gone
+from runtime.spec import Hook, Hooks, Linux, Spec
+from runtime.zygote.launch import interpreter
 from tests.requires import requires
 from tests.runtime.conftest import MAPS, POD_ID, TIMEOUT_S, Bench, container
 
@@ -47,7 +51,7 @@ async def test_each_stage_runs_in_its_namespaces_with_the_state(bench: Bench, tm
     )
     exited, log = await bench.run(pod, "c", spec)
     assert exited.code == 0, log
-    await pod.stopped("c", spec)
+    await bench.engine.stopped(POD_ID, "c", spec)
     found = {
         path.name: path.read_text().splitlines()
         for path in tmp_path.iterdir()
@@ -96,7 +100,16 @@ async def test_a_failing_poststart_hook_is_a_warning(bench: Bench) -> None:
     started = await bench.start(pod, "c", spec)
     assert any("poststart hook /bin/sh: exit code 4" in warning for warning in started.warnings)
     with pytest.raises(CribError, match="exit code 5"):
-        await pod.stopped("c", spec)
+        await bench.engine.stopped(POD_ID, "c", spec)
+
+
+# As a createContainer hook may: the bundle by the state on stdin, and the root by the bundle.
+_BY_BUNDLE = """
+import json, sys
+state = json.load(sys.stdin)
+config = json.load(open(state["bundle"] + "/config.json"))
+open(config["root"]["path"] + "/made", "w").write(" ".join(config["process"]["args"]))
+"""
 
 
 @requires("userns")
@@ -105,9 +118,71 @@ async def test_hooks_of_a_mapped_container(bench: Bench, tmp_path: Path) -> None
     spec = with_hooks(
         container(pod, "cat", "/made", "/id"),
         create_runtime=(hook(f"cat > {tmp_path}/state"),),
-        create_container=(hook("echo made > /sys/made"),),
+        create_container=(Hook(path=interpreter(), args=("python", "-I", "-S", "-c", _BY_BUNDLE)),),
         start_container=(hook("/bin/id -u > /id"),),
     )
     exited, log = await bench.run(pod, "c", spec)
-    assert (exited.code, log) == (0, "made\n0\n")
+    assert (exited.code, log) == (0, "cat /made /id0\n")
     assert json.loads((tmp_path / "state").read_text())["pid"] == exited.pid
+
+
+async def test_a_hook_that_hangs_dies_with_all_that_it_has_started(bench: Bench, tmp_path: Path) -> None:
+    pod = await bench.pod()
+    tell = f"echo $$ >> {tmp_path}/pids; exec sleep 1000"
+    script = f"setsid sh -c '{tell}' & setsid setsid sh -c 'sh -c \"{tell}\" & sh -c \"{tell}\"' & {tell}"
+    spec = with_hooks(container(pod, "true"), create_runtime=(hook(script, "PATH=/bin:/usr/bin", timeout=2),))
+    with pytest.raises(StepFailed, match="longer than 2 s"):
+        await asyncio.wait_for(bench.start(pod, "c", spec), TIMEOUT_S)
+    pids = (tmp_path / "pids").read_text().split()
+    assert len(pids) == 4
+    assert [pid for pid in pids if Path("/proc", pid).exists()] == []
+
+
+async def test_what_a_hook_leaves_running_runs_on(bench: Bench, tmp_path: Path) -> None:
+    pod = await bench.pod()
+    leave = f"setsid sh -c 'echo $$ > {tmp_path}/pid; mv {tmp_path}/pid {tmp_path}/left; exec sleep 1000' &"
+    wait = f"while [ ! -e {tmp_path}/left ]; do sleep 0.01; done"
+    hooked = (hook(f"{leave} {wait}", "PATH=/bin:/usr/bin", timeout=30),)
+    exited, _ = await bench.run(pod, "c", with_hooks(container(pod, "true"), create_runtime=hooked))
+    assert exited.code == 0
+    pid = int((tmp_path / "left").read_text())
+    assert Path(f"/proc/{pid}/comm").read_text() == "sleep\n"
+    pidfd = os.pidfd_open(pid)
+    os.kill(pid, 9)
+    await gone(pidfd, TIMEOUT_S)
+    os.close(pidfd)
+
+
+async def test_poststop_needs_no_monitor(bench: Bench, tmp_path: Path) -> None:
+    pod = await bench.pod()
+    spec = with_hooks(container(pod, "sleep", "100"), poststop=(hook(f"/bin/cat > {tmp_path}/state"),))
+    await bench.start(pod, "c", spec)
+    await bench.engine.stop_pod(POD_ID)
+    await bench.engine.stopped(POD_ID, "c", spec)
+    state = json.loads((tmp_path / "state").read_text())
+    assert (state["id"], state["status"]) == ("c", "stopped")
+    (tmp_path / "state").unlink()
+    await bench.engine.stopped(POD_ID, "c", spec)
+    assert not (tmp_path / "state").exists()  # once
+
+
+@pytest.mark.parametrize("maps", [(), pytest.param(MAPS, marks=requires("userns"))])
+async def test_kernel_parameters_of_a_spec(bench: Bench, maps: Maps) -> None:
+    pod = await bench.pod(PodStart(id=POD_ID, hostname="pod", uids=maps, gids=maps))
+    given = {"net.ipv4.ip_forward": "1", "net/ipv4/conf/lo/forwarding": "0"}
+    if not maps:  # who is root only inside may not write that one
+        given["kernel.domainname"] = "example"
+    names = " ".join(f"/proc/sys/{name.replace('.', '/')}" for name in given)
+    spec = container(pod, "sh", "-c", f"cat {names}", linux=lambda linux: replace(linux, sysctl=given))
+    exited, log = await bench.run(pod, "c", spec)
+    assert (exited.code, log) == (0, "1\n0\n" + "example\n" * (not maps))
+
+    def one(name: str, linux: Linux) -> Linux:
+        return replace(linux, sysctl={name: "1"})
+
+    for name in ("kernel.core_pattern", "vm.overcommit_memory"):
+        with pytest.raises(InvalidSpec, match=name):
+            await bench.start(pod, "d", container(pod, "true", linux=partial(one, name)))
+    hosts = container(pod, "true", namespaces={"network": None}, linux=lambda linux: replace(linux, sysctl=given))
+    with pytest.raises(InvalidSpec, match="ip_forward"):
+        await bench.start(pod, "e", hosts)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any, cast
 
@@ -128,9 +130,12 @@ async def test_bad_input_is_named_and_leaves_nothing(real: Real, fields: dict[st
 
 
 async def test_hooks_of_a_cdi_device(real: Real, tmp_path: Path) -> None:
-    told = tmp_path / "told"
-    hook = {"hookName": "createRuntime", "path": "/bin/sh", "args": ["sh", "-c", f"/bin/cat > {told}"]}
-    device = {"name": "one", "containerEdits": {"env": ["A=b"], "hooks": [hook]}}
+    told, stopped = tmp_path / "told", tmp_path / "stopped"
+    hooks = [
+        {"hookName": stage, "path": "/bin/sh", "args": ["sh", "-c", f"/bin/cat > {path}"]}
+        for stage, path in (("createRuntime", told), ("poststop", stopped))
+    ]
+    device = {"name": "one", "containerEdits": {"env": ["A=b"], "hooks": hooks}}
     name = f"crib-test-{tmp_path.name}.json"
     Path("/run/cdi").mkdir(exist_ok=True)
     file = Path("/run/cdi", name)
@@ -144,3 +149,15 @@ async def test_hooks_of_a_cdi_device(real: Real, tmp_path: Path) -> None:
     state = json.loads(told.read_text())
     assert (state["id"], state["status"]) == (container, "creating")
     assert "stdout F b" in (real.logs / "c.log").read_text()
+    # The end of a pod that lost cribd and its monitor.
+    answer = await real.client.PodSandboxStatus(pb.PodSandboxStatusRequest(pod_sandbox_id=pod, verbose=True))
+    real.daemon.kill()
+    os.kill(json.loads(answer.info["info"])["pid"], signal.SIGKILL)
+    await real.client.close()
+    real.daemon.start()
+    real.client = real.daemon.client()
+    assert not stopped.exists()
+    await real.client.StopPodSandbox(pb.StopPodSandboxRequest(pod_sandbox_id=pod))
+    await real.client.RemoveContainer(pb.RemoveContainerRequest(container_id=container))
+    state = json.loads(stopped.read_text())
+    assert (state["id"], state["status"]) == (container, "stopped")
