@@ -54,11 +54,10 @@ def check(catalogue: Catalogue, shelf: Shelf, pull: Callable[[str], object] | No
     users = catalogue.hold_all()
     try:
         for number, images in sorted(users.items()):
-            layer, recipe = shelf.get(number), shelf.recipe(number)
-            verified = recipe.exists()
-            present = shelf.path(number).is_dir()
-            problem = problem_of(shelf.path(number), recipe, layer.diff_id) if verified else ""
-            problem = problem if present else "its directory is missing"
+            path, recipe, seal = shelf.path(number), shelf.recipe(number), shelf.seal(number)
+            layer, verified = shelf.get(number), recipe.exists() or seal.exists()
+            problem = problem_of(path, recipe, seal, layer.diff_id) if verified else ""
+            problem = problem if path.is_dir() else "its directory is missing"
             finding = Finding(short_name(number), layer.diff_id, tuple(images), verified, problem)
             if problem and pull is not None:
                 finding = replace(finding, repaired=_repaired(catalogue, shelf, pull, number, images))

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runtime.errors import Exhausted, NotFound
+from runtime.images.unpack.form import OPAQUE, is_whiteout
 
 _LINKS = 40
 _PATH_LIMIT = 4096
-_OPAQUE = "trusted.overlay.opaque"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ def _child(directories: tuple[str, ...], name: str) -> Found | None:
             merged.append(path)
             if _is_opaque(path):
                 break
-        elif top is None and not (stat.S_ISCHR(status.st_mode) and status.st_rdev == 0):
+        elif top is None and not is_whiteout(status):
             return Found(path, status, ())
         else:
             break  # a whiteout, or a file below a directory: hides what is under it
@@ -109,7 +109,7 @@ def _child(directories: tuple[str, ...], name: str) -> Found | None:
 
 def _is_opaque(path: str) -> bool:
     try:
-        return os.getxattr(path, _OPAQUE, follow_symlinks=False) == b"y"
+        return os.getxattr(path, OPAQUE, follow_symlinks=False) == b"y"
     except OSError:
         return False
 

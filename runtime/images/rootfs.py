@@ -13,6 +13,7 @@ from runtime.images.image import RootFs
 from runtime.images.layers import remove_tree, short_name
 from runtime.images.records import RootFsRecords, StoredRootFs
 from runtime.images.shelf import Shelf
+from runtime.images.unpack.form import ROOT_LISTED
 
 log = logging.getLogger(__name__)
 
@@ -90,8 +91,8 @@ class Roots:
         return rootfs
 
     def _make_directories(self, rootfs: RootFs) -> None:
-        # The merged root directory looks like the upper one, which is to look like the topmost layer's.
-        root = os.stat(os.path.join(rootfs.base, rootfs.lowers[0]))
+        # The merged root directory looks like the upper one.
+        root = os.stat(_root(rootfs))
         os.mkdir(os.path.dirname(rootfs.upper), 0o700)
         os.mkdir(rootfs.work, 0o700)
         os.mkdir(rootfs.upper, 0o700)
@@ -141,3 +142,15 @@ class Roots:
                     seen.add(status.st_ino)
                     bytes_used += status.st_blocks * 512
         return bytes_used, len(seen)
+
+
+def _root(rootfs: RootFs) -> str:
+    """The root directory of the topmost layer that lists one."""
+    layers = [os.path.join(rootfs.base, name) for name in rootfs.lowers]
+    for layer in layers:
+        try:
+            os.getxattr(layer, ROOT_LISTED)
+            return layer
+        except OSError:
+            continue
+    return layers[0]

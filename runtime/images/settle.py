@@ -9,6 +9,8 @@ everything that the file below has.
 import errno
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from runtime.errors import Exhausted
@@ -40,7 +42,8 @@ def settle(layer: Path, below: tuple[Path, ...], unpacked: Unpacked, recipe: Pat
         elif stat.S_ISLNK(there.status.st_mode) and (target := view.resolve(path)):
             directory = _directory(layer, own, view, target)
             if directory is not None:
-                _merge(here.path, directory)
+                with _times_kept(os.path.dirname(here.path)):
+                    _merge(here.path, directory)
                 recipe.unlink(missing_ok=True)
                 moved[path] = target
     grown = 0
@@ -55,12 +58,21 @@ def settle(layer: Path, below: tuple[Path, ...], unpacked: Unpacked, recipe: Pat
                 f"hard link {name[:200]!r} to {target[:200]!r}, which neither the layer nor those below hold"
             )
         path = os.path.join(parent.path, os.path.basename(name))
-        if mine or source.path in copies:
-            _link(copies.get(source.path, source.path), path)
-        else:
-            copies[source.path] = path
-            grown += _copy(source, path, limit_bytes - grown)
+        with _times_kept(parent.path):
+            if mine or source.path in copies:
+                _link(copies.get(source.path, source.path), path)
+            else:
+                copies[source.path] = path
+                grown += _copy(source, path, limit_bytes - grown)
     return grown
+
+
+@contextmanager
+def _times_kept(directory: str) -> Iterator[None]:
+    """What is added to a directory afterwards leaves it with the times that the layer, or one below, gave it."""
+    status = os.lstat(directory)
+    yield
+    os.utime(directory, ns=(status.st_atime_ns, status.st_mtime_ns), follow_symlinks=False)
 
 
 def _where(path: str, moved: dict[str, str]) -> str:
@@ -86,7 +98,8 @@ def _directory(layer: Path, own: Merged, view: Merged, target: str) -> str | Non
             return None
         here = own.lookup(done, follow=False)
         if here is None:
-            os.mkdir(path)
+            with _times_kept(os.path.dirname(path)):
+                os.mkdir(path)
             _adopt(path, there)
         elif not stat.S_ISDIR(here.status.st_mode):
             return None
@@ -95,17 +108,18 @@ def _directory(layer: Path, own: Merged, view: Merged, target: str) -> str | Non
 
 def _merge(source: str, target: str) -> None:
     """Move everything in the directory `source` into `target`, where it wins; removes `source`."""
-    for entry in list(os.scandir(source)):
-        there = f"{target}/{entry.name}"
-        if entry.is_dir(follow_symlinks=False) and os.path.isdir(there) and not os.path.islink(there):
-            _merge(entry.path, there)
-            continue
-        if os.path.lexists(there):
-            if os.path.isdir(there) and not os.path.islink(there):
-                remove_tree(Path(there))
-            else:
-                os.unlink(there)
-        os.rename(entry.path, there)
+    with _times_kept(target):
+        for entry in list(os.scandir(source)):
+            there = f"{target}/{entry.name}"
+            if entry.is_dir(follow_symlinks=False) and os.path.isdir(there) and not os.path.islink(there):
+                _merge(entry.path, there)
+                continue
+            if os.path.lexists(there):
+                if os.path.isdir(there) and not os.path.islink(there):
+                    remove_tree(Path(there))
+                else:
+                    os.unlink(there)
+            os.rename(entry.path, there)
     os.rmdir(source)
 
 

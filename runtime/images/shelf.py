@@ -41,6 +41,10 @@ class Shelf:
         """How the layer's tar is put together again; not there where that can't be."""
         return self.recipes / short_name(number)
 
+    def seal(self, number: int) -> Path:
+        """What its recipe doesn't tell, see `runtime.images.seal`; not there where it tells all."""
+        return self.recipes / f"{short_name(number)}.seal"
+
     def restore(self, layer: Layer) -> None:
         """Hold a layer that the records name, putting it on the shelf if it is the first time."""
         with self._lock:
@@ -110,6 +114,7 @@ class Shelf:
         for number in doomed:
             try:
                 self.recipe(number).unlink(missing_ok=True)
+                self.seal(number).unlink(missing_ok=True)
                 remove_tree(self.path(number))
                 gone.append(number)
             except OSError as error:

@@ -94,7 +94,7 @@ class Images:
         strays = [self._base / name for name in present - known]
         strays += [Path(entry.path) for entry in os.scandir(self._containers) if not self._roots.image(entry.name)]
         strays += [Path(entry.path) for entry in os.scandir(self._spool)]
-        strays += [Path(entry.path) for entry in os.scandir(self._recipes) if entry.name not in known]
+        strays += [Path(entry.path) for entry in os.scandir(self._recipes) if Path(entry.name).stem not in known]
         if unknown or strays:
             log.info("removing %d half-made layers and %d directories without a record", len(unknown), len(strays))
             self._in_background(lambda: self._sweep(unknown, strays))

@@ -15,6 +15,7 @@ from errno import EDQUOT, ENOSPC
 from typing import IO, Protocol
 
 from runtime.errors import Cancelled, CribError, Exhausted, Unavailable
+from runtime.images import seal
 from runtime.images.errors import BadContent, BadImage
 from runtime.images.image import ImagesConfig, Progress
 from runtime.images.layers import Unpack, Unpacked, Unpacker, remove_tree, sync
@@ -26,7 +27,6 @@ from runtime.images.shelf import Shelf
 log = logging.getLogger(__name__)
 
 _REPORT_EVERY_S = 0.1
-_BLOCK = 4096
 _SYNC_TIMEOUT_S = 600.0
 # What a layer that can't stand alone has below it when it is the lowest.
 _NOTHING_BELOW = "none"
@@ -166,22 +166,19 @@ class Transfer:
             unpacked = self._brought(number, descriptor, unpacker)
             if unpacked.diff_id != diff_id:
                 raise BadContent(f"layer {descriptor.digest} unpacks to {unpacked.diff_id}, the image wants {diff_id}")
-            unpacked = self._with_recipe(number, unpacked)
+            if unpacked.spoilt:
+                self._shelf.recipe(number).unlink()
             if unpacked.implied or unpacked.lower_links:
                 self._open[diff_id] = (number, unpacked)
             else:
-                layer = Layer(number, diff_id, "", unpacked.bytes_used, unpacked.inodes)
-                self._held.append(self._shelf.add(layer).number)
+                self._held.append(self._shelf.add(self._layer_of(number, diff_id, "", unpacked)).number)
             self._report(descriptor, "done", descriptor.size)
 
-    def _with_recipe(self, number: int, unpacked: Unpacked) -> Unpacked:
-        """Counts the recipe as the layer's, or removes it."""
-        path = self._shelf.recipe(number)
-        if unpacked.spoilt:
-            path.unlink()
-            return unpacked
-        size = -(-path.stat().st_size // _BLOCK) * _BLOCK
-        return replace(unpacked, bytes_used=unpacked.bytes_used + size, inodes=unpacked.inodes + 1)
+    def _layer_of(self, number: int, diff_id: str, below: str, unpacked: Unpacked) -> Layer:
+        """The finished layer, with what is kept to check it."""
+        shelf = self._shelf
+        more = seal.finish(shelf.path(number), shelf.recipe(number), shelf.seal(number), unpacked)
+        return Layer(number, diff_id, below, unpacked.bytes_used + more[0], unpacked.inodes + more[1])
 
     def _brought(self, number: int, descriptor: Descriptor, unpacker: Unpacker) -> Unpacked:
         """Unpack the layer, from another host when one has sent something else."""
@@ -259,8 +256,10 @@ class Transfer:
         below_it = tuple(dict.fromkeys(lower))
         limit = self._config.unpacked_limit_bytes
         grown = settle(self._shelf.path(number), below_it, unpacked, self._shelf.recipe(number), limit)
-        inodes = unpacked.inodes + len(unpacked.lower_links)
-        layer = self._shelf.add(Layer(number, diff_id, below, unpacked.bytes_used + grown, inodes))
+        settled = replace(
+            unpacked, bytes_used=unpacked.bytes_used + grown, inodes=unpacked.inodes + len(unpacked.lower_links)
+        )
+        layer = self._shelf.add(self._layer_of(number, diff_id, below, settled))
         self._held.append(layer.number)
         return layer
 

@@ -16,15 +16,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from runtime.images.unpack.errors import BadLayer, LimitReached
+from runtime.images.unpack.form import OPAQUE, OPAQUE_MARK, REFUSED_XATTRS, ROOT_LISTED, WHITEOUT, is_whiteout
 from runtime.images.unpack.recipe import Recorder
 from runtime.images.unpack.tar import BLOCKDEV, CHAR, DIRECTORY, FIFO, FILE, HARDLINK, SYMLINK, Entry, Stream
 from runtime.linux import files
 
-OPAQUE = "trusted.overlay.opaque"
-_WHITEOUT = b".wh."
-_OPAQUE_MARK = b".wh..wh..opq"
-# Overlay's own attributes could redirect lookups; labels and measurements belong to the host.
-_REFUSED_XATTRS = (b"trusted.overlay.", b"user.overlay.", b"security.selinux", b"security.ima", b"security.evm")
 _BLOCK = 4096
 _ID_LIMIT = (1 << 32) - 1
 _TIME_LIMIT_NS = (1 << 63) - 1
@@ -43,7 +39,7 @@ class Applied:
     lower_links: list[tuple[bytes, bytes]] = field(default_factory=list)
 
 
-def _clean(name: bytes) -> bytes:
+def clean(name: bytes) -> bytes:
     """`name` relative to the root, b"" for the root itself. Raises BadLayer if it holds `..`."""
     parts = [part for part in name.split(b"/") if part and part != b"."]
     if b".." in parts:
@@ -72,11 +68,11 @@ class Applier:
     def apply(self, entries: Iterable[Entry]) -> Applied:
         for entry in entries:
             self._count()
-            name = _clean(entry.name)
+            name = clean(entry.name)
             parent, _, base = name.rpartition(b"/")
             if parent not in self._known:
                 self._make_parents(parent)
-            if base.startswith(_WHITEOUT):
+            if base.startswith(WHITEOUT):
                 self._whiteout(parent, base)
             else:
                 try:
@@ -173,6 +169,8 @@ class Applier:
         path = name or b"."
         if name:
             self._make_directory(name, entry.mode, follow=False)
+        else:
+            os.setxattr(path, ROOT_LISTED, b"y")
         self._implied.pop(name, None)
         os.chown(path, entry.uid, entry.gid)
         os.chmod(path, entry.mode)
@@ -182,7 +180,7 @@ class Applier:
         self._times[name] = self._entry_times(entry)
 
     def _hardlink(self, name: bytes, entry: Entry) -> None:
-        target = _clean(entry.link)
+        target = clean(entry.link)
         if target == name:
             return
         if self._whiteouts and self._hidden(target):
@@ -201,7 +199,7 @@ class Applier:
 
     def _hidden(self, path: bytes) -> bool:
         try:
-            return _is_whiteout(os.lstat(path))
+            return is_whiteout(os.lstat(path))
         except OSError:
             return False
 
@@ -239,19 +237,19 @@ class Applier:
                 return False
             self._remove(path)
             os.mkdir(path, mode)
-            if _is_whiteout(there):
+            if is_whiteout(there):
                 os.setxattr(path, OPAQUE, b"y")
         self._done.inodes += 1
         self._done.bytes_used += _BLOCK
         return True
 
     def _whiteout(self, parent: bytes, base: bytes) -> None:
-        if base == _OPAQUE_MARK:
+        if base == OPAQUE_MARK:
             os.setxattr(parent or b".", OPAQUE, b"y")
             return
-        if base.startswith(_WHITEOUT + _WHITEOUT):
+        if base.startswith(WHITEOUT + WHITEOUT):
             return  # AUFS's own bookkeeping
-        hidden = base[len(_WHITEOUT) :]
+        hidden = base[len(WHITEOUT) :]
         if hidden in (b"", b".", b".."):
             raise BadLayer(f"whiteout of {hidden!r}")
         path = parent + b"/" + hidden if parent else hidden
@@ -265,7 +263,7 @@ class Applier:
 
     def _set_xattrs(self, target: bytes | int, entry: Entry) -> None:
         for key, value in entry.xattrs:
-            if key.startswith(_REFUSED_XATTRS):
+            if key.startswith(REFUSED_XATTRS):
                 continue
             try:
                 if isinstance(target, int):
@@ -317,7 +315,3 @@ class Applier:
             self._done.inodes -= 1
             if stat.S_ISREG(there.st_mode):
                 self._done.bytes_used -= -(-min(there.st_size, there.st_blocks * 512) // _BLOCK) * _BLOCK
-
-
-def _is_whiteout(there: os.stat_result) -> bool:
-    return stat.S_ISCHR(there.st_mode) and there.st_rdev == 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import re
+import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,7 @@ from runtime.errors import NotFound, Unavailable, WrongState
 from runtime.images import Images
 from tests.requires import requires
 from tests.runtime.images.conftest import OpenStore, Served
-from tests.runtime.images.given import Layer, build, layer, oci_archive
+from tests.runtime.images.given import Layer, build, digest, layer, oci_archive
 
 pytestmark = requires("root")
 
@@ -26,7 +28,9 @@ def rich() -> list[bytes]:
     below = Layer().directory("d", mode=0o2755, uid=7).file("d/f", os.urandom(70_000), mode=0o4755, gid=9).file("empty")
     below.symlink("s", "d/f").hardlink("h", "d/f").add("fifo", tarfile.FIFOTYPE)
     below.add("dev", tarfile.CHRTYPE, devmajor=1, devminor=3).file("n" * 150, "long")
-    below.file("x", "x", pax_headers={"SCHILY.xattr.user.k": "v", "mtime": "1000000000.5"})
+    below.file(
+        "x", "x", pax_headers={"SCHILY.xattr.user.k": "v", "SCHILY.xattr.trusted.k": "v", "mtime": "1000000000.5"}
+    )
     above = Layer().file("d/new", "new").file("d/.wh.f").hardlink("again", "d/f").file("gone/.wh..wh..opq")
     return [below.tar(), above.tar()]
 
@@ -95,13 +99,15 @@ def test_an_archive_that_nobody_reads_holds_nothing(images: Images, left: Left) 
     assert left() == []
 
 
-def test_what_can_not_be_saved(images: Images) -> None:
-    twice = Layer().file("a", "1").file("a", "2").tar()
+def test_what_can_not_be_saved(images: Images, run_dir: Path) -> None:
+    twice = Layer().file("a", "1").file("a", "2").file("big", bytes(3 << 20) + b"end").tar()
     images.load(io.BytesIO(oci_archive(build(twice), "local/twice:1")))
     with pytest.raises(WrongState, match="can't be put together again"):
         images.save(["local/twice:1"])
     [finding] = images.check()
-    assert (finding.verified, finding.problem) == (False, "")
+    assert (finding.verified, finding.problem) == (True, ""), "there is a seal"
+    change(run_dir / "store/layers" / finding.layer / "big")
+    assert [finding.problem for finding in images.check()] == ["'big' is not as it was"]
 
 
 def test_a_whole_store(images: Images) -> None:
@@ -117,36 +123,70 @@ def change(path: Path) -> None:
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
+def moved(path: Path, change: Callable[[Path], object]) -> None:
+    """The change is what is found, not that the directory was written to."""
+    status = path.parent.stat()
+    change(path)
+    os.utime(path.parent, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def replaced(path: Path, make: Callable[[Path], object]) -> None:
+    def do(path: Path) -> None:
+        path.unlink()
+        make(path)
+
+    moved(path, do)
+
+
 @pytest.mark.parametrize(
-    ("damage", "match"),
+    ("layer", "damage", "match"),
     [
-        (lambda top: change(top / "d/f"), "holds something else"),
-        (lambda top: os.truncate(top / "d/f", 5), "bytes instead of|too short"),
-        (lambda top: (top / "empty").unlink(), "is missing"),
-        (lambda top: (top / "d/f").chmod(0o755), "has mode 755 instead of 4755"),
-        (lambda top: os.chown(top / "d", 0, 0), "another owner"),
-        (lambda top: ((top / "s").unlink(), (top / "s").symlink_to("x")), "leads elsewhere"),
+        (0, lambda top: change(top / "d/f"), "holds something else"),
+        (0, lambda top: os.truncate(top / "d/f", 5), "bytes instead of|too short"),
+        (0, lambda top: (top / "empty").unlink(), "'empty' is missing"),
+        (0, lambda top: (top / "d/f").chmod(0o755), "has mode 755 instead of 4755"),
+        (0, lambda top: os.chown(top / "d", 0, 0), "another owner"),
+        (0, lambda top: replaced(top / "s", lambda path: path.symlink_to("x")), "leads elsewhere"),
+        (0, lambda top: os.utime(top / "x", (1, 1)), "'x' was modified"),
+        (0, lambda top: os.utime(top / "d", (1, 1)), "'d' was modified"),
+        (0, lambda top: os.setxattr(top / "x", "trusted.k", b"w"), "'x' has lost its attribute trusted.k"),
+        (0, lambda top: os.removexattr(top / "x", "trusted.k"), "'x' has lost its attribute trusted.k"),
+        (0, lambda top: os.setxattr(top / "x", "trusted.n", b""), "'x' has an attribute trusted.n"),
+        (0, lambda top: os.setxattr(top / "d", "trusted.overlay.opaque", b"y"), "'d' hides what is below"),
+        (0, lambda top: moved(top / "d/n", lambda path: path.touch()), "'d/n' does not belong to it"),
+        (0, lambda top: replaced(top / "h", lambda path: shutil.copy2(top / "d/f", path)), "'h' is no link to 'd/f'"),
+        (0, lambda top: replaced(top / "dev", lambda path: os.mknod(path, 0o20644, 5)), "'dev' is another device"),
+        # What came from the layer below, and what hides it.
+        (1, lambda top: os.chown(top / "d", 0, 0), "'d' is not as it was"),
+        (1, lambda top: change(top / "again"), "'again' is not as it was"),
+        (1, lambda top: moved(top / "d/f", lambda path: path.unlink()), "'d/f' is missing"),
+        (1, lambda top: os.removexattr(top / "gone", "trusted.overlay.opaque"), "'gone' is not as it was"),
     ],
 )
 def test_damage(
-    images: Images, registry: Served, run_dir: Path, left: Left, damage: Callable[[Path], object], match: str
+    images: Images,
+    registry: Served,
+    run_dir: Path,
+    left: Left,
+    layer: int,
+    damage: Callable[[Path], object],
+    match: str,
 ) -> None:
     built = build(*rich())
-    repository = f"care/{abs(hash(match))}"
+    repository = f"care/{digest(built.manifest)[7:27]}"
     registry.pusher.push(repository, "1", built)
     image = images.pull(f"{registry.host}/{repository}:1")
     rootfs = images.prepare("running", image.id)
-    damage(run_dir / "store/layers" / image.layers[0])
+    damage(run_dir / "store/layers" / image.layers[layer])
     found = list(images.check())
-    assert [bool(finding.problem) for finding in found] == [True, False]
-    with pytest.raises(AssertionError, match=match):
-        raise AssertionError(found[0].problem)
-    assert found[0].images == (image.id,)
-    assert [finding.repaired for finding in images.check(repair=True)] == [True, False]
+    assert [bool(finding.problem) for finding in found] == [layer == 0, layer == 1]
+    assert re.search(match, found[layer].problem), found
+    assert found[layer].images == (image.id,)
+    assert [finding.repaired for finding in images.check(repair=True)] == [layer == 0, layer == 1]
     assert [finding.problem for finding in images.check()] == ["", ""]
     after = images.get(image.id)
-    assert after.layers[0] != image.layers[0]
-    assert after.layers[1] == image.layers[1] or after.layers[1] not in image.layers
+    assert after.layers[layer] != image.layers[layer]
+    assert after.layers[1 - layer] == image.layers[1 - layer], "only what is damaged is fetched again"
     assert images.rootfs("running") == rootfs, "a container keeps what it was started on"
     images.discard("running")
     assert left() == sorted(f"layers/{name}" for name in after.layers)
@@ -164,7 +204,7 @@ def test_what_no_registry_has_stays_damaged(images: Images, run_dir: Path) -> No
 def test_recipes_go_with_their_layers(images: Images, open_store: OpenStore, run_dir: Path) -> None:
     [image] = images.load(io.BytesIO(oci_archive(build(*rich()), "local/app:1")))
     recipes = run_dir / "store/recipes"
-    assert {path.name for path in recipes.iterdir()} == set(image.layers)
+    assert {path.stem for path in recipes.iterdir()} == set(image.layers)
     images.remove(image.id)
     assert list(recipes.iterdir()) == []
     (recipes / "stray").touch()

@@ -509,7 +509,7 @@ def whole(images: Images) -> None:
     expected = {f"layers/{name}" for image in found for name in image.layers}
     expected |= {f"rootfs/{name}" for name in images.prepared()}
     assert set(tree_of(root)) == expected
-    assert {path.name for path in (root / "recipes").iterdir()} == {name for image in found for name in image.layers}
+    assert {path.stem for path in (root / "recipes").iterdir()} == {name for image in found for name in image.layers}
 
 
 @pytest.mark.timeout(KILLS_LIMIT_S)

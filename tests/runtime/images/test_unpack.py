@@ -92,7 +92,7 @@ def test_every_kind_of_entry(target: Path) -> None:
     empty = digest(b"")
     mark = " user.mark=b'x'" if keeps_user_attributes(target) else ""
     assert seen == {
-        ".": f"drwxr-x--x 1:2 {5 * second}",
+        ".": f"drwxr-x--x 1:2 {5 * second} trusted.crib.root=b'y'",
         "dir": f"drwxrwsr-x 0:50 {6 * second}",
         "dir/plain": f"-rw-r----- 4294967294:7 1123456789 {text} links=2",
         "dir/owned-by-root": f"-rw------- 0:0 {usual} {empty} links=1",
