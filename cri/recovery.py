@@ -168,7 +168,7 @@ async def _compare(node: Node, pod: Pod) -> None:
 async def _container(node: Node, container: Container) -> None:
     if container.state is ContainerState.CREATING:
         await settle(node, container)
-        await node.work(volumes.release, node, container)
+        await node.work(node.images.discard, container.id)
         forget(node, container)
     elif container.record.stop_deadline_ns and container.alive:
         left_s = (container.record.stop_deadline_ns - time.time_ns()) / 1e9
@@ -181,9 +181,10 @@ async def _sweep(node: Node) -> None:
     """Give back what no record owns."""
     known = {pod.id for pod in node.pods}
     await node.work(node.network.reconcile, known)
-    for container_id in await node.work(node.images.prepared):
-        if node.containers.find(volumes.owner(container_id)) is None:
-            await node.work(node.images.discard, container_id)
+    for key in await node.work(node.images.prepared):
+        holder = volumes.owner(key)
+        if node.containers.find(holder) is None and node.pods.find(holder) is None:
+            await node.work(node.images.discard, key)
     directory = node.directory("")
     for name in await node.work(_names, str(directory)):
         if name not in known and await node.engine.connect(name) is None:

@@ -15,9 +15,7 @@ from typing import Any, Final
 from runtime import hooks
 from runtime.channel import Channel
 from runtime.errors import AlreadyExists, CribError, DeadlineExceeded, Unavailable
-from runtime.linux import mount
 from runtime.linux.caps import last_cap
-from runtime.linux.lib import SyscallError
 from runtime.linux.probe import Probes
 from runtime.plan.compile import Cgroup, Environment, Maps, Namespaces
 from runtime.pod import (
@@ -38,6 +36,7 @@ from runtime.pod import (
     gone,
 )
 from runtime.spec import Hook, Spec
+from runtime.volumes import Volumes
 from runtime.zygote.launch import Zygote
 from runtime.zygote.messages import Kind, close_all
 from runtime.zygote.server import SOCKET_NAME
@@ -68,7 +67,7 @@ __all__ = [
 
 
 class Engine:
-    """Runs pods below `state`, cribd's state directory. Lives in one asyncio loop."""
+    """Runs pods below `state`, cribd's state directory. Lives in one asyncio loop; `volumes` is for threads."""
 
     def __init__(self, state: Path, zygote: Zygote, probes: Probes) -> None:
         self._state = state
@@ -77,6 +76,7 @@ class Engine:
         self._staging = str(state / "rootfs")
         self._pods: dict[str, Pod] = {}
         os.makedirs(self._staging, 0o700, exist_ok=True)
+        self.volumes = Volumes(state / "mnt", overlay_of_descriptors=probes.overlay_of_descriptors)
         self._zygote = zygote
         self._zygote_channel = self._to_zygote()
         self._relaunch: asyncio.Task[None] | None = None
@@ -130,7 +130,7 @@ class Engine:
         os.makedirs(self.directory(request.id), 0o700, exist_ok=True)
         shm = ""
         if request.shm_bytes and not self._probes.clone_detached_mount:
-            shm = self._make_shm_mountpoint(request.id)
+            shm = self.volumes.shm(request.id)
         mine, theirs = socketpair(AF_UNIX, SOCK_SEQPACKET)
         mine.setblocking(False)
         channel, zygote, number = Channel(mine), self._zygote_channel, 0
@@ -257,9 +257,9 @@ class Engine:
         return sock
 
     async def stop_pod(self, pod_id: str) -> None:
-        """End a pod's monitor with all that runs under it, and remove what it made. Idempotent.
+        """End a pod's monitor with all that runs under it, and remove what it made, the pod's volumes too. Idempotent.
 
-        Raises DeadlineExceeded when the monitor can't be killed.
+        Raises DeadlineExceeded when the monitor can't be killed, Unavailable when a volume can't be unmounted.
         """
         try:
             pod = await self.connect(pod_id)
@@ -269,7 +269,7 @@ class Engine:
         if pod:
             await pod.end()
             self._pods.pop(pod_id, None)
-        self._remove_shm_mountpoint(pod_id)
+        await asyncio.to_thread(self.volumes.remove, pod_id)
 
     async def _kill_monitor(self, pod_id: str) -> None:
         """End a monitor that answers nobody, and that this cribd has never talked to."""
@@ -354,27 +354,3 @@ class Engine:
         self.drop(pod_id)
         await self.stop_pod(pod_id)
         (self.directory(pod_id) / SOCKET_NAME).unlink(missing_ok=True)
-
-    def _make_shm_mountpoint(self, pod_id: str) -> str:
-        """Where a pod's /dev/shm goes on a kernel that can't clone a detached mount: below one private mount."""
-        parent = self._state / "mnt"
-        os.makedirs(parent, 0o700, exist_ok=True)
-        if not os.path.ismount(parent):
-            mount.mount(str(parent), str(parent), "", mount.MS.BIND)
-            mount.mount("", str(parent), "", mount.MS.PRIVATE)
-        path = parent / pod_id
-        os.makedirs(path, 0o700, exist_ok=True)
-        return str(path)
-
-    def _remove_shm_mountpoint(self, pod_id: str) -> None:
-        path = self._state / "mnt" / pod_id
-        if not path.is_dir():
-            return
-        try:
-            mount.umount(str(path))
-        except SyscallError:
-            pass  # not mounted
-        shutil.rmtree(path, ignore_errors=True)
-        parent = path.parent
-        if not any(parent.iterdir()):
-            mount.umount(str(parent))

@@ -84,7 +84,6 @@ class _Made:
     user: ResolvedUser
     spec: Spec
     rootfs: RootFs
-    volumes: tuple[VolumeRecord, ...]
 
 
 async def _make(node: Node, container: Container) -> None:
@@ -92,7 +91,8 @@ async def _make(node: Node, container: Container) -> None:
     try:
         async with pod.changing():
             pod.must_be_ready()
-            made = await node.work(_build, node, container)
+            held = await volumes.mount(node, container)
+            made = await node.work(_build, node, container, held)
             container.spec, container.rootfs = made.spec, made.rootfs
             user = made.user
             node.save_container(
@@ -103,7 +103,7 @@ async def _make(node: Node, container: Container) -> None:
                 image_ref=made.image.repo_digests[0] if made.image.repo_digests else made.image.id,
                 image_name=_image_name(container.config.image, made.image),
                 user=UserRecord(uid=user.uid, gid=user.gid, groups=user.additional_gids),
-                volumes=made.volumes,
+                volumes=held,
                 stop_signal=stop_signal(container.config, made.image.config.stop_signal),
             )
     except Exception as error:
@@ -111,12 +111,11 @@ async def _make(node: Node, container: Container) -> None:
         raise
 
 
-def _build(node: Node, container: Container) -> _Made:
+def _build(node: Node, container: Container, held: tuple[VolumeRecord, ...]) -> _Made:
     """All of it that blocks: the image's files, the root file system, the log's directory, the cgroup."""
     config = container.config
     image = node.images.get(config.image.image)
     user = _user(node, config.linux.security_context, image)
-    held = volumes.hold(node, container)
     spec = host.with_cdi_devices(config, container_to_spec(_given(node, container, image, user, held)))
     spec = host.with_hooks(config, spec, node.config.hooks_dirs)
     host.check_propagation(spec.mounts)
@@ -125,7 +124,7 @@ def _build(node: Node, container: Container) -> _Made:
         os.makedirs(os.path.dirname(container.record.log_path), mode=0o755, exist_ok=True)
     assert spec.linux is not None
     node.cgroups.create(container.record.cgroup_path, spec.linux.resources)
-    return _Made(image, user, spec, rootfs, held)
+    return _Made(image, user, spec, rootfs)
 
 
 def _given(
@@ -156,7 +155,7 @@ def _given(
         handler=handler,
         pod=pod.plan,
         target_pid=host.target_pid(node, container),
-        image_volumes={volume.target: volume.lowers for volume in held},
+        image_volumes={volume.target: volume.source for volume in held},
         seccomp_file=host.seccomp_file(security),
         devices=host.requested_devices(config),
         host_devices=host.every_device() if security.privileged else {},
@@ -192,7 +191,7 @@ async def _abandon(node: Node, container: Container, error: Exception) -> None:
     """Undo what was made. What can't be undone now stays out of the lists, and is removed with the pod."""
     try:
         await settle(node, container)
-        await node.work(volumes.release, node, container)
+        await node.work(node.images.discard, container.id)
     except Exception as failure:
         fields = {"container": container.id, "error": str(failure)}
         _logger.error("clean-up of a failed container failed", extra={"fields": fields})

@@ -6,7 +6,6 @@ import contextlib
 import logging
 from typing import TYPE_CHECKING
 
-from cri.container import volumes
 from cri.container.end import dead
 from cri.container.start import spec_of
 from runtime.errors import CribError, DeadlineExceeded, NotFound, Unavailable, WrongState
@@ -33,7 +32,7 @@ async def _remove(node: Node, container: Container) -> None:
     if container.pod.running is not None:
         with contextlib.suppress(NotFound, WrongState, Unavailable, DeadlineExceeded):  # never started, or no monitor
             await container.pod.running.forget(container.id)
-    await node.work(volumes.release, node, container)
+    await node.work(node.images.discard, container.id)
     forget(node, container)
 
 

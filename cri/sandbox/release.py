@@ -12,13 +12,14 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final
 
+from cri.container import volumes
 from cri.container.end import dead, remove_cgroup
 
 if TYPE_CHECKING:
     from cri.node import Node
     from cri.sandbox.pod import Pod
 
-ALL: Final = ("network", "monitor", "cgroups")
+ALL: Final = ("network", "monitor", "volumes", "cgroups")
 """What a pod may owe, in the order of giving back: a network plug-in wants the namespace, which the monitor holds."""
 
 _logger = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ async def release(node: Node, pod: Pod) -> None:
     acts: dict[str, Callable[[], Awaitable[object]]] = {
         "network": lambda: node.work(_disconnect, node, pod),
         "monitor": lambda: _end_monitor(node, pod),
+        "volumes": lambda: volumes.unmount(node, pod),
         "cgroups": lambda: _remove_cgroups(node, pod),
     }
     owes = list(pod.record.owes)

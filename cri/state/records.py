@@ -33,13 +33,20 @@ class _Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     pass
 
 
+class PodImage(_Record, frozen=True):
+    """An image that is, or is about to be, mounted for a pod; `key` holds its layers (`Images.prepare`)."""
+
+    image_id: str
+    key: str
+
+
 class SandboxRecord(_Record, frozen=True):
     """One pod. Times in ns since the epoch.
 
     `config` is the request's PodSandboxConfig, serialised deterministically. Its containers' cgroups are below
     `cgroup_path`; `cgroups` are those made for the pod itself, outermost first, `init_cgroup` among them where the pod
     shares a pid namespace. `owes` names what teardown has still to give back, and is empty once all of it is gone.
-    `resources` is the last UpdatePodSandboxResourcesRequest, if there was one.
+    `resources` is the last UpdatePodSandboxResourcesRequest, if there was one. `images` are those mounted for the pod.
     """
 
     id: SandboxId
@@ -58,6 +65,7 @@ class SandboxRecord(_Record, frozen=True):
     owes: tuple[str, ...] = ()
     message: str = ""
     resources: bytes = b""
+    images: tuple[PodImage, ...] = ()
 
 
 class UserRecord(_Record, frozen=True):
@@ -67,11 +75,11 @@ class UserRecord(_Record, frozen=True):
 
 
 class VolumeRecord(_Record, frozen=True):
-    """An image mounted at `target`; `lowers` are the directories of its layers, top first."""
+    """An image that a container has at `target`; `source` is where the host has that, or the part of it."""
 
     target: str
     image_id: str
-    lowers: tuple[str, ...]
+    source: str = ""
 
 
 class ContainerRecord(_Record, frozen=True):

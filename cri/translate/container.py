@@ -51,8 +51,8 @@ class ContainerInput:
 
     `target_pid` is the path of the pid namespace that pid mode TARGET joins. `seccomp_file` holds the bytes of
     the file that `seccomp.localhost_file` names. `devices` has what each of `devices.paths` is, `host_devices` every
-    device of the host by path (for a privileged container). `image_volumes` has the layers for each target of
-    `mounts.image_volumes`.
+    device of the host by path (for a privileged container). `image_volumes` has where the host has it for
+    each target of `mounts.image_volumes`.
     """
 
     sandbox: pb.PodSandboxConfig
@@ -70,7 +70,7 @@ class ContainerInput:
     sandbox_id: str = ""
     target_pid: str | None = None
     seccomp_file: bytes | None = None
-    image_volumes: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    image_volumes: Mapping[str, str] = field(default_factory=dict)
     devices: Mapping[str, Sequence[HostDevice]] = field(default_factory=dict)
     host_devices: Mapping[str, HostDevice] = field(default_factory=dict)
 

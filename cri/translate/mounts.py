@@ -13,8 +13,6 @@ from runtime.spec import IDMapping, Mount
 
 MKDIR = "x-crib.mkdir"
 """Makes a missing source as a directory of mode 0755 on the host, as Kubernetes expects of a hostPath volume."""
-SUB_PATH = "x-crib.subpath="
-"""Mounts only this part of an image; its symlinks stay inside."""
 MOUNTS_LIMIT = 4096
 _PROPAGATION = {
     pb.MountPropagation.PROPAGATION_PRIVATE: "rprivate",
@@ -57,8 +55,8 @@ class MountRules:
     """What the mounts depend on besides the request.
 
     `host_ipc`: /dev/shm is the host's. `bind_sys`: sysfs can't be mounted (own user namespace, host's network).
-    `recursive_read_only`, `idmapped`: what this host can do. `volumes`: the layers' directories, top first, of each of
-    the request's image volumes, by target.
+    `recursive_read_only`, `idmapped`: what this host can do. `volumes`: where the host has each of the request's image
+    volumes, by target.
     """
 
     readonly_root: bool
@@ -68,7 +66,7 @@ class MountRules:
     writable_cgroup: bool = False
     recursive_read_only: bool = True
     idmapped: bool = True
-    volumes: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    volumes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,11 +143,9 @@ def user_mount(mount: pb.Mount, rules: MountRules) -> Mount:
     where = f"mounts {show(target)}"
     _check_target(where, target, mount)
     if _is_image(mount):
-        volume = _image_volume(mount)
-        part = (f"{SUB_PATH}{volume.sub_path}",) if volume.sub_path else ()
-        lowers = f"lowerdir={':'.join(rules.volumes[target])}"
-        options = ("ro", lowers, *part, *_mount_options(where, mount.mount_options))
-        return Mount(destination=target, type="overlay", source="overlay", options=options)
+        _image_volume(mount)
+        options = ("bind", "rprivate", "ro", *_mount_options(where, mount.mount_options))
+        return Mount(destination=target, type="bind", source=rules.volumes[target], options=options)
     if mount.image_sub_path:
         raise InvalidSpec(f"{where}: image_sub_path {show(mount.image_sub_path)} without an image")
     source = on_host(f"{where}: host_path", mount.host_path)

@@ -86,6 +86,20 @@ def pivot_root(new_root: str, put_old: str) -> None:
     syscall("pivot_root", os.fsencode(new_root), os.fsencode(put_old), path=new_root)
 
 
+def is_mount_point(path: str) -> bool:
+    """Whether something is mounted at the directory `path`, a bind of the same file system too. Raises OSError."""
+    return _mount_id(path) != _mount_id(f"{path}/..")
+
+
+def _mount_id(path: str) -> int:
+    fd = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with open(f"/proc/self/fdinfo/{fd}", encoding="ascii") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("mnt_id:"))
+    finally:
+        os.close(fd)
+
+
 def open_tree(path: str, *, recursive: bool = False, dirfd: int = AT_FDCWD) -> int:
     """A detached copy of the mount at `path` (or of the descriptor `dirfd` when `path` is empty).
 

@@ -103,7 +103,7 @@ def compile_start(
     if spec.root.readonly:
         build.tree.append(mounts.ReadOnlyRoot())
     process = spec.process
-    plan: list[Step] = [identity.Detach(), *_inherited(process), *build.sources, *build.images, *build.joins]
+    plan: list[Step] = [identity.Detach(), *_inherited(process), *build.sources, *build.joins]
     if build.uids:
         root = (rootfs.base, rootfs.lowers, rootfs.upper, rootfs.work, build.uids, build.gids)
         # Where root inside may look up a path, whatever the modes of the state directory's parents are.

@@ -46,7 +46,6 @@ _PROPAGATION: Final[dict[str, int]] = {
     "rshared": MS.SHARED,
 }
 MAKE_SOURCE: Final = "x-crib.mkdir"
-SUB_PATH: Final = "x-crib.subpath="
 _OTHERS: Final = frozenset(("bind", "rbind", "idmap", "ridmap", "defaults", MAKE_SOURCE))
 
 
@@ -54,15 +53,12 @@ _OTHERS: Final = frozenset(("bind", "rbind", "idmap", "ridmap", "defaults", MAKE
 class Options:
     """What a mount's options mean: for mount(2) `flags` and `data`, for binds the attributes.
 
-    `recursive_set` and `recursive_clear` apply to all that is mounted below as well. `lowers`: an overlay's layers, and
-    `sub_path` the part of it to mount.
+    `recursive_set` and `recursive_clear` apply to all that is mounted below as well.
     """
 
     bind: bool = False
     recursive: bool = False
     make_source: bool = False
-    lowers: tuple[str, ...] = ()
-    sub_path: str = ""
     idmap: bool = False
     idmap_recursive: bool = False
     flags: int = 0
@@ -78,7 +74,6 @@ def parse(options: tuple[str, ...]) -> Options:
     """Sort OCI option strings (runtime-spec, config.md, "Linux mount options"); what is no flag is data."""
     flags = set_ = clear = recursive_set = recursive_clear = propagation = 0
     data: list[str] = []
-    sub_path = ""
     for option in options:
         deep = option[:1] == "r" and option not in _FLAGS and option not in _ATIME and option not in _PROPAGATION
         name = option[1:] if deep and (option[1:] in _FLAGS or option[1:] in _ATIME) else option
@@ -101,16 +96,12 @@ def parse(options: tuple[str, ...]) -> Options:
             flags = flags | flag if on else flags & ~flag
         elif option in _PROPAGATION:
             propagation = _PROPAGATION[option]
-        elif option.startswith(SUB_PATH):
-            sub_path = option.removeprefix(SUB_PATH)
         elif option not in _OTHERS:
             data.append(option)
     return Options(
         bind="bind" in options or "rbind" in options,
         recursive="rbind" in options,
         make_source=MAKE_SOURCE in options,
-        lowers=next((tuple(item[9:].split(":")) for item in data if item.startswith("lowerdir=")), ()),
-        sub_path=sub_path,
         idmap="idmap" in options or "ridmap" in options,
         idmap_recursive="ridmap" in options,
         flags=int(flags),

@@ -7,10 +7,10 @@ from typing import Final
 from runtime.cgroup import Cgroups
 from runtime.cgroup import Mount as CgroupMount
 from runtime.errors import InvalidSpec
-from runtime.linux.mount import MS, MountAttr
+from runtime.linux.mount import MS
 from runtime.linux.namespaces import CLONE
 from runtime.linux.userns import mapped
-from runtime.plan import identity, layers, mounts, user
+from runtime.plan import identity, mounts, user
 from runtime.plan.options import Options, parse
 from runtime.plan.plan import Step
 from runtime.spec import Device, IDMapping, Mount
@@ -103,7 +103,6 @@ class Build:
     gids: Maps = ()
     mappings: dict[tuple[Maps, Maps], str] = field(default_factory=dict)
     sources: list[Step] = field(default_factory=list)
-    images: list[Step] = field(default_factory=list)
     unshare: int = int(CLONE.NEWNS)
     joins: list[Step] = field(default_factory=list)
     devices: list[Step] = field(default_factory=list)
@@ -127,13 +126,6 @@ def add_mount(
         _dev(build, options)
     elif mount.type == "cgroup":
         _cgroup_mounts(build, mount, options, key, cgroup, own_cgroup_ns)
-    elif mount.type == "overlay" and options.lowers:
-        descriptors = environment.overlay_of_descriptors
-        build.images.append(
-            layers.OpenImage(key, options.lowers, options.sub_path, bool(build.uids), descriptors, environment.staging)
-        )
-        attributes = int(options.set_ | MountAttr.RDONLY)
-        build.tree.append(mounts.Attach(key, mount.destination, attributes, 0, False, int(MS.PRIVATE), "an image"))
     elif options.bind or mount.type == "bind":
         shared = mount.source == environment.shm_path and not environment.shm_attached
         if shared:

@@ -275,10 +275,18 @@ def _flood(fd: int, size: int) -> None:
         os.close(fd)
 
 
+class FakeVolumes:
+    """See runtime.volumes.Volumes: a pod here has none."""
+
+    def remove(self, pod_id: str) -> None:
+        pass
+
+
 class FakeEngine:
     """See runtime.engine.Engine."""
 
     ready = True
+    volumes = FakeVolumes()
 
     def __init__(self, world: World) -> None:
         self.world = world

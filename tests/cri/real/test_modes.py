@@ -81,6 +81,12 @@ async def test_a_targets_pid_namespace(real: Real) -> None:
     assert (code, "no container of this sandbox" in said) == (grpc.StatusCode.INVALID_ARGUMENT, True)
 
 
+def mounted(real: Real, pod: str) -> int:
+    """How many mounts the host has for the pod."""
+    lines = Path(f"/proc/{real.daemon.process.pid if real.daemon.process else 0}/mountinfo").read_text().splitlines()
+    return sum(f"/mnt/{pod}/" in line for line in lines)
+
+
 async def test_an_image_as_a_volume(real: Real) -> None:
     pod = await real.pod()
     image = pb.ImageSpec(image=IMAGE)
@@ -93,10 +99,26 @@ async def test_an_image_as_a_volume(real: Real) -> None:
     assert said.stdout == b"fine\n"
     found = await real.status(container)
     assert [mount.image.image_ref for mount in found.mounts] == [found.image_id] * 2
+    again = await real.run(pod, "sleep", "1000", name="d", mounts=[part])
+    assert (await real.sh(again, "test -e /part/sh && echo fine")).stdout == b"fine\n"
+    assert mounted(real, pod) == 1
+    real.daemon.kill()  # and what is mounted is known afterwards
+    await real.client.close()
+    real.daemon.start()
+    real.client = real.daemon.client()
+    third = await real.run(pod, "sleep", "1000", name="e", mounts=[whole])
+    assert (await real.sh(third, "test -e /image/bin/sh && echo fine")).stdout == b"fine\n"
+    assert mounted(real, pod) == 1
     missing = pb.Mount(container_path="/p", image=image, image_sub_path="no/such", readonly=True)
     code, said_text = await refused(real.create(pod, "true", name="x", mounts=[missing]))
     assert code == grpc.StatusCode.NOT_FOUND
     assert said_text.startswith("ImageVolumeMountFailed")
+    await real.client.StopPodSandbox(pb.StopPodSandboxRequest(pod_sandbox_id=pod))
+    assert mounted(real, pod) == 0
+    assert found.image_id == (await real.status(again)).mounts[0].image.image_ref
+    await real.remove(pod)
+    await real.client.RemoveImage(pb.RemoveImageRequest(image=image))
+    assert not [path for path in (real.daemon.root / "layers").iterdir() if path.name.isalnum()]
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def spec(
     cgroup_version: int = 2,
     target_pid: str | None = None,
     seccomp_file: bytes | None = None,
-    image_volumes: Mapping[str, Sequence[str]] | None = None,
+    image_volumes: Mapping[str, str] | None = None,
     devices: Mapping[str, Sequence[HostDevice]] | None = None,
     host_devices: Mapping[str, HostDevice] | None = None,
     defaults: Defaults = DEFAULTS,

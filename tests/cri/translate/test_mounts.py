@@ -191,10 +191,10 @@ def test_image_volumes() -> None:
         ImageVolume("/v/1", pb.ImageSpec(image="i"), "a/b"),
         ImageVolume("/v/2", pb.ImageSpec(image_ref="i@x"), ""),
     )
-    made = spec(container(mounts=[one, two]), image_volumes={"/v/1": ("/u", "/l/2"), "/v/2": ("/u", "/l/3")})
-    options = ("ro", "lowerdir=/u:/l/2", "x-crib.subpath=a/b")
-    assert mount_at(made, "/v/1") == Mount(destination="/v/1", type="overlay", source="overlay", options=options)
-    assert mount_at(made, "/v/2").options == ("ro", "lowerdir=/u:/l/3", "noexec")
+    made = spec(container(mounts=[one, two]), image_volumes={"/v/1": "/m/1/a/b", "/v/2": "/m/2"})
+    options = ("bind", "rprivate", "ro")
+    assert mount_at(made, "/v/1") == Mount(destination="/v/1", type="bind", source="/m/1/a/b", options=options)
+    assert mount_at(made, "/v/2").options == ("bind", "rprivate", "ro", "noexec")
 
 
 @pytest.mark.parametrize(
