@@ -53,28 +53,28 @@ def ptrace(request: int, pid: int = 0, number: int = 0) -> None:
     check("ptrace", _ptrace(request, pid, 0, number))
 
 
-def set_name(name: str) -> None:
-    """The name that `ps` shows for this thread, at most 15 bytes."""
-    check("prctl", _prctl(PR_SET_NAME, os.fsencode(name)[:15], 0, 0, 0))
-
-
 _title_area: list[int] = []  # first and last address, found once: a forked process has it in the same place
 
 
-def set_title(title: str) -> None:
-    """The command line that `ps` shows for this process; cut to the room that the present one takes.
+def set_title(title: bytes) -> bytes:
+    """The command line that `ps` shows for this process, and its first word as the process's name.
 
-    Overwrites the argument area in place (/proc/[pid]/stat, arg_start and arg_end).
+    Returns the command line that it was. Overwrites the argument area in place (/proc/[pid]/stat, arg_start and
+    arg_end), so that a title is cut to the room that the first one took, and a name to 15 bytes.
     """
+    check("prctl", _prctl(PR_SET_NAME, title.partition(b" ")[0][:15], 0, 0, 0))
     if not _title_area:
         with open("/proc/self/stat", "rb") as file:
             fields = file.read().rpartition(b")")[2].split()
         _title_area.extend((int(fields[45]), int(fields[46])))
     start, end = _title_area
-    if 0 < start < end:
-        text = os.fsencode(title)[: end - start - 1]
-        ctypes.memset(start, 0, end - start)
-        ctypes.memmove(start, text, len(text))
+    if not 0 < start < end:
+        return b""
+    before = ctypes.string_at(start)
+    text = title[: end - start - 1]
+    ctypes.memset(start, 0, end - start)
+    ctypes.memmove(start, text, len(text))
+    return before
 
 
 def clone3(flags: int, cgroup: int = -1) -> tuple[int, int]:

@@ -149,14 +149,15 @@ def compile_exec(process: Process, linux: Linux, join_files: tuple[str, ...], cl
 
 
 def watches(process: Process, linux: Linux) -> bool:
-    """Whether the container could take over a process of crib's that enters its pid namespace (CVE-2016-9962).
+    """Whether the container could take over, or look into, a process of crib's that enters its pid namespace.
 
-    CAP_SYS_PTRACE is all it takes, but for one in a user namespace; in the host's pid namespace it could have any
-    process of the host anyhow. See `runtime.zygote.hold`.
+    CAP_SYS_PTRACE is all it takes (CVE-2016-9962), but for one in a user namespace; in the host's pid namespace it
+    could have any process of the host anyhow. CAP_PERFMON shows a process's memory map. See `runtime.zygote.hold`.
     """
     sets = process.capabilities or Capabilities()
     own_pids = any(namespace.type == "pid" for namespace in linux.namespaces)
-    return "CAP_SYS_PTRACE" in sets.bounding and own_pids and not linux.uid_mappings
+    able = not {"CAP_SYS_PTRACE", "CAP_PERFMON"}.isdisjoint(sets.bounding)
+    return able and own_pids and not linux.uid_mappings
 
 
 def _namespaces(build: Build, linux: Linux, environment: Environment) -> tuple[str, str]:

@@ -14,7 +14,7 @@ import socket
 
 from runtime.cgroup import files as cgroup_files
 from runtime.linux.lib import SyscallError
-from runtime.linux.process import PR_SET_CHILD_SUBREAPER, prctl, set_name, set_title
+from runtime.linux.process import PR_SET_CHILD_SUBREAPER, prctl, set_title
 from runtime.zygote.attach import attach, detach_all
 from runtime.zygote.child import become
 from runtime.zygote.container import Container, Process
@@ -52,8 +52,7 @@ class Monitor:
     def run(self) -> None:
         """Serve until the pod ends."""
         prctl(PR_SET_CHILD_SUBREAPER, 1)
-        set_name("crib-monitor")
-        set_title(f"crib-monitor {self._id}")
+        set_title(f"crib-monitor {self._id}".encode())
         self.wake_on_signals()
         while self._ending is None or self._alive():
             self.turn()

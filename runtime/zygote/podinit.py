@@ -7,7 +7,7 @@ from runtime.cgroup.files import join
 from runtime.linux.caps import capset, drop_bounding, last_cap
 from runtime.linux.mount import MS, mount, pivot_root, umount
 from runtime.linux.namespaces import CLONE, unshare
-from runtime.linux.process import PR_SET_NO_NEW_PRIVS, close_all_but, prctl, set_name
+from runtime.linux.process import PR_SET_NO_NEW_PRIVS, close_all_but, prctl, set_title
 
 _EMPTY = "/dev"  # any directory will do: it is covered in this mount namespace only
 
@@ -22,7 +22,7 @@ def reap_for_ever(cgroup: tuple[str, ...], ready: int = -1) -> None:
     try:
         signal.set_wakeup_fd(-1)
         os.setsid()
-        set_name("crib-pod-init")
+        set_title(b"pod-init")
         join(cgroup)
         capabilities = last_cap()
         unshare(CLONE.NEWNS | CLONE.NEWCGROUP)

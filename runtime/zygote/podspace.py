@@ -14,7 +14,7 @@ from runtime.cgroup.files import write
 from runtime.linux import mount, namespaces
 from runtime.linux.lib import SyscallError
 from runtime.linux.namespaces import CLONE
-from runtime.linux.process import clone3
+from runtime.linux.process import clone3, set_title
 from runtime.linux.userns import mapped
 from runtime.zygote.podinit import reap_for_ever
 from runtime.zygote.userpod import join_user_pod
@@ -89,11 +89,17 @@ class PodSpace:
         return found
 
     def clone(self, pid_ns: int, flags: int, cgroup_dir: str) -> tuple[int, int]:
-        """clone3 with the child in the pid namespace of descriptor `pid_ns` (-1: as it is). Raises SyscallError."""
+        """clone3 with the child in the pid namespace of descriptor `pid_ns` (-1: as it is). Raises SyscallError.
+
+        The child has no command line that tells of crib: what enters a container is seen there.
+        """
+        title = set_title(b"")
+        pid = -1
         cgroup = os.open(cgroup_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) if cgroup_dir else -1
         try:
             if pid_ns < 0:
-                return clone3(flags, cgroup)
+                pid, pidfd = clone3(flags, cgroup)
+                return pid, pidfd
             namespaces.setns(pid_ns, NEWPID)
             try:
                 pid, pidfd = clone3(flags, cgroup)
@@ -104,6 +110,8 @@ class PodSpace:
                 self._restore_pid_ns()
             return pid, pidfd
         finally:
+            if pid:
+                set_title(title)
             if cgroup >= 0:
                 os.close(cgroup)
 

@@ -18,7 +18,7 @@ import sys
 
 from runtime.linux.mount import detached
 from runtime.linux.namespaces import setns
-from runtime.linux.process import PR_SET_DUMPABLE, prctl, set_name, set_title
+from runtime.linux.process import PR_SET_DUMPABLE, prctl, set_title
 from runtime.zygote.hookrunner import run_stage
 from runtime.zygote.messages import Kind, close_all, pack, receive, send
 from runtime.zygote.monitor import Monitor
@@ -86,8 +86,7 @@ class Zygote:
 
     def _settle(self) -> None:
         """Everything is loaded: from here on nothing is imported, by anybody."""
-        set_name("crib-zygote")
-        set_title("crib-zygote")
+        set_title(b"crib-zygote")
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
             signal.signal(number, signal.SIG_IGN)
         for encoding in ("ascii", "utf-8", "latin-1"):
@@ -156,7 +155,6 @@ def _live(directory: str) -> None:
     os.write(plan, _FAILING_PLAN)
     with cribd:
         monitor = Monitor("warm-up", directory, monitors)
-        set_title("crib-zygote")
         wake = monitor.wake_on_signals()
         for kind, fds, fields in _WARM_UP:
             send(cribd, kind, (plan,) if fds else (), n=1, **fields)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -13,14 +13,12 @@ import pytest
 
 from runtime.engine import Pod, PodStart
 from runtime.linux import caps
-from runtime.plan import identity
-from runtime.plan.plan import Plan
-from runtime.spec import Capabilities, Process
 from tests.requires import requires
 from tests.runtime.conftest import POD_ID, TIMEOUT_S, Bench, container
 from tests.security import weak
-from tests.security.conftest import Plans, Weaken, capable, execute, held, holding
+from tests.security.conftest import Plans, Weaken, capable, execute, holding
 from tests.security.defects import attack
+from tests.security.watch import NO_PTRACE, Watch, at_the_fifo, has, held_by, shared, until
 
 pytestmark = [requires("root", "overlay", "busybox"), pytest.mark.asyncio]
 
@@ -36,10 +34,6 @@ for p in $SEEN; do
     for f in $p/fd/*; do [ -e $f ] && echo "DESCRIPTOR $(readlink $f)"; done
 done; true
 """  # noqa: E501
-
-
-def shared(pod: Pod) -> dict[str, str | None]:
-    return {"pid": pod.namespaces.pid}
 
 
 def parent(pid: int) -> int:
@@ -76,7 +70,7 @@ async def overwrite(bench: Bench, marker: Path, pid: str | None) -> list[str]:
 )
 async def test_cve_2019_5736_shared_pid_namespace(bench: Bench, tmp_path: Path) -> None:
     lines = await overwrite(bench, tmp_path, "pod")
-    assert lines == ["SEEN crib-pod-init"]
+    assert lines == ["SEEN pod-init"]
 
 
 @attack(
@@ -110,44 +104,6 @@ done
 """
 
 
-def held_by(fifo: Path) -> Callable[[Plan], Plan]:
-    """Edits a plan so that it waits at its beginning until somebody reads the fifo."""
-    return lambda plan: (identity.JoinCgroup((str(fifo),)), *plan)
-
-
-class Watch:
-    """The attacker's side: a container with SYS_PTRACE that looks for a process with the host's tree."""
-
-    def __init__(self, upper: Path) -> None:
-        self.upper = upper
-
-    def rounds(self) -> int:
-        path = self.upper / "rounds"
-        return int(path.read_text()) if path.exists() else 0
-
-    @property
-    def caught(self) -> bool:
-        return (self.upper / "caught").exists()
-
-    async def tried(self, rounds: int = 2) -> None:
-        """Wait until it has looked through all processes again."""
-        target = self.rounds() + rounds
-        await until(lambda: self.rounds() >= target)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(TIMEOUT_S):
-        while not condition():  # noqa: ASYNC110 - what is watched has no event
-            await asyncio.sleep(0.01)
-
-
-NO_PTRACE = tuple(name for name in held() if name != "SYS_PTRACE")
-
-
-def has(sets: Capabilities) -> Callable[[Process], Process]:
-    return lambda process: msgspec.structs.replace(process, capabilities=sets)
-
-
 @asynccontextmanager
 async def watching(
     bench: Bench, pod: Pod, marker: Path, *, with_pod_pid: bool, ptrace: bool = True
@@ -176,15 +132,6 @@ def frozen(bench: Bench) -> bool:
     raise AssertionError("no freezer")
 
 
-def at_the_fifo(parent: int) -> bool:
-    """Whether a child of the monitor waits for the fifo's reader."""
-    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-    return any(
-        "wait_for_partner" in Path(f"/proc/{pid}/wchan").read_text() or "fifo" in Path(f"/proc/{pid}/stack").read_text()
-        for pid in children
-    )
-
-
 async def exec_watched(
     bench: Bench, plans: Plans, null: int, tmp_path: Path, *, guarded: bool, ptrace: bool = True
 ) -> bool:
@@ -202,7 +149,7 @@ async def exec_watched(
             process=lambda process: msgspec.structs.replace(process, capabilities=spec.process.capabilities),
         )  # fmt: skip
         if guarded:
-            await until(lambda: at_the_fifo(pod.monitor_pid))
+            await until(lambda: at_the_fifo(pod.monitor_pid) > 0)
             assert frozen(bench) == ptrace
             if not ptrace:
                 await watch.tried()
@@ -248,8 +195,8 @@ DUMPABLE: weak.Edits = (("zygote/zygote.py", "prctl(PR_SET_DUMPABLE, 0)", "pass"
 
 @attack(
     "CVE-2016-9962",
-    sentence="A container with every capability but SYS_PTRACE goes through /proc/PID/root of an exec's child whose "
-    "capabilities are no more than its own",
+    sentence="A container with every capability but SYS_PTRACE and PERFMON goes through /proc/PID/root of an exec's "
+    "child whose capabilities are no more than its own",
     guard="crib's processes are not dumpable",
     control="test_9962_control_dumpable",
 )
@@ -289,7 +236,7 @@ async def start_watched(bench: Bench, plans: Plans, tmp_path: Path, *, guarded: 
         plans.starts(held_by(fifo))
         starting = asyncio.ensure_future(bench.run(pod, "victim", container(pod, "true", namespaces=shared(pod))))
         if guarded:
-            await until(lambda: at_the_fifo(pod.monitor_pid))
+            await until(lambda: at_the_fifo(pod.monitor_pid) > 0)
             assert frozen(bench)
         else:
             await until(lambda: watch.caught)

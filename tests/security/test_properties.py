@@ -22,13 +22,26 @@ from runtime.errors import StepFailed
 from runtime.linux.probe import probe
 from runtime.spec import Linux, Mount
 from tests.requires import requires
-from tests.runtime.conftest import MAPS, POD_ID, Bench, container
+from tests.runtime.conftest import MAPS, POD_ID, TIMEOUT_S, Bench, container
 from tests.security import weak
-from tests.security.conftest import Weaken, applet, capable, held
+from tests.security.conftest import Plans, Weaken, applet, capable, execute, held
 from tests.security.defects import attack
 from tests.security.trace import Call, Trace, tracing
+from tests.security.watch import NO_PTRACE, Watch, at_the_fifo, has, held_by, shared, until
 
 pytestmark = [requires("root", "overlay", "busybox", "strace"), pytest.mark.asyncio]
+
+# Times as many examples, and others in each run.
+MORE = int(os.environ.get("CRIB_EXAMPLES", "1"))
+
+
+def tried(examples: int) -> settings:
+    """Hypothesis only makes the examples: they are tried outside of it, in the test's event loop."""
+    return settings(
+        max_examples=examples * MORE, deadline=None, database=None, derandomize=MORE == 1,
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+
 
 CALLS = (
     "open openat openat2 mkdir mkdirat mknod mknodat symlink symlinkat chown fchownat chmod fchmodat mount umount2 "
@@ -190,7 +203,7 @@ async def test_nothing_outside_the_root_is_touched(random: Random) -> None:
     loop = asyncio.get_running_loop()
     cases: list[tuple[Any, ...]] = []
 
-    @settings(max_examples=25, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @tried(25)
     @given(st.tuples(entries, entries, targets, directories))
     def collect(case: tuple[Any, ...]) -> None:
         cases.append(case)
@@ -245,7 +258,7 @@ async def test_no_process_in_a_container_sees_crib(bench: Bench, layer: Path) ->
     pod = await bench.pod()
     trees: list[str] = []
 
-    @settings(max_examples=12, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @tried(12)
     @given(process_trees)
     def collect(tree: str) -> None:
         trees.append(tree)
@@ -279,6 +292,57 @@ async def test_property_control_host_pid_namespace(bench: Bench, layer: Path) ->
     )
     _, log = await bench.run(pod, "c", spec)
     assert {"COMMAND", "MAP", "DESCRIPTOR"} <= set(log.split())
+
+
+async def seen_while_entering(bench: Bench, layer: Path, plans: Plans, null: int, directory: Path) -> str:
+    """What a container that is not frozen sees while a command and a container of its pod are
+    held before their first step."""
+    applet(layer, "tr")
+    (layer / "1/look").write_text(SEE)
+    pod = await bench.pod(PodStart(id=POD_ID, hostname="pod", pid=True))
+    fifo = directory / "fifo"
+    os.mkfifo(fifo)
+    rounds = "round=$((round+1)); echo $round > /rounds.new; mv /rounds.new /rounds"
+    able = [name for name in NO_PTRACE if name != "SYS_ADMIN"]  # which has PERFMON's rights: see docs/security.md
+    spec = container(
+        pod, "sh", "-c", f"round=0; look() {{ . /look; }}; while :; do look >> /seen; {rounds}; done",
+        namespaces=shared(pod), process=has(capable(*able)),
+    )  # fmt: skip
+    await bench.start(pod, "c", spec)
+    watch = Watch(bench.directory / f"upper{bench.count}")
+    await watch.tried()
+    plans.both(held_by(fifo))
+    running = execute(bench, pod, 1, (null, null, null), "true", linux=spec.linux)
+    starting = asyncio.ensure_future(bench.run(pod, "other", container(pod, "true", namespaces=shared(pod))))
+    await until(lambda: at_the_fifo(pod.monitor_pid) == 2)
+    await watch.tried()
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    assert (await asyncio.wait_for(running.wait(), TIMEOUT_S)).code == 0
+    assert (await starting)[0].code == 0
+    os.close(reader)
+    await pod.kill("c")
+    return (watch.upper / "seen").read_text()
+
+
+@attack(
+    "property: no view of crib",
+    sentence="A container looks for the same in what enters its pid namespace, a command and another container of its "
+    "pod, when that has not taken its first step yet",
+    guard="what a monitor clones has no command line of the monitor's, and is not dumpable",
+    control="test_property_control_the_monitors_title",
+)
+async def test_what_enters_shows_nothing_of_crib(
+    bench: Bench, layer: Path, plans: Plans, null: int, tmp_path: Path
+) -> None:
+    assert await seen_while_entering(bench, layer, plans, null, tmp_path) == ""
+
+
+async def test_property_control_the_monitors_title(
+    weaken: Weaken, layer: Path, plans: Plans, null: int, tmp_path: Path
+) -> None:
+    titled = (("zygote/podspace.py", 'title = set_title(b"")', 'title = set_title(b"crib-monitor")'),)
+    seen = await seen_while_entering(await weaken(titled), layer, plans, null, tmp_path)
+    assert "COMMAND LINE" in seen
 
 
 STAY = """
