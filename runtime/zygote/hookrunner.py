@@ -12,7 +12,7 @@ import socket
 import time
 
 from runtime.linux.lib import SyscallError
-from runtime.linux.process import PR_SET_CHILD_SUBREAPER, prctl, set_name, set_title
+from runtime.linux.process import PR_SET_CHILD_SUBREAPER, prctl, set_title
 from runtime.plan.hooks import run_hook
 from runtime.plan.identity import Detach
 from runtime.plan.plan import Context
@@ -28,8 +28,7 @@ _KILL_S: Final = 5.0
 def run_stage(connection: socket.socket) -> None:
     """Take a HOOKS request from the connection, run them in order, answer, and end; never returns."""
     try:
-        set_name("crib-hooks")
-        set_title("crib-hooks")
+        set_title(b"crib-hooks")
         Detach().run(Context({}))
         os.umask(0o022)
         prctl(PR_SET_CHILD_SUBREAPER, 1)
