@@ -156,6 +156,7 @@ class Reader:
         extended: dict[bytes, bytes] = {}
         sparse_pairs: list[bytes] = []
         xattrs: list[tuple[bytes, bytes]] = []
+        left = _EXTENDED_LIMIT
         while not stream.ended():
             block = stream.take(BLOCK)
             if block == _ZERO:
@@ -168,6 +169,9 @@ class Reader:
             if size < 0:
                 raise BadLayer("entry of negative size")
             if kind in b"xgLK":
+                left -= size
+                if left < 0:
+                    raise BadLayer(f"extended headers of more than {_EXTENDED_LIMIT} bytes for one entry")
                 body = self._extension(kind, size)
                 if kind == b"L":
                     extended[b"path"] = _text(body)
@@ -189,12 +193,10 @@ class Reader:
                 data_end += self._sparse(entry, block, extended, sparse_pairs)
             yield entry
             stream.skip_to(data_end)
-            extended, xattrs, sparse_pairs = {}, [], []
+            extended, xattrs, sparse_pairs, left = {}, [], [], _EXTENDED_LIMIT
         stream.drain()
 
     def _extension(self, kind: bytes, size: int) -> bytes:
-        if size > _EXTENDED_LIMIT:
-            raise BadLayer(f"extended header of {size} bytes, the limit is {_EXTENDED_LIMIT}")
         data = self.stream.take(-(-size // BLOCK) * BLOCK)
         return b"" if kind == b"g" else data[:size]
 

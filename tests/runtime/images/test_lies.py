@@ -371,49 +371,6 @@ def test_a_proxy(open_store: OpenStore, liar: Liar, tmp_path: Path, monkeypatch:
     assert liar.seen == []
 
 
-def endless(chunk: bytes) -> Answer:
-    """A chunked body that never ends."""
-
-    def answer(request: Request) -> None:
-        request.send_response(200)
-        request.send_header("Transfer-Encoding", "chunked")
-        request.end_headers()
-        while True:
-            request.wfile.write(b"%x\r\n%s\r\n" % (len(chunk), chunk))
-
-    return answer
-
-
-@pytest.mark.parametrize("where", ["/manifests/", "config", "layer", "/token"])
-def test_a_body_without_end(images: Images, liar: Liar, left: Left, where: str) -> None:
-    key = {"config": liar.built.id, "layer": big_layer(liar.built)}.get(where, where)
-    if where == "/token":
-        token_service(liar, endless(b"x" * 65536))
-    else:
-        liar.lies[key] = endless(b"x" * 65536)
-    began_s = time.monotonic()
-    with pytest.raises(BadContent if where != "/manifests/" else Exhausted):
-        images.pull(f"{liar.host}/app")
-    assert time.monotonic() - began_s < 20
-    assert left() == []
-
-
-def test_a_manifest_of_100_mib(images: Images, liar: Liar, left: Left) -> None:
-    sent = []
-
-    def large(request: Request) -> None:
-        request.send_response(200)
-        request.send_header("Content-Length", str(100 << 20))
-        request.end_headers()
-        for _ in range(100):
-            request.wfile.write(b" " * (1 << 20))
-            sent.append(1)
-
-    liar.lies["/manifests/"] = large
-    fails(images, liar, Exhausted, "manifest latest of more than 4194304 bytes", left)
-    assert len(sent) < 50, "the rest isn't asked for"
-
-
 def test_indexes_in_indexes(images: Images, liar: Liar, left: Left) -> None:
     """A true cycle would need a digest that holds itself; an endless chain is one to the client."""
     documents = [liar.built.manifest]
