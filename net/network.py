@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
+from net.transactions import Transactions
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PodIdentity:
@@ -192,6 +194,15 @@ class Network(Protocol):
 
     def status(self) -> NetworkStatus:
         """Whether pods can be attached now, and why not. Tries to repair first."""
+
+    def changes(self) -> Transactions | None:
+        """News of what others may have removed, after which `restore` puts it back; None where nothing can tell.
+
+        The caller closes it.
+        """
+
+    def restore(self) -> None:
+        """Put back what others have removed of the rules."""
 
     def inventory(self) -> Inventory:
         """What there is: from the records, and the rules from the kernel."""

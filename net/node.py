@@ -23,6 +23,7 @@ from net.network import (
     PodIdentity,
     Wants,
 )
+from net.transactions import Transactions
 
 CHOICES: Final = ("auto", "cni", "builtin")
 
@@ -91,6 +92,14 @@ class NodeNetwork:
             except WrongState:
                 self.bridge.status()
         return self.cni.status()
+
+    def changes(self) -> Transactions | None:
+        """Of the built-in network only; where another one's rules change all the time they aren't even told."""
+        return self.bridge.changes() if self.builtin else None
+
+    def restore(self) -> None:
+        if self.builtin or self.bridge.used:
+            self.bridge.restore()
 
     def inventory(self) -> Inventory:
         builtin = self.builtin

@@ -141,10 +141,25 @@ def _sctp() -> str | None:
     return None
 
 
+def cni_plugins() -> str:
+    """Where CNI's usual plugins are: CRIB_CNI_PLUGINS, or the first of the usual places that has them."""
+    places = [os.environ.get("CRIB_CNI_PLUGINS") or "/opt/cni/bin", "/usr/lib/cni"]
+    return next((place for place in places if Path(place, "bridge").exists()), places[-1])
+
+
 def _cni() -> str | None:
-    if any(Path(path, "bridge").exists() for path in ("/opt/cni/bin", "/usr/lib/cni")):
-        return None
-    return "no CNI plugins in /opt/cni/bin or /usr/lib/cni (containernetworking-plugins)"
+    place = cni_plugins()
+    return None if Path(place, "bridge").exists() else f"no CNI plugins in {place} (containernetworking-plugins)"
+
+
+def _cni_1_1() -> str | None:
+    """Plugins that know STATUS and GC."""
+    if reason := _cni():
+        return reason
+    path = Path(cni_plugins(), "bridge")
+    environment = {"CNI_COMMAND": "VERSION"}
+    told = subprocess.run([path], env=environment, stdin=subprocess.DEVNULL, capture_output=True, check=False).stdout
+    return None if b'"1.1.0"' in told else f"{path} does not speak CNI 1.1.0 (CRIB_CNI_PLUGINS names others)"
 
 
 def _xtables() -> str | None:
@@ -171,6 +186,7 @@ VOCABULARY: dict[str, Callable[[], str | None]] = {
     "cgroup2": _cgroup2,
     "critest": _program("critest", "not packaged"),
     "cni": _cni,
+    "cni-1.1": _cni_1_1,
     "crictl": _program("crictl", "not packaged"),
     "ip": _program("ip", "iproute2"),
     "nft": _nft,

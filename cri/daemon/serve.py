@@ -23,6 +23,7 @@ from cri.container.calls import ContainerCalls
 from cri.crib.calls import CribCalls
 from cri.daemon.directories import clear_socket
 from cri.daemon.notify import notify
+from cri.daemon.rules import guard
 from cri.image.calls import ImageCalls
 from cri.info import InfoCalls
 from cri.node import Node
@@ -98,6 +99,7 @@ async def _serve(config: Config, cgroups: Cgroups, zygote: Zygote) -> int:
         notify("READY=1")
         keeper = asyncio.create_task(_checkpoints(node))
         debts = asyncio.create_task(pay(node))
+        rules = asyncio.create_task(guard(node))
         await node.work(_warm_up, node)
         gc.collect()
         gc.freeze()
@@ -106,6 +108,7 @@ async def _serve(config: Config, cgroups: Cgroups, zygote: Zygote) -> int:
         _logger.info("stopping: pods keep running")
         keeper.cancel()
         debts.cancel()
+        rules.cancel()
         await server.stop(_GRACE_S)
         config.socket.unlink(missing_ok=True)
         left = len(node.pods)

@@ -26,6 +26,7 @@ from net.errors import CribError, DeadlineExceeded, Exhausted, InvalidSpec, Unav
 from net.netlink import Channel, NetlinkError
 from net.network import NOTHING, Attachment, Finding, Inventory, NetNs, NetworkStatus, PodIdentity, Wants
 from net.rtnetlink import IpNetwork, Link
+from net.transactions import Transactions
 
 logger = logging.getLogger(__name__)
 
@@ -249,6 +250,18 @@ class BridgeNetwork:
                     return False
             return self._rules.intact()
 
+    def changes(self) -> Transactions | None:
+        try:
+            return Transactions()
+        except Unsupported:
+            return None
+
+    def restore(self) -> None:
+        ready = self._ready
+        if ready and not self._rules.intact():
+            logger.warning("table=%s somebody has removed it: putting it back", self._rules.table)
+            self._set_up(ready)
+
     def teardown(self) -> None:
         with self._setup_lock, _explained(f"bridge {self.bridge}"), Channel() as channel:
             leases = self._leases.all()
@@ -308,9 +321,7 @@ class BridgeNetwork:
             logger.warning("sandbox=%s attach was not undone: %s", lease.sandbox_id, error)
 
     def detach(self, sandbox_id: str, netns_path: str | None) -> None:
-        self._rules.close(sandbox_id, self._recorded())
-        lease = self._leases.release(sandbox_id)
-        if lease:
+        if lease := self._rules.release(sandbox_id, self._recorded()):
             self._sweep([lease, *self._leases.released(_SWEEP_LIMIT)])
 
     def attachment(self, sandbox_id: str) -> Attachment | None:
@@ -343,8 +354,7 @@ class BridgeNetwork:
         with _explained(f"bridge {self.bridge}"), Channel() as channel:
             for lease in self._leases.all():
                 if lease.sandbox_id not in known:
-                    self._rules.close(lease.sandbox_id, self._recorded())
-                    self._leases.release(lease.sandbox_id)
+                    self._rules.release(lease.sandbox_id, self._recorded())
                     pair.remove(channel, lease, self._recorded())
             self._sweep(self._leases.released())
             bridge = pair.find(channel, self.bridge)

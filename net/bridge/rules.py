@@ -67,21 +67,28 @@ class Rules:
         if udp := {one.port.host_port for one in ports if one.port.protocol == "udp"}:
             conntrack.forget_unled(udp)
 
-    def close(self, sandbox_id: str, subnets: Sequence[IpNetwork]) -> None:
-        """Let the sandbox's host ports lead nowhere; they stay recorded. Succeeds where the table is gone."""
+    def release(self, sandbox_id: str, subnets: Sequence[IpNetwork]) -> Lease | None:
+        """Let the sandbox's host ports lead nowhere, then give its lease up, and with it the record of them.
+
+        Both at once for whoever makes the table anew from the records. Succeeds where the table is gone.
+        """
         with self._lock:
             ports = [_open_port(lease, port, subnets) for lease, port in self._leases.ports(sandbox_id)]
-            if not ports:
-                return
-            try:
-                nftables.commit(self.table, nat.close_ports(self.table, ports))
-            except Unsupported:
-                pass
-            except Unavailable as error:
-                if not _missing(error):
-                    raise
+            if ports:
+                self._close(ports)
+            lease = self._leases.release(sandbox_id)
         if udp := {one.port.host_port for one in ports if one.port.protocol == "udp"}:
             conntrack.forget_led(udp, {target for one in ports for target in one.targets})
+        return lease
+
+    def _close(self, ports: Sequence[OpenPort]) -> None:
+        try:
+            nftables.commit(self.table, nat.close_ports(self.table, ports))
+        except Unsupported:
+            pass
+        except Unavailable as error:
+            if not _missing(error):
+                raise
 
     def remove(self) -> None:
         """Delete the table; succeeds when it is gone, and where the kernel has no nftables."""

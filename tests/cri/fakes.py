@@ -421,6 +421,12 @@ class FakeNetwork:
     def status(self) -> NetworkStatus:
         return self.ready
 
+    def changes(self) -> None:
+        return None
+
+    def restore(self) -> None:
+        pass
+
     def inventory(self) -> Inventory:
         return Inventory()
 

@@ -23,10 +23,10 @@ from net.node import NetworkConfig, NodeNetwork
 from tests.net.given import NewNamespace, nft, pod
 from tests.net.namespaces import LinkWatch, Namespace, pinned, talk
 from tests.net.test_host_ports import reach
-from tests.requires import VOCABULARY, requires
+from tests.requires import VOCABULARY, cni_plugins, requires
 
 PLUGIN = Path(__file__).with_name("cni_plugin.py")
-HOME = next((path for path in ("/opt/cni/bin", "/usr/lib/cni") if Path(path, "bridge").exists()), "/usr/lib/cni")
+HOME = cni_plugins()
 real = requires("root", "bridge", "ip", "cni")
 
 
@@ -459,7 +459,7 @@ def bridged(host: Host, sysctls: None) -> Iterator[Host]:
 
 @real
 @requires("nft", "xtables")
-@pytest.mark.parametrize("version", ["0.3.1", "0.4.0", "1.0.0"])
+@pytest.mark.parametrize("version", ["0.3.1", "0.4.0", "1.0.0", pytest.param("1.1.0", marks=requires("cni-1.1"))])
 def test_pods_talk(bridged: Host, new_namespace: NewNamespace, outside: Namespace, version: str) -> None:
     bridged.conf(bridge_list(bridged.path, version))
     assert bridged.network.status().ready, bridged.network.status()
@@ -479,6 +479,39 @@ def test_pods_talk(bridged: Host, new_namespace: NewNamespace, outside: Namespac
     bridged.network.detach(pod(2).sandbox_id, two_path)
     assert sorted(one.name for one in (bridged.path / "leases/bridged").iterdir() if one.name[0] in "1f") == []
     assert bridged.cached() == []
+
+
+@real
+@requires("nft", "xtables", "cni-1.1")
+def test_status_and_garbage_with_current_plugins(bridged: Host, new_namespace: NewNamespace) -> None:
+    conf = bridge_list(bridged.path, "1.1.0", "10.77.0.0/29")
+    conf["plugins"].append({"type": "firewall"})
+    bridged.conf(conf)
+    assert bridged.network.status().ready, bridged.network.status()
+    spaces = [new_namespace() for _ in range(2)]
+    with pinned(spaces[0], "crib-t0") as one, pinned(spaces[1], "crib-t1") as two:
+        got = [bridged.network.attach(pod(n), _at(spaces[n], path)) for n, path in enumerate((one, two))]
+        (cached,) = (name for name in bridged.cached() if pod(1).sandbox_id in name)
+        result = json.loads((bridged.path / "cache/results" / cached).read_bytes())["result"]
+        assert result["cniVersion"] == "1.1.0"
+        assert "version" not in result["ips"][0]
+        bridged.network.check(pod(1).sandbox_id)
+        restarted = make_host(bridged.path).network
+        restarted.reconcile({pod(0).sandbox_id})
+        assert restarted.uncollected
+        restarted.collect()
+        assert not restarted.uncollected
+        assert "eth0" not in spaces[1].links()
+        assert talk(spaces[0], None, got[0].ips[0]) == got[0].gateway, "a known attachment is not garbage"
+        restarted.detach(pod(0).sandbox_id, one)
+    assert sorted(one.name for one in (bridged.path / "leases/bridged").iterdir() if one.name[0] in "1f") == []
+    broken = bridge_list(bridged.path, "1.1.0")
+    broken["plugins"][0]["ipam"]["type"] = "no-such-plugin"
+    bridged.conf(broken)
+    status = bridged.network.status()
+    assert (status.ready, status.reason) == (False, "NetworkPluginNotReady")
+    assert "plugin bridge: STATUS: " in status.message
+    assert "no-such-plugin" in status.message
 
 
 @real
