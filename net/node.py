@@ -18,7 +18,6 @@ from net.network import (
     Finding,
     Inventory,
     NetNs,
-    Network,
     NetworkStatus,
     PodIdentity,
     Wants,
@@ -57,7 +56,7 @@ class NodeNetwork:
         return self._plugin == "builtin" or (self._plugin == "auto" and not self.cni.configured)
 
     @property
-    def _current(self) -> Network:
+    def _current(self) -> BridgeNetwork | CniNetwork:
         return self.bridge if self.builtin else self.cni
 
     @property
