@@ -22,8 +22,8 @@ _BLOCK = 4096
 _CHUNK = 1 << 20
 
 
-def settle(layer: Path, below: tuple[Path, ...], unpacked: Unpacked, recipe: Path, limit_bytes: int) -> int:
-    """Complete `layer`, which lies on top of `below` (topmost first). Returns how many bytes it grew by.
+def settle(layer: Path, below: tuple[Path, ...], unpacked: Unpacked, recipe: Path, limit_bytes: int) -> tuple[int, int]:
+    """Complete `layer`, which lies on top of `below` (topmost first). Returns how many bytes and inodes it grew by.
 
     The recipe goes when files are moved. Links to one file stay links to one copy. Raises BadImage for a hard link to
     what isn't there, Exhausted for copies of more than `limit_bytes`, OSError.
@@ -64,7 +64,7 @@ def settle(layer: Path, below: tuple[Path, ...], unpacked: Unpacked, recipe: Pat
             else:
                 copies[source.path] = path
                 grown += _copy(source, path, limit_bytes - grown)
-    return grown
+    return grown, len(copies)
 
 
 @contextmanager

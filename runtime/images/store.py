@@ -337,12 +337,14 @@ class Images:
         return self._roots.usage(container_id)
 
     def fs_info(self) -> tuple[list[FsUsage], list[FsUsage]]:
-        """What the images occupy, their layers and the records, and what containers' writable layers do.
+        """What the images occupy, their layers, the records and the directories of both, and what containers' writable
+        layers do.
 
         The same where both lie on one file system. Else it walks the writable layers: not for the event loop.
         """
         bytes_used, inodes = self._shelf.usage()
-        for path in (*self._root.glob("images.*"), *self._root.glob("rootfs.db*")):
+        records = (*self._root.glob("images.*"), *self._root.glob("rootfs.db*"))
+        for path in (*records, self._base, self._recipes, self._spool):
             bytes_used += path.lstat().st_blocks * 512
             inodes += 1
         images = [FsUsage(str(self._root), bytes_used, inodes)]

@@ -255,10 +255,8 @@ class Transfer:
         lower = tuple(self._shelf.path(layer.number) for layer in list(layers)[::-1])
         below_it = tuple(dict.fromkeys(lower))
         limit = self._config.unpacked_limit_bytes
-        grown = settle(self._shelf.path(number), below_it, unpacked, self._shelf.recipe(number), limit)
-        settled = replace(
-            unpacked, bytes_used=unpacked.bytes_used + grown, inodes=unpacked.inodes + len(unpacked.lower_links)
-        )
+        grown, added = settle(self._shelf.path(number), below_it, unpacked, self._shelf.recipe(number), limit)
+        settled = replace(unpacked, bytes_used=unpacked.bytes_used + grown, inodes=unpacked.inodes + added)
         layer = self._shelf.add(self._layer_of(number, diff_id, below, settled))
         self._held.append(layer.number)
         return layer

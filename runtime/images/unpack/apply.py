@@ -22,6 +22,8 @@ from runtime.images.unpack.tar import BLOCKDEV, CHAR, DIRECTORY, FIFO, FILE, HAR
 from runtime.linux import files
 
 _BLOCK = 4096
+# What ext4 keeps of a symlink in its inode.
+_LINK_INLINE = 59
 _ID_LIMIT = (1 << 32) - 1
 _TIME_LIMIT_NS = (1 << 63) - 1
 # A bound on what is reported for the parent to settle against lower layers.
@@ -92,12 +94,25 @@ class Applier:
                 os.utime(path or b".", ns=times, follow_symlinks=False)
             except (FileNotFoundError, NotADirectoryError):
                 pass  # replaced by a later entry
+        self._count_directories()
         self._done.implied = list(self._implied)
         unsettled = sum(map(len, self._implied)) + sum(len(a) + len(b) for a, b in self._done.lower_links)
         if unsettled > _UNSETTLED_LIMIT_BYTES:
             raise LimitReached("layer leaves too many directories or links to the layers below")
         os.close(self._root)
         return self._done
+
+    def _count_directories(self) -> None:
+        """A directory takes as much as its file system thinks that so many names do; a block was assumed."""
+        self._done.inodes += 1
+        self._done.bytes_used += _BLOCK
+        for path in {b"", *self._times, *self._implied}:
+            try:
+                status = os.lstat(path or b".")
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            if stat.S_ISDIR(status.st_mode):
+                self._done.bytes_used += status.st_blocks * 512 - _BLOCK
 
     def _entry(self, name: bytes, entry: Entry) -> None:
         kind = entry.kind
@@ -119,6 +134,8 @@ class Applier:
             if not entry.link:
                 raise BadLayer(f"symlink {name[:200]!r} leads nowhere")
             self._create(name, lambda: os.symlink(entry.link, name))
+            if len(entry.link) > _LINK_INLINE:
+                self._done.bytes_used += _BLOCK
         elif kind == FIFO:
             self._create(name, lambda: os.mkfifo(name, mode))
         else:

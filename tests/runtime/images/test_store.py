@@ -16,7 +16,16 @@ from pathlib import Path
 
 import pytest
 
-from runtime.errors import AlreadyExists, Exhausted, InvalidSpec, NotFound, Unavailable, Unsupported, WrongState
+from runtime.errors import (
+    AlreadyExists,
+    CribError,
+    Exhausted,
+    InvalidSpec,
+    NotFound,
+    Unavailable,
+    Unsupported,
+    WrongState,
+)
 from runtime.images import Image, Images
 from runtime.images.errors import BadImage
 from tests.limits import scaled
@@ -313,14 +322,51 @@ def test_pinned(open_store: OpenStore) -> None:
     assert not load(images, layer(a="2"), name="local/app:2").pinned
 
 
-def test_usage(images: Images) -> None:
+def test_usage(images: Images, run_dir: Path) -> None:
     [before], _ = images.fs_info()
     image = load(images, Layer().file("a", bytes(100_000)).file("b", "1").directory("c").tar())
     [after], _ = images.fs_info()
-    assert image.size_bytes == pytest.approx(102400 + 4096 + 4096 + 4096, abs=2000), "the last is how its tar was"
+    own = directory_bytes(run_dir) * 2 + 4096
+    assert image.size_bytes == pytest.approx(102400 + 4096 + own, abs=2000), "the last is how its tar was"
     assert after.used_bytes - before.used_bytes >= image.size_bytes
-    assert after.inodes_used - before.inodes_used == 4
+    assert after.inodes_used - before.inodes_used == 5
     assert os.path.isdir(after.mountpoint)
+
+
+def directory_bytes(run_dir: Path) -> int:
+    """What an empty directory takes here."""
+    (run_dir / "empty").mkdir()
+    return (run_dir / "empty").stat().st_blocks * 512
+
+
+def occupied(root: Path) -> tuple[int, int]:
+    """Bytes and inodes, as du(1) counts them; without containers'."""
+    seen = {}
+    for top in (*root.glob("images.*"), *root.glob("rootfs.db*"), *(root / d for d in ("layers", "recipes", "spool"))):
+        for path in (top, *top.rglob("*")):
+            status = path.lstat()
+            seen[status.st_ino] = status.st_blocks * 512
+    return sum(seen.values()), len(seen)
+
+
+def test_every_byte_is_accounted_for(images: Images, run_dir: Path) -> None:
+    """Hard links, holes, large directories, what was taken from layers below, replaced and removed entries."""
+    below = Layer().directory("d", mode=0o755, uid=3).file("d/big", os.urandom(300_000)).hardlink("d/again", "d/big")
+    for number in range(3000):
+        below.file(f"many/a name of some length {number}", "x" if number % 2 else "")
+    below.symlink("short", "x").symlink("long", "y" * 200).add("pipe", b"6")
+    above = Layer().file("d/new", "n").hardlink("copy", "d/big").hardlink("d/copy", "d/big").file("d/.wh.big")
+    twice = Layer().file("a", os.urandom(50_000)).file("a", "small").directory("t").file("t/u/v", "x").file("t", "y")
+    for number, layers in enumerate(([below.tar(), above.tar()], [below.tar()], [twice.tar()])):
+        load(images, *layers, name=f"local/n{number}:1")
+        with pytest.raises(CribError):
+            load(images, *layers, Layer().file("../escape").tar(), name="local/bad:1")
+    os.sync()
+    for left in range(3, -1, -1):
+        [usage], _ = images.fs_info()
+        assert (usage.used_bytes, usage.inodes_used) == occupied(run_dir / "store"), f"{left} images"
+        for image in images.list()[:1]:
+            images.remove(image.id)
 
 
 def test_writable_layers_on_another_file_system(open_store: OpenStore, small_disk: Path, run_dir: Path) -> None:
