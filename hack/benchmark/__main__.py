@@ -28,7 +28,8 @@ _EPILOG = """
 Every phase takes the endpoints in turns. Run to started is RunPodSandbox, CreateContainer and StartContainer of a pod
 with one container; CPU per cycle is that with its stop and removal, read from cgroups (see benchmark/account.py).
 The floor is the same work by a bare C program (benchmark/floor.c; needs gcc). Memory counts Pss and page tables of
-shims, or of monitors and their zygote. Pods of this run are removed at its end, whatever happens.
+shims, or of monitors and their zygote. --features compares starts of a pod without seccomp (plain), with a user
+namespace, with seccomp, and with 50 volumes. Pods of this run are removed at its end, whatever happens.
 """
 
 
@@ -41,6 +42,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     add("--warm-up", type=int, default=3, help="cycles before, not counted (%(default)s)")
     add("--execs", type=int, default=2, help="ExecSync calls per cycle (%(default)s)")
     add("--cpu-cycles", type=int, default=20, help="cycles for the CPU figure (%(default)s; 0: none)")
+    add("--features", type=int, default=0, help="starts with each of some features (%(default)s: none)")
     add("--concurrent", type=int, default=8, help="starts at once (%(default)s; 0: none)")
     add("--rounds", type=int, default=5, help="rounds of concurrent starts (%(default)s)")
     add("--idle", type=int, default=100, help="idle pods for memory (%(default)s; 0: none)")
@@ -127,6 +129,9 @@ def _run(options: argparse.Namespace, console: Console, stack: contextlib.ExitSt
     if options.cpu_cycles:
         with console.status("CPU"):
             measure.cpu(endpoints, meters, results, options.cpu_cycles, limit)
+    if options.features:
+        with console.status("starts by feature"):
+            measure.features(endpoints, results, options.features, limit)
     if options.concurrent:
         with console.status("concurrent starts"):
             measure.concurrent(endpoints, results, options.concurrent, options.rounds, limit)

@@ -7,6 +7,7 @@ import struct
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -16,6 +17,11 @@ from google.protobuf.message_factory import GetMessageClass
 from cri.api import cri_pb2 as api
 
 LABEL = "crib-bench"
+PLAIN, USERNS, SECCOMP, MOUNTS = "plain", "user namespace", "seccomp", "50 mounts"
+FEATURES = (PLAIN, USERNS, SECCOMP, MOUNTS)
+"""What a start is measured with, beside what all have; "" is a usual pod: seccomp and no_new_privs."""
+_MOUNTS = 50
+_MAPPING = (api.IDMapping(container_id=0, host_id=1 << 20, length=1 << 16),)
 SLEEP = ("sleep", "2147483")
 _SERVICES = ("RuntimeService", "ImageService")
 _MASKED = (
@@ -101,10 +107,23 @@ class Endpoint:
         if not self.call("ImageStatus", image=api.ImageSpec(image=self.image)).image.id:
             self.call("PullImage", image=api.ImageSpec(image=self.image))
 
-    def _sandbox(self) -> api.PodSandboxConfig:
+    def _modes(self, feature: str) -> api.NamespaceOption:
+        network = api.NODE if self.host_network else api.POD
+        modes = api.NamespaceOption(network=network, pid=api.CONTAINER, ipc=api.POD)
+        if feature == USERNS:
+            modes.userns_options.CopyFrom(api.UserNamespace(mode=api.POD, uids=_MAPPING, gids=_MAPPING))
+        return modes
+
+    def _mounts(self) -> list[api.Mount]:
+        """Directories that are there, as a kubelet's volumes are."""
+        paths = [Path(self.log_directory, "volumes", str(number)) for number in range(_MOUNTS)]
+        for path in paths:
+            path.mkdir(parents=True, exist_ok=True)
+        return [api.Mount(container_path=f"/volumes/{path.name}", host_path=str(path)) for path in paths]
+
+    def _sandbox(self, feature: str = "") -> api.PodSandboxConfig:
         self._serial += 1
         name = f"bench-{self.run}-{self._serial}"
-        network = api.NODE if self.host_network else api.POD
         return api.PodSandboxConfig(
             metadata=api.PodSandboxMetadata(name=name, uid=name, namespace=LABEL),
             hostname="" if self.host_network else name[:63],
@@ -114,15 +133,16 @@ class Endpoint:
             linux=api.LinuxPodSandboxConfig(
                 cgroup_parent=self.cgroup_parent,
                 security_context=api.LinuxSandboxSecurityContext(
-                    namespace_options=api.NamespaceOption(network=network, pid=api.CONTAINER, ipc=api.POD),
+                    namespace_options=self._modes(feature),
                     seccomp=api.SecurityProfile(profile_type=api.SecurityProfile.RuntimeDefault),
                 ),
             ),
         )
 
-    def _container(self) -> api.ContainerConfig:
-        network = api.NODE if self.host_network else api.POD
+    def _container(self, feature: str = "") -> api.ContainerConfig:
+        profile = api.SecurityProfile.RuntimeDefault if feature in ("", SECCOMP) else api.SecurityProfile.Unconfined
         return api.ContainerConfig(
+            mounts=self._mounts() if feature == MOUNTS else (),
             metadata=api.ContainerMetadata(name="c"),
             image=api.ImageSpec(image=self.image),
             command=SLEEP,
@@ -133,8 +153,8 @@ class Endpoint:
                     cpu_shares=102, cpu_period=100_000, cpu_quota=100_000, memory_limit_in_bytes=256 << 20
                 ),
                 security_context=api.LinuxContainerSecurityContext(
-                    namespace_options=api.NamespaceOption(network=network, pid=api.CONTAINER, ipc=api.POD),
-                    seccomp=api.SecurityProfile(profile_type=api.SecurityProfile.RuntimeDefault),
+                    namespace_options=self._modes(feature),
+                    seccomp=api.SecurityProfile(profile_type=profile),
                     no_new_privs=True,
                     masked_paths=_MASKED,
                     readonly_paths=_READONLY,
@@ -142,9 +162,9 @@ class Endpoint:
             ),
         )
 
-    def start(self) -> Pod:
+    def start(self, feature: str = "") -> Pod:
         """RunPodSandbox, CreateContainer and StartContainer of a new pod."""
-        sandbox, container = self._sandbox(), self._container()
+        sandbox, container = self._sandbox(feature), self._container(feature)
         begin = time.perf_counter()
         sandbox_id = self.call("RunPodSandbox", config=sandbox).pod_sandbox_id
         container_id = self.call(

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from hack.benchmark.account import Account, is_workload, memory_bytes, system_cpu_s
-from hack.benchmark.client import Endpoint, Pod
+from hack.benchmark.client import FEATURES, CallFailed, Endpoint, Pod
 from hack.benchmark.floor import Cycle, Floor
 
 # What a removal leaves to the kernel (namespaces, cgroups) and to the runtime is over before the next start is timed.
@@ -81,6 +81,7 @@ class Result:
     idle: Idle | None = None
     concurrent: Concurrent | None = None
     calls: dict[str, Summary | None] = field(default_factory=dict)
+    features: dict[str, Summary | None] = field(default_factory=dict)
 
 
 class Deadline:
@@ -160,6 +161,31 @@ def cpu(
     for name, done in count.items():
         if done:
             results[name].cpu = Cpu(own[name] / done * 1e3, system[name] / done * 1e3, done)
+
+
+def features(endpoints: list[Endpoint], results: dict[str, Result], rounds: int, limit: Deadline) -> None:
+    """Starts with each feature in turn, one pod at a time; a runtime that refuses one hasn't got it."""
+    started: dict[tuple[str, str], list[float]] = {}
+    refused: set[tuple[str, str]] = set()
+    for index in limit.rounds(rounds, "starts by feature"):
+        with _alternating(endpoints, index) as turn:
+            for endpoint, feature in ((endpoint, feature) for feature in FEATURES for endpoint in turn):
+                key = endpoint.name, feature
+                if key in refused:
+                    continue
+                _pass_time(_QUIET_S)
+                try:
+                    pod = endpoint.start(feature)
+                except CallFailed:
+                    refused.add(key)
+                    endpoint.sweep()
+                    continue
+                started.setdefault(key, []).append(pod.started_ms)
+                endpoint.stop(pod)
+    for endpoint in endpoints:
+        results[endpoint.name].features = {
+            feature: Summary.of(started.get((endpoint.name, feature), [])) for feature in FEATURES
+        }
 
 
 def concurrent(endpoints: list[Endpoint], results: dict[str, Result], pods: int, rounds: int, limit: Deadline) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from hack.benchmark.client import FEATURES, PLAIN
 from hack.benchmark.floor import Cycle
 from hack.benchmark.measure import Result, Summary
 
@@ -57,6 +58,13 @@ def tables(console: Console, results: dict[str, Result], cycles: list[Cycle]) ->
 
     row("run to started", lambda r: _ms(r.start), _ms(floor["start"]))
     row("  median over the floor's", lambda r: _ratio(r.start, floor["start"]), "1")
+    if any(r.features for r in results.values()):
+        for feature in FEATURES:
+            row(f"run to started, {feature}", lambda r, feature=feature: _ms(r.features.get(feature)))  # type: ignore[misc]
+            row(
+                "  median over plain's",
+                lambda r, feature=feature: _ratio(r.features.get(feature), r.features.get(PLAIN)),  # type: ignore[misc]
+            )
     row("ExecSync of true", lambda r: _ms(r.exec_true), _ms(floor["exec_true"]))
     row("stop and remove", lambda r: _ms(r.stop), _ms(floor["stop"]))
     for call in dict.fromkeys(call for name in names for call in results[name].calls):
