@@ -178,6 +178,10 @@ def _vm() -> str | None:
     return None if os.environ.get("CRIB_VM_KERNEL") else "CRIB_VM_KERNEL names no kernel for hack/vm"
 
 
+def _recordings() -> str | None:
+    return None if os.environ.get("CRIB_RECORDED_CALLS") else "CRIB_RECORDED_CALLS names no directory of recorded calls"
+
+
 VOCABULARY: dict[str, Callable[[], str | None]] = {
     "apparmor": _apparmor,
     "bridge": _bridge,
@@ -191,6 +195,7 @@ VOCABULARY: dict[str, Callable[[], str | None]] = {
     "ip": _program("ip", "iproute2"),
     "nft": _nft,
     "overlay": _overlay,
+    "recordings": _recordings,
     "registry": _program("docker-registry", "docker-registry"),
     "root": _root,
     "sctp": _sctp,
