@@ -119,7 +119,8 @@ class Engine:
     async def start_pod(self, request: PodStart) -> Pod:
         """Make a pod's monitor and namespaces.
 
-        Raises AlreadyExists, Unavailable (what the kernel refused) or DeadlineExceeded, and leaves nothing then.
+        Raises AlreadyExists, InvalidSpec (a kernel parameter), Unavailable (what else the kernel refused) or
+        DeadlineExceeded, and leaves nothing then.
         """
         if request.id in self._pods:
             raise AlreadyExists(f"pod {request.id} has a monitor")

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from runtime import hooks
 from runtime.channel import Channel, Reply
-from runtime.errors import CribError, DeadlineExceeded, StepFailed, Unavailable, WrongState
+from runtime.errors import CribError, DeadlineExceeded, InvalidSpec, StepFailed, Unavailable, WrongState
 from runtime.images import RootFs
 from runtime.linux.userns import mapped
 from runtime.plan.compile import (
@@ -456,9 +456,11 @@ def container_exit(fields: Mapping[str, Any]) -> ContainerExit:
 
 
 def checked(reply: Reply) -> dict[str, Any]:
-    """The fields of an answer. Raises WrongState or Unavailable for FAILED."""
+    """The fields of an answer. Raises WrongState, InvalidSpec or Unavailable for FAILED."""
     if reply.kind == Kind.FAILED:
         detail = reply.fields.get("detail", "")
+        if reply.fields.get("invalid"):
+            raise InvalidSpec(detail)
         raise (WrongState if reply.fields.get("errno") == _ESRCH else Unavailable)(detail)
     return reply.fields
 

@@ -119,6 +119,7 @@ def _build(node: Node, container: Container, held: tuple[VolumeRecord, ...]) -> 
     spec = host.with_cdi_devices(config, container_to_spec(_given(node, container, image, user, held)))
     spec = host.with_hooks(config, spec, node.config.hooks_dirs)
     host.check_propagation(spec.mounts)
+    host.check_seccomp(spec)
     rootfs = node.images.prepare(container.id, image.id)
     if container.record.log_path:
         os.makedirs(os.path.dirname(container.record.log_path), mode=0o755, exist_ok=True)

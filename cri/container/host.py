@@ -17,6 +17,7 @@ from cri.translate.field import show
 from cri.translate.namespaces import TARGET
 from runtime import apparmor
 from runtime.errors import InvalidSpec, WrongState
+from runtime.seccomp import bpf
 from runtime.spec import Mount, Spec
 
 if TYPE_CHECKING:
@@ -147,6 +148,12 @@ def check_propagation(mounts: tuple[Mount, ...]) -> None:
     if wanted := propagation.wanted(mounts):
         with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
             propagation.check(wanted, file.read(), os.path.realpath)
+
+
+def check_seccomp(spec: Spec) -> None:
+    """Compile the filter now, whose result is kept for the start. Raises InvalidSpec or Unavailable."""
+    if spec.linux is not None and spec.linux.seccomp is not None:
+        bpf(spec.linux.seccomp)
 
 
 def target(node: Node, container: Container) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import posixpath
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -239,4 +240,9 @@ def _mappings(where: str, field: str, requested: Iterable[pb.IDMapping]) -> tupl
             raise InvalidSpec(f"{where}: {field} of length {mapping.size} is empty or beyond the greatest id")
     if len(mappings) > 340:
         raise InvalidSpec(f"{where}: {field} has {len(mappings)} entries, the kernel's limit is 340")
+    for side in ("container_id", "host_id"):
+        ranges = sorted((getattr(mapping, side), mapping.size) for mapping in mappings)
+        for (first, size), (following, _) in itertools.pairwise(ranges):
+            if first + size > following:
+                raise InvalidSpec(f"{where}: {field}: {side} {following} is in two of the mappings")
     return mappings

@@ -23,6 +23,7 @@ from cri.translate.field import (
     show,
 )
 from cri.translate.namespaces import PodModes, UserMapping, pod_modes
+from cri.translate.resources import resources
 from cri.translate.sysctls import pod_sysctls
 from runtime.errors import InvalidSpec, Unsupported
 
@@ -135,8 +136,10 @@ def sandbox_to_pod(
     modes = pod_modes(context.namespace_options)
     if modes.user is not None and not host.user_namespaces:
         raise Unsupported("userns_options.mode POD: user namespaces are not supported on this host")
-    for field in ("seccomp", "apparmor"):
-        security.profile(field, getattr(context, field) if context.HasField(field) else None, "")
+    security.profile("seccomp", context.seccomp if context.HasField("seccomp") else None, context.seccomp_profile_path)
+    security.profile("apparmor", context.apparmor if context.HasField("apparmor") else None, "")
+    for part in (linux.overhead, linux.resources):  # the kubelet's to write; unified is as valid as the host
+        resources(part, cgroup_version=2)
     hostname = None
     if modes.uts:
         hostname = etc.hostname(config.hostname or defaults.node_name[: etc.HOSTNAME_LIMIT])

@@ -70,6 +70,9 @@ def resolve_user(
     """
     if security.HasField("run_as_group") and not (security.HasField("run_as_user") or security.run_as_username):
         raise InvalidSpec(f"run_as_group {security.run_as_group.value}: set without run_as_user or run_as_username")
+    if security.HasField("run_as_user") and security.run_as_username:
+        name = show(security.run_as_username)
+        raise InvalidSpec(f"run_as_username {name}: run_as_user {security.run_as_user.value} is set as well")
 
     wanted_group = ""
     if security.HasField("run_as_user"):

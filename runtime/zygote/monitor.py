@@ -21,7 +21,7 @@ from runtime.zygote.container import Container, Process
 from runtime.zygote.hold import Holds
 from runtime.zygote.log import Log
 from runtime.zygote.messages import Kind, close_all, read_plan
-from runtime.zygote.podspace import NEWPID, PodSpace
+from runtime.zygote.podspace import NEWPID, BadSysctl, PodSpace
 from runtime.zygote.server import SOCKET_NAME, Server
 from runtime.zygote.tree import kill_tree
 
@@ -84,7 +84,8 @@ class Monitor:
         try:
             self._dispatch(connection, kind, fields, fds)
         except SyscallError as error:
-            self._server.send(connection, Kind.FAILED, re=n, errno=error.errno, detail=str(error))
+            invalid = isinstance(error, BadSysctl)
+            self._server.send(connection, Kind.FAILED, re=n, errno=error.errno, detail=str(error), invalid=invalid)
         except OSError as error:
             detail = f"{error.filename or ''} {(error.strerror or '').lower()}".strip()
             self._server.send(connection, Kind.FAILED, re=n, errno=error.errno or 0, detail=detail)
@@ -316,6 +317,8 @@ class Monitor:
             fd = container.sync.fileno()
             self._server.handle(fd)
         if container.failure is not None:
+            if container.failure["failed"] < 0 and _oom_killed(container.memory_events):
+                container.failure["detail"] = "killed for memory: its limit is too low to start with"
             self._server.tell(
                 Kind.FAILED, re=container.n, durations_ns=container.report.get("d", []), **container.failure,
                 warnings=container.report.get("w", []),

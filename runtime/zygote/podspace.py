@@ -36,6 +36,10 @@ _MADE: Final = ("net", "ipc", "pid", "uids", "gids", "hostname", "shm_bytes", "s
 _SYSCTL_PATH: Final = str.maketrans("./", "/.")  # as sysctl(8): "eth0/1" in a dotted name is the file eth0.1
 
 
+class BadSysctl(SyscallError):
+    """The kernel doesn't know a parameter, or not with this value: the request's fault."""
+
+
 class PodSpace:
     """One pod's. `user` and `shm` are descriptors, -1 where the pod has none of its own."""
 
@@ -83,7 +87,10 @@ class PodSpace:
         if fields["hostname"] is not None:
             socket.sethostname(fields["hostname"])
         for name, value in fields["sysctls"].items():
-            _set_sysctl(f"/proc/sys/{name.translate(_SYSCTL_PATH)}", value, fields["uids"])
+            try:
+                _set_sysctl(f"/proc/sys/{name.translate(_SYSCTL_PATH)}", value, fields["uids"])
+            except OSError as error:
+                raise BadSysctl(f"sysctls {name} {value!r}", error.errno or 0) from None
         if fields["shm_bytes"]:
             self._make_shm(fields)
         return found

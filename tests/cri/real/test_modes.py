@@ -19,6 +19,8 @@ from tests.requires import requires
 pytestmark = [pytest.mark.asyncio, requires("root", "busybox", "bridge", "overlay", "nft")]
 FIRST_ID = 1 << 20
 MAPPED = [pb.IDMapping(container_id=0, host_id=FIRST_ID, length=1 << 16)]
+OVERLAP = [pb.IDMapping(container_id=first, host_id=first + 100, length=10) for first in (0, 5)]
+TWICE: dict[str, Any] = {"uidMappings": OVERLAP, "gidMappings": OVERLAP}
 NO_MODE = cast(pb.MountPropagation, 9)
 
 
@@ -133,6 +135,8 @@ async def test_an_image_as_a_volume(real: Real) -> None:
         ({"CDI_devices": [pb.CDIDevice(name="no.such/thing=one")]}, "no.such/thing=one"),
         ({"linux": linux(run_as_group=pb.Int64Value(value=5))}, "run_as_group"),
         ({"linux": linux(run_as_username="nobody-here")}, "nobody-here"),
+        ({"linux": linux(run_as_user=pb.Int64Value(value=5), run_as_username="root")}, "run_as_username 'root'"),
+        ({"mounts": [pb.Mount(container_path="/x", host_path="/", **TWICE)]}, "container_id 5"),
         ({"linux": linux(capabilities=pb.Capability(add_capabilities=["FLY"]))}, "FLY"),
         ({"linux": linux(privileged=True)}, "privileged"),
         ({"linux": linux(namespace_options=pb.NamespaceOption(network=pb.NODE, pid=pb.CONTAINER))}, "network"),
@@ -149,6 +153,44 @@ async def test_bad_input_is_named_and_leaves_nothing(real: Real, fields: dict[st
     assert named in said
     assert not (await real.client.ListContainers(pb.ListContainersRequest())).containers
     await real.run(pod, "true")  # the name is free
+
+
+async def test_a_seccomp_profile_that_asks_for_an_answer(real: Real, tmp_path: Path) -> None:
+    profile = tmp_path / "profile.json"
+    profile.write_text('{"defaultAction": "SCMP_ACT_NOTIFY"}')
+    pod = await real.pod()
+    asked = pb.SecurityProfile(profile_type=pb.SecurityProfile.Localhost, localhost_ref=str(profile))
+    code, said = await refused(real.create(pod, "true", linux=linux(seccomp=asked)))
+    assert (code, "SCMP_ACT_NOTIFY" in said) == (grpc.StatusCode.INVALID_ARGUMENT, True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"sysctls": {"net.ipv4.no_such_thing": "1"}}, "net.ipv4.no_such_thing '1': no such file"),
+        ({"sysctls": {"kernel.shmmax": "many"}}, "kernel.shmmax 'many': invalid argument"),
+        ({"sysctls": {"kernel.core_pattern": "x"}}, "kernel.core_pattern"),
+        ({"resources": pb.LinuxContainerResources(cpu_period=5)}, "cpu_period 5"),
+        ({"overhead": pb.LinuxContainerResources(memory_limit_in_bytes=-7)}, "memory_limit_in_bytes -7"),
+        (
+            {"security_context": pb.LinuxSandboxSecurityContext(seccomp_profile_path="nonsense")},
+            "seccomp profile 'nonsense'",
+        ),
+    ],
+)
+async def test_bad_pods_are_named_and_leave_nothing(real: Real, fields: dict[str, Any], named: str) -> None:
+    code, said = await refused(real.pod(real.pod_config(linux=pb.LinuxPodSandboxConfig(**fields))))
+    assert (code, named in said) == (grpc.StatusCode.INVALID_ARGUMENT, True), said
+    assert not (await real.client.ListPodSandbox(pb.ListPodSandboxRequest())).items
+    await real.pod()  # the name is free
+
+
+async def test_a_memory_limit_below_what_a_start_takes(real: Real) -> None:
+    pod = await real.pod()
+    tiny = pb.LinuxContainerConfig(resources=pb.LinuxContainerResources(memory_limit_in_bytes=4096))
+    container = await real.create(pod, "true", linux=tiny)
+    _, said = await refused(real.start(container))
+    assert "memory" in said
 
 
 async def test_hooks_of_a_cdi_device(real: Real, tmp_path: Path) -> None:

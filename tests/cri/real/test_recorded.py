@@ -47,7 +47,8 @@ class Replay:
         self.ids: dict[str, str] = {}
 
     def request(self, method: str, recorded: dict[str, Any]) -> Any:
-        request = json_format.ParseDict(recorded, METHODS[method]())
+        request: Any = METHODS[method]()
+        json_format.ParseDict(recorded, request)
         for field in ("pod_sandbox_id", "container_id"):
             if hasattr(request, field):
                 setattr(request, field, self.ids.get(getattr(request, field), getattr(request, field)))
