@@ -137,7 +137,10 @@ class Chain:
         name = os.path.basename(path)
         answer = invoke.run(path, environment, body, deadline)
         _judge(name, "VERSION", answer)
-        spoken = _object(answer.stdout).get("supportedVersions")
+        try:
+            spoken = _object(answer.stdout).get("supportedVersions")
+        except PluginFailed as error:
+            raise PluginFailed(f"plugin {name}: VERSION: {error}{_hint(answer)}") from error
         if not isinstance(spoken, list):
             raise PluginFailed(f"plugin {name}: VERSION: no supportedVersions{_hint(answer)}")
         versions = tuple(str(version) for version in spoken)
