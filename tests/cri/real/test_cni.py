@@ -79,8 +79,8 @@ def put(real: Real) -> None:
 
 async def network_ready(real: Real) -> pb.RuntimeCondition:
     status = (await real.client.Status(pb.StatusRequest())).status
-    (found,) = (condition for condition in status.conditions if condition.type == "NetworkReady")
-    return found
+    found: list[pb.RuntimeCondition] = [one for one in status.conditions if one.type == "NetworkReady"]
+    return found[0]
 
 
 async def addresses(real: Real, pod: str) -> list[str]:
