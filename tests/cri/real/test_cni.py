@@ -1,4 +1,4 @@
-"""A cribd whose pods' network is CNI plugins: Debian's bridge, host-local and portmap, or what CRIB_CNI_PLUGINS names."""
+"""A cribd whose pods have CNI: bridge, host-local and portmap of Debian, or what CRIB_CNI_PLUGINS names."""
 
 from __future__ import annotations
 
