@@ -175,6 +175,11 @@ def _apparmor() -> str | None:
 
 
 def _vm() -> str | None:
+    named = os.environ.get("CRIB_VM") or os.environ.get("CRIB_VM_KERNEL")
+    return None if named else "neither CRIB_VM nor CRIB_VM_KERNEL is set: hack/vm is not to be used"
+
+
+def _newest() -> str | None:
     return None if os.environ.get("CRIB_VM_KERNEL") else "CRIB_VM_KERNEL names no kernel for hack/vm"
 
 
@@ -207,5 +212,6 @@ VOCABULARY: dict[str, Callable[[], str | None]] = {
     "umoci": _program("umoci", "umoci"),
     "userns": _userns,
     "vm": _vm,
+    "vm-newest": _newest,
     "xtables": _xtables,
 }

@@ -25,8 +25,8 @@ OLD_MISSES = {
 @pytest.mark.parametrize(
     ("kernel", "init", "misses"),
     [
-        ("newest", "--systemd", NEWEST_MISSES),
-        ("newest", "--no-systemd", NEWEST_MISSES | SYSTEMD),
+        pytest.param("newest", "--systemd", NEWEST_MISSES, marks=requires("vm-newest")),
+        pytest.param("newest", "--no-systemd", NEWEST_MISSES | SYSTEMD, marks=requires("vm-newest")),
         ("6.1", "--systemd", OLD_MISSES),
         ("6.1", "--no-systemd", OLD_MISSES | SYSTEMD),
     ],
