@@ -10,7 +10,7 @@ from argparse import Namespace
 
 from cri.cli import failure
 from cri.cli.arguments import parser
-from cri.cli.failure import Failure
+from cri.cli.failure import Failure, Interrupted
 
 
 def main() -> int:
@@ -25,6 +25,8 @@ def main() -> int:
         # Whoever read this has seen enough. Nothing more may be written, at exit neither.
         os.dup2(os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except Interrupted as interrupted:
+        return 128 + interrupted.number
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     return code

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
+import time
+from datetime import datetime
 from typing import Final, NoReturn
 
 from cri.cli import failure
 
 ENDPOINT: Final = "unix:///run/crib/crib.sock"
 LOG_DIR: Final = "/var/log/crib"
+_NUMBER: Final = r"\d+(?:\.\d+)?"
+_DURATION: Final = re.compile("".join(rf"(?:(?P<{unit}>{_NUMBER}){unit})?" for unit in "dhms"))
 _EPILOG: Final = """\
 Wherever a pod or container is asked for, its id, its name or a prefix of the id that fits nothing else will do.
 
 exit codes: 0 done, 1 it failed, 2 not a valid command line, 3 no such object, 4 cribd can't be reached;
-exec and run (not detached): the container's exit code.
+exec, attach and run (not detached): the command's exit code; 128 and its number for a signal that ended this one.
 
 environment: CRIB_ENDPOINT, CRIB_LOG_DIR (defaults of --endpoint and of run's --log-dir).
 """
@@ -94,15 +99,26 @@ def parser() -> argparse.ArgumentParser:
     ps.add_argument("-q", "--quiet", action="store_true", help="ids only")
     pods = command("pods", "listing:pods", "list pods")
     pods.add_argument("-q", "--quiet", action="store_true", help="ids only")
-    logs = command("logs", "log:logs", "print a container's log")
+    logs = command("logs", "log:logs", "print a container's log, with what was rotated of it")
     logs.add_argument("container", metavar="CONTAINER")
     logs.add_argument("-f", "--follow", action="store_true", help="go on until the container ends")
     logs.add_argument("-n", "--tail", metavar="N", type=_count, help="of what is there, only the last N lines")
+    logs.add_argument(
+        "--since", metavar="TIME", type=_since, help="of what is there, only what came later: 90s, 1h30m, RFC 3339"
+    )
     logs.add_argument("-t", "--timestamps", action="store_true", help="begin each line with its time")
     execute = command("exec", "container:exec_", "run a command in a container")
+    execute.add_argument("-i", "--interactive", action="store_true", help="pass standard input on")
+    execute.add_argument("-t", "--tty", action="store_true", help="give it a terminal")
     execute.add_argument("--timeout", metavar="SECONDS", type=_count, default=0, help="kill it after this time")
     execute.add_argument("container", metavar="CONTAINER")
     execute.add_argument("command", metavar="CMD", nargs=argparse.REMAINDER)
+    attach = command("attach", "container:attach", "share a container's streams, and its terminal where it has one")
+    attach.add_argument("container", metavar="CONTAINER")
+    attach.add_argument("--no-stdin", action="store_true", help="only watch")
+    forward = command("port-forward", "forward:port_forward", "have ports of this host lead into a pod")
+    forward.add_argument("pod", metavar="POD")
+    forward.add_argument("ports", metavar="[[ADDRESS:]PORT:]PORT", nargs="+", help="here, and in the pod; 0 here: any")
     inspect = command("inspect", "container:inspect", "all about containers, pods and images, as JSON")
     inspect.add_argument("things", metavar="ID", nargs="+")
     stop = command("stop", "remove:stop", "stop containers or pods")
@@ -129,6 +145,8 @@ def parser() -> argparse.ArgumentParser:
 
 def _run(run: argparse.ArgumentParser) -> None:
     run.add_argument("-d", "--detach", action="store_true", help="print its id and don't wait for its end")
+    run.add_argument("-i", "--interactive", action="store_true", help="with -d: standard input for crib attach")
+    run.add_argument("-t", "--tty", action="store_true", help="with -d: a terminal for crib attach")
     run.add_argument("--rm", action="store_true", help="remove the pod when the container has ended")
     run.add_argument("--name", default="", help="of the pod and the container")
     run.add_argument("--net", choices=("pod", "host"), default="pod", help="its own network, or the host's")
@@ -153,6 +171,19 @@ def _run(run: argparse.ArgumentParser) -> None:
     run.add_argument("--log-dir", metavar="DIR", default=os.environ.get("CRIB_LOG_DIR") or LOG_DIR, help="for its log")
     run.add_argument("image", metavar="IMAGE")
     run.add_argument("command", metavar="CMD", nargs=argparse.REMAINDER)
+
+
+def _since(text: str) -> float:
+    """A time as seconds since 1970; a duration is one before now."""
+    if text and (match := _DURATION.fullmatch(text)):
+        units = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+        return time.time() - sum(float(number) * units[unit] for unit, number in match.groupdict("0").items())
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        message = f"{text!r} is no duration like 1h30m and no time like 2026-11-23T10:00:00Z"
+        raise argparse.ArgumentTypeError(message) from None
+    return found.timestamp()
 
 
 def _count(text: str) -> int:

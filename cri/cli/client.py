@@ -46,8 +46,10 @@ class Client:
         self._behind: list[Any] = []
 
     def close(self) -> None:
+        """Let go of the connection; the next call makes a new one."""
         if self._channel is not None:
             self._channel.close()
+            self._channel = None
 
     def call(self, method: str, timeout_s: float | None = CALL_S, **fields: Any) -> Answer:
         """The answer of one call. `timeout_s` None waits as long as cribd does."""
@@ -95,7 +97,12 @@ class Client:
             if reason := self._silence():
                 raise self._unreachable(reason)
             self._channel = grpc.insecure_channel(
-                self.endpoint, options=[("grpc.max_receive_message_length", _MESSAGE_LIMIT_BYTES)]
+                self.endpoint,
+                # Its own connections: another channel's may be waiting before they try again.
+                options=[
+                    ("grpc.max_receive_message_length", _MESSAGE_LIMIT_BYTES),
+                    ("grpc.use_local_subchannel_pool", 1),
+                ],
             )
         found = _method(method)
         kind = {
@@ -126,6 +133,7 @@ class Client:
         code, details = error.code(), error.details() or ""
         # UNAVAILABLE may be cribd's own word, about something that doesn't answer it.
         if code is grpc.StatusCode.UNAVAILABLE and (reason := self._silence()):
+            self.close()
             return self._unreachable(reason)
         if code is grpc.StatusCode.NOT_FOUND:
             return Failure(details, failure.NOT_FOUND)

@@ -1,9 +1,12 @@
-"""`crib exec` and `crib inspect`."""
+"""`crib exec`, `crib attach` and `crib inspect`."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+import threading
+import time
 from argparse import Namespace
 from typing import Any, Final
 
@@ -18,8 +21,10 @@ from cri.cli.failure import Failure
 from cri.cli.image import find
 from cri.cli.inventory import Inventory
 from cri.cli.output import show_json
+from cri.cli.stream import Streams
 
 _REDACTED: Final = "<redacted>"
+_END_S: Final = 10
 
 
 class Executed(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,11 +37,32 @@ def exec_(client: Client, options: Namespace) -> int:
     """Run a command in a running container; answers with its exit code."""
     if not options.command:
         raise Failure("exec: no command given", failure.USAGE)
+    collected = options.timeout or options.output == "json"
+    if collected and (options.interactive or options.tty):
+        raise Failure("exec: -i and -t don't go together with --timeout and -o json", failure.USAGE)
+    if options.interactive and options.tty and not os.isatty(0):
+        raise Failure("exec -t: standard input is no terminal", failure.USAGE)
     container = Inventory(client).container(options.container)
+    if collected:
+        return _exec_sync(client, container.id, options)
+    tty = options.tty
+    url = client.call(
+        "Exec",
+        container_id=container.id,
+        cmd=options.command,
+        stdin=options.interactive,
+        stdout=True,
+        stderr=not tty,
+        tty=tty,
+    ).url
+    return Streams(url, stdin=options.interactive, terminal=tty).run() or 0
+
+
+def _exec_sync(client: Client, container_id: str, options: Namespace) -> int:
     answer = client.call(
         "ExecSync",
         timeout_s=options.timeout + CALL_S if options.timeout else None,
-        container_id=container.id,
+        container_id=container_id,
         cmd=options.command,
         timeout=options.timeout,
     )
@@ -48,6 +74,33 @@ def exec_(client: Client, options: Namespace) -> int:
             stream.buffer.write(data)
             stream.flush()
     return int(answer.exit_code)
+
+
+def attach(client: Client, options: Namespace) -> int:
+    """Share a running container's streams; answers with its exit code, or 0 when detached by keys."""
+    container = Inventory(client).container(options.container)
+    answer = client.call("ContainerStatus", container_id=container.id, verbose=True)
+    config = json.loads(answer.info["info"])["config"]
+    tty = config.get("tty", False)
+    stdin = config.get("stdin", False) and not options.no_stdin
+    url = client.call("Attach", container_id=container.id, stdin=stdin, stdout=True, stderr=not tty, tty=tty).url
+    streams = Streams(url, stdin=stdin, terminal=tty, detaches=True)
+    if tty and stdin and os.isatty(0) and os.isatty(2):
+        print("attached: Ctrl-P Ctrl-Q detaches", file=sys.stderr)
+    if streams.run() is None:
+        return 0
+    return _exit_code(client, container.id)
+
+
+def _exit_code(client: Client, container_id: str) -> int:
+    """That of a container whose streams have ended."""
+    end, clock = time.monotonic() + _END_S, threading.Event()
+    while time.monotonic() < end:
+        status = client.call("ContainerStatus", container_id=container_id).status
+        if status.state == pb.CONTAINER_EXITED:
+            return int(status.exit_code)
+        clock.wait(0.02)  # cribd is just being told
+    raise Failure(f"container {container_id} has ended its streams and runs on")
 
 
 def inspect(client: Client, options: Namespace) -> int:

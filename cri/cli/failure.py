@@ -19,6 +19,14 @@ class Failure(Exception):
         self.code = code
 
 
+class Interrupted(Exception):
+    """A signal has told this command to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
 def printable(text: str) -> str:
     """`text` on one line and without what a terminal would obey; names and messages may come from anyone."""
     return "".join(c if c.isprintable() else " " if c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text.strip())

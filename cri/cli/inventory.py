@@ -39,6 +39,11 @@ class Inventory:
         """The container or pod. A name that both have means the container. Raises Failure."""
         return self._pick(given, "container or pod", self.containers, self.pods)
 
+    def pod(self, given: str) -> pb.PodSandbox:
+        """The pod; a container stands for its own. Raises Failure."""
+        found = self._pick(given, "pod", self.containers, self.pods)
+        return self.pod_of(found) if isinstance(found, pb.Container) else found
+
     def container(self, given: str) -> pb.Container:
         """The container; a pod stands for its only container, or the only one that runs. Raises Failure."""
         found = self._pick(given, "container", self.containers, self.pods)

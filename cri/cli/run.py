@@ -20,7 +20,8 @@ from cri.cli import failure, remove
 from cri.cli.client import Client
 from cri.cli.failure import Failure
 from cri.cli.image import fetch
-from cri.cli.log import Line, Log, follow, has_ended, path_of, write
+from cri.cli.log import has_ended, path_of, write
+from cri.cli.logfile import Line, Log, follow
 from cri.cli.output import short, show_json
 from cri.cli.remove import LABEL
 
@@ -78,6 +79,8 @@ def run(client: Client, options: Namespace) -> int:
     """Run a pod with a container; waits for its end and answers with its exit code, unless detached."""
     if options.detach and options.rm:
         raise Failure("--rm and --detach exclude each other: nobody would be there to remove it", failure.USAGE)
+    if (options.interactive or options.tty) and not options.detach:
+        raise Failure("-i and -t need --detach, and then crib attach", failure.USAGE)
     name = _name(options)
     config = _container(name, options)
     image = _image(client, options)
@@ -245,6 +248,8 @@ def _container(name: str, options: Namespace) -> pb.ContainerConfig:
         mounts=[_mount(text) for text in options.volume],
         labels={LABEL: name},
         log_path=f"{name}.log",
+        stdin=options.interactive,
+        tty=options.tty,
         linux=pb.LinuxContainerConfig(resources=resources, security_context=context),
     )
 

@@ -45,7 +45,7 @@ _U32: Final = Struct(">I")
 _PAIR: Final = Struct(">II")
 
 
-class _Stream:
+class Stream:
     __slots__ = ("local_open", "remote_open", "send_window", "to_receive", "unacknowledged")
 
     def __init__(self, send_window: int, remote_open: bool, local_open: bool) -> None:
@@ -61,7 +61,7 @@ class Spdy:
 
     def __init__(self) -> None:
         self._out: list[bytes] = []
-        self._streams: dict[int, _Stream] = {}
+        self._streams: dict[int, Stream] = {}
         self._last = 0
         self._buffer = b""
         self._data_stream = 0  # of the data frame that is under way
@@ -176,10 +176,14 @@ class Spdy:
             self._control(RST_STREAM, 0, _PAIR.pack(number, REFUSED_STREAM))
             return
         ended = bool(flags & FLAG_FIN)
-        self._streams[number] = _Stream(self._initial_window, not ended, not flags & FLAG_UNIDIRECTIONAL)
+        self._streams[number] = Stream(self._initial_window, not ended, not flags & FLAG_UNIDIRECTIONAL)
         events.append(Opened(number, headers, ended))
 
     def _syn_reply(self, flags: int, body: bytes, events: list[Event]) -> None:
+        self._replied(_U32.unpack_from(body)[0] & 0x7FFFFFFF)
+        self._headers(body[4:])
+
+    def _replied(self, number: int) -> None:
         raise WireError("a reply to a stream that was not opened here")
 
     def _headers_received(self, flags: int, body: bytes, events: list[Event]) -> None:
@@ -238,7 +242,7 @@ class Spdy:
                 return
         events.append(Room())
 
-    def _remote_ended(self, number: int, stream: _Stream, events: list[Event]) -> None:
+    def _remote_ended(self, number: int, stream: Stream, events: list[Event]) -> None:
         stream.remote_open = False
         if not stream.local_open:
             self._forget(number)

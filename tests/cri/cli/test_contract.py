@@ -156,7 +156,7 @@ def test_a_name_an_id_and_a_prefix_mean_the_same(crib: Crib, running: Start) -> 
         assert crib.json("inspect", given)[0]["status"]["id"] == identifier
     for given in ("default/web", pod_id, pod_id[:8]):
         assert crib.json("inspect", given)[0]["status"]["id"] == pod_id
-    assert crib("exec", pod_id, "echo", "in") == "in\n"
+    assert crib("exec", "--timeout", "60", pod_id, "echo", "in") == "in\n"
 
 
 def test_logs_are_the_containers_own_bytes(crib: Crib, running: Start) -> None:
@@ -186,7 +186,7 @@ def test_logs_follow_until_the_end(crib: Crib, running: Start, tmp_path: Path) -
 
 def test_exec_passes_everything_through(crib: Crib, running: Start) -> None:
     running("web")
-    done = crib.full("exec", "web", "sh", "-c", "echo out; echo err >&2; exit 42", code=42)
+    done = crib.full("exec", "--timeout", "60", "web", "sh", "-c", "echo out; echo err >&2; exit 42", code=42)
     assert (done.stdout, done.stderr) == (b"out\n", b"err\n")
     assert crib("exec", "-o", "json", "web", "echo", "x").split() == [
         "{", '"exit_code":', "0,", '"stdout":', '"x\\n",', '"stderr":', '""', "}",
@@ -196,7 +196,7 @@ def test_exec_passes_everything_through(crib: Crib, running: Start) -> None:
 
 def test_exec_in_a_container_that_has_ended(crib: Crib) -> None:
     crib("run", "--name", "t", IMAGE, "true")
-    assert "is not running" in crib.error("exec", "t", "true", code=1)
+    assert "is not running" in crib.error("exec", "--timeout", "60", "t", "true", code=1)
 
 
 def test_stop_and_rm_of_what_run_made(crib: Crib, running: Start) -> None:

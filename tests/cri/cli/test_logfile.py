@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
+import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cri.cli.failure import Failure
-from cri.cli.log import Line, Log, follow, parse
+from cri.cli.logfile import Line, Log, follow, parse
 
 TIME = b"2026-11-22T10:00:00.000000000Z"
 
@@ -78,15 +81,68 @@ def test_rotation_loses_nothing(path: Path, log: Log) -> None:
             assert texts(log) == ["6"]
 
 
-def test_two_rotations_between_two_looks_lose_only_what_is_not_to_be_seen(path: Path, log: Log) -> None:
+def rotate(path: Path, second: int, *, compress: bool = False) -> None:
+    """As the kubelet does, which compresses all but the newest."""
+    for old in path.parent.glob(f"{path.name}.*[0-9]"):
+        if compress:
+            Path(f"{old}.gz").write_bytes(gzip.compress(old.read_bytes()))
+            old.unlink()
+    path.rename(f"{path}.20261122-1000{second:02d}")
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_rotations_between_two_looks_lose_nothing(path: Path, log: Log, compress: bool) -> None:
     path.write_bytes(line("1"))
     assert texts(log) == ["1"]
-    path.rename(f"{path}.1")
-    path.write_bytes(line("2"))
-    assert texts(log) == ["2"]
-    path.rename(f"{path}.2")
-    path.write_bytes(line("3"))
-    assert texts(log) == ["3"]
+    with path.open("ab") as writer:
+        writer.write(line("2"))
+    rotate(path, 1)
+    for number in range(3, 7):
+        path.write_bytes(line(str(number)))
+        rotate(path, number, compress=compress)
+    path.write_bytes(line("7"))
+    assert texts(log) == ["2", "3", "4", "5", "6", "7"]
+    rotate(path, 8, compress=compress)
+    assert texts(log) == []
+    path.write_bytes(line("8"))
+    assert texts(log) == ["8"]
+
+
+def written(path: Path, files: list[int], compress: bool) -> list[str]:
+    """A log of so many lines in each of its files; the lines."""
+    number = 0
+    for second, size in enumerate(files):
+        if path.exists():
+            rotate(path, second, compress=compress)
+        path.write_bytes(b"".join(line(f"{n} {'x' * (n * 37 % 9000)}") for n in range(number, number + size)))
+        number += size
+    return [f"{n} {'x' * (n * 37 % 9000)}" for n in range(number)]
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_what_was_rotated_before_is_read_first(path: Path, log: Log, compress: bool) -> None:
+    lines = written(path, [3, 1, 200, 2], compress)
+    assert texts(log) == lines
+
+
+@settings(max_examples=40)
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=4), st.integers(0, 130), st.booleans())
+def test_the_tail_is_that_of_all_files_together(files: list[int], wanted: int, compress: bool) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "0.log")
+        lines = written(path, files, compress)
+        log = Log(str(path))
+        log.start_at_tail(wanted)
+        assert texts(log) == lines[len(lines) - min(wanted, len(lines)) :]
+        log.close()
+
+
+def test_files_that_are_older_are_left_out(path: Path, log: Log) -> None:
+    written(path, [1, 1, 1], False)
+    for file in path.parent.glob("*.20*"):
+        os.utime(file, (1000, 1000))
+    log.start_after(2000)
+    assert texts(log) == ["2 " + "x" * 74]
 
 
 def test_a_file_cut_short_is_read_from_its_start(path: Path, log: Log) -> None:
