@@ -132,6 +132,7 @@ def container_to_spec(given: ContainerInput) -> Spec:
             recursive_read_only=host.recursive_read_only,
             idmapped=host.idmapped_mounts,
             volumes=given.image_volumes,
+            own=given.image.config.volumes,
         ),
     )
     label = security.selinux(

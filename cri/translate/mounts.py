@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import posixpath
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from cri.api import cri_pb2 as pb
 from cri.translate.field import PATH_LIMIT_BYTES, absolute, bounded, no_backsteps, on_host, show
@@ -41,6 +42,9 @@ _OVER_PROC = frozenset(
 writes of the runtime (CVE-2019-16884, CVE-2025-52881)."""
 
 
+_KERNELS: Final = ("/proc", "/sys", "/dev")
+
+
 @dataclass(frozen=True, slots=True)
 class PodPaths:
     """Files and directories of the pod on the host."""
@@ -57,7 +61,7 @@ class MountRules:
 
     `host_ipc`: /dev/shm is the host's. `bind_sys`: sysfs can't be mounted (own user namespace, host's network).
     `recursive_read_only`, `idmapped`: what this host can do. `volumes`: where the host has each of the request's image
-    volumes, by target.
+    volumes, by target. `own`: what the image calls its volumes.
     """
 
     readonly_root: bool
@@ -68,6 +72,7 @@ class MountRules:
     recursive_read_only: bool = True
     idmapped: bool = True
     volumes: Mapping[str, str] = field(default_factory=dict)
+    own: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +101,23 @@ def container_mounts(requested: Sequence[pb.Mount], paths: PodPaths, rules: Moun
 
     defaults = [mount for mount in _defaults(rules) if kept(mount)]
     binds = [mount for mount in _pod_files(paths, rules) if kept(mount)]
-    return (*defaults, *sorted((*binds, *wanted), key=lambda mount: mount.destination.count("/")))
+    own = _own_volumes(rules.own, taken)
+    return (*defaults, *own, *sorted((*binds, *wanted), key=lambda mount: mount.destination.count("/")))
+
+
+def _own_volumes(paths: Sequence[str], taken: Collection[str]) -> Iterable[Mount]:
+    """An image's VOLUMEs: directories of its own that stay writable in a read-only root, with what the image has there.
+
+    They come before anything of the request's is mounted, so that none of it is mounted on by way of a link in the
+    image (CVE-2022-23648); the request's mounts, and what lies below one, go before them.
+    """
+    if len(paths) > MOUNTS_LIMIT:
+        raise InvalidSpec(f"image: {len(paths)} volumes, the limit is {MOUNTS_LIMIT}")
+    for path in sorted({posixpath.normpath(f"/{path}").replace("//", "/") for path in paths if "\0" not in path}):
+        covered = any(path == at or path.startswith(f"{at}/") for at in (*taken, *_KERNELS))
+        if path != "/" and not covered:
+            options = ("bind", "rprivate", "rw")
+            yield Mount(destination=path, type="bind", source=f"rootfs{path}", options=options)
 
 
 def _defaults(rules: MountRules) -> Iterable[Mount]:

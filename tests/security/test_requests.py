@@ -175,12 +175,18 @@ def test_53488_control_labels_as_annotations(monkeypatch: pytest.MonkeyPatch) ->
     "CVE-2022-23648",
     sentence="An image's VOLUME is a path whose content, copied up from the image, is reached through a link to the "
     "host",
-    guard="no content is copied up for a VOLUME: it is a directory of the root file system like any other",
-    control=f"{NOTHING_TO_GUARD}: an image's volumes make no difference to a container",
+    guard="nothing is copied: a VOLUME is a directory of the root file system, mounted on itself below that root "
+    "before anything of the request's is there",
+    control=f"{NOTHING_TO_GUARD}: no path of an image is looked up on the host",
 )
 def test_cve_2022_23648() -> None:
-    with_volumes = given.spec(img=given.image(volumes=("/etc/../../../etc", "/link", "/data")))
-    assert with_volumes == given.spec()
+    mount = pb.Mount(container_path="/data", host_path="/host")
+    paths = ("/etc/../../../etc", "/link", "/data", "/data/below", "/proc/self", "/sys", "/", "../..", "a\0b")
+    found = given.spec(given.container(mounts=[mount]), img=given.image(volumes=paths)).mounts
+    own = [each for each in found if not each.source.startswith("/") and each.type == "bind"]
+    assert [(each.destination, each.source) for each in own] == [("/etc", "rootfs/etc"), ("/link", "rootfs/link")]
+    of_the_pod = next(number for number, each in enumerate(found) if each.source.startswith("/"))
+    assert max(map(found.index, own)) < of_the_pod
 
 
 @attack(
