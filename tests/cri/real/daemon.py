@@ -47,6 +47,7 @@ class Daemon:
             try:
                 assert ready.recv(100) == b"READY=1"
             except TimeoutError:
+                self.kill()  # whoever could stop it is told that there is none
                 raise AssertionError(self.log()) from None
 
     def stop(self) -> int:
@@ -63,6 +64,10 @@ class Daemon:
         assert self.process is not None
         try:
             return self.process.wait(TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait(TIMEOUT_S)
+            raise
         finally:
             self.process = None
 
