@@ -21,7 +21,6 @@ TIMEOUT_S: Final = 20.0
 
 _PATH: Final = "/org/freedesktop/systemd1"
 _MANAGER: Final = DBusAddress(_PATH, "org.freedesktop.systemd1", "org.freedesktop.systemd1.Manager")
-_PEER: Final = DBusAddress(_PATH, "org.freedesktop.systemd1", "org.freedesktop.DBus.Peer")
 _READ_BYTES: Final = 64 * 1024
 
 
@@ -74,10 +73,6 @@ class Connection:
         while path not in self._jobs:
             self._receive(f"the job of {method} {arguments[0]}")
         return self._jobs[path]
-
-    def settle(self) -> None:
-        """Wait until what was changed before has been carried out: systemd does so before it reads another message."""
-        self._request(new_method_call(_PEER, "Ping"))
 
     def _connect(self, sockets: tuple[str, ...]) -> tuple[socket.socket, bool]:
         failures = []

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import select
 import signal
 import socket
 import subprocess
@@ -12,15 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from runtime.cgroup import units, v2
+from runtime.cgroup import units
 from runtime.cgroup.dbus import PRIVATE_SOCKET, SYSTEM_SOCKET, Connection, Refused
-from runtime.cgroup.guard import Guard
 from runtime.errors import DeadlineExceeded, InvalidSpec, Unavailable
-from runtime.linux import inotify
-from runtime.spec import CPU, BlockIO, DeviceCgroup, HugepageLimit, Memory, Pids, Resources, ThrottleDevice
+from runtime.spec import CPU, DeviceCgroup, Memory, Pids, Resources
 from tests.limits import scaled
 from tests.requires import requires
-from tests.runtime.cgroup.conftest import DEADLINE_S, Place
+from tests.runtime.cgroup.conftest import Place, Program
 
 MIB = 1 << 20
 under_systemd = pytest.mark.parametrize("place", ["systemd"], indirect=True)
@@ -35,7 +31,7 @@ under_systemd = pytest.mark.parametrize("place", ["systemd"], indirect=True)
 )
 def test_where_a_slice_is(name: str, path: str) -> None:
     assert units.slice_path(name) == path
-    assert units.slice_name(path) == name
+    assert units.split(path) == (name, path)
 
 
 @pytest.mark.parametrize(
@@ -47,44 +43,19 @@ def test_what_is_no_slice(name: str) -> None:
 
 
 def test_a_name_below_a_slice() -> None:
-    assert units.slice_below("a-b.slice", ["c"]) == units.slice_below("/a.slice/a-b.slice", ["c"])
-    assert units.slice_below("a.slice", ["b", "c"]) == "/a.slice/a-b.slice/a-b-c.slice"
-    assert units.slice_below("a.slice", ["b-c"]) == "/a.slice/a-b\\x2dc.slice"
+    assert units.below("a-b.slice", ["c"]) == units.below("/a.slice/a-b.slice", ["c"]) == "/a.slice/a-b.slice/c"
+    assert units.below("a.slice", ["b", "c-d"]) == "/a.slice/b/c-d"
+    assert units.keeper("a-b.slice") == "a-b-crib.slice"
     with pytest.raises(InvalidSpec):
-        units.slice_below("/elsewhere/a.slice", ["b"])
-    with pytest.raises(InvalidSpec):
-        units.slice_name("/a-b.slice")
+        units.below("/elsewhere/a.slice", ["b"])
 
 
-def test_limits_as_properties() -> None:
-    limits = Resources(
-        cpu=CPU(shares=1024, quota=12_345, period=100_000, cpus="0-2,9", mems="0"),
-        memory=Memory(limit=64 * MIB, swap=96 * MIB, reservation=MIB),
-        pids=Pids(limit=-1),
-        block_io=BlockIO(weight=100, throttle_read_bps_device=(ThrottleDevice(major=8, minor=0, rate=7),)),
-        hugepage_limits=(HugepageLimit(page_size="2MB", limit=0),),
-        unified={"memory.high": "max", "memory.oom.group": "1"},
-    )
-    assert dict(units.properties(v2.writes(limits))) == {
-        "CPUWeight": ("t", 100),
-        "CPUQuotaPerSecUSec": ("t", 130_000),
-        "CPUQuotaPeriodUSec": ("t", 100_000),
-        "AllowedCPUs": ("ay", b"\x07\x02"),
-        "AllowedMemoryNodes": ("ay", b"\x01"),
-        "MemoryMax": ("t", 64 * MIB),
-        "MemorySwapMax": ("t", 32 * MIB),
-        "MemoryLow": ("t", MIB),
-        "MemoryHigh": ("t", 2**64 - 1),
-        "TasksMax": ("t", 2**64 - 1),
-        "IOWeight": ("t", 910),
-        "IOReadBandwidthMax": ("a(st)", [("/dev/block/8:0", 7)]),
-    }
-
-
-@pytest.mark.parametrize("cpus", ["zero", "3-1", "0-99999999", "-1", "1,"])
-def test_nonsense_for_a_property(cpus: str) -> None:
-    with pytest.raises(InvalidSpec, match=r"cpu\.cpus"):
-        units.properties(v2.writes(Resources(cpu=CPU(cpus=cpus))))
+def test_a_path_is_a_slice_and_what_is_in_it() -> None:
+    assert units.split("/a.slice/a-b.slice/c/d") == ("a-b.slice", "/a.slice/a-b.slice")
+    assert units.split("/a.slice") == ("a.slice", "/a.slice")
+    for path in ("/a-b.slice/c", "/a", "/a/b.slice", "/a.slice/b.slice"):
+        with pytest.raises(InvalidSpec):
+            units.split(path)
 
 
 def test_systemd_gone(tmp_path: Path) -> None:
@@ -115,7 +86,7 @@ def test_systemd_that_ends_the_conversation(tmp_path: Path, answer: bytes) -> No
         thread = threading.Thread(target=serve)
         thread.start()
         with pytest.raises(Unavailable), Connection(timeout_s=10, sockets=(str(tmp_path / "s"),)) as connection:
-            connection.settle()
+            connection.call("GetUnit", "s", "a.slice")
         thread.join()
 
 
@@ -140,49 +111,20 @@ def _systemctl(*arguments: str) -> str:
 
 
 def _files(path: str) -> dict[str, str]:
-    names = ("cpu.weight", "cpu.max", "memory.max", "memory.high", "memory.swap.max", "pids.max")
+    names = (
+        *("cpu.weight", "cpu.max", "cpuset.cpus", "pids.max", "cgroup.subtree_control", "cgroup.controllers"),
+        *("memory.max", "memory.high", "memory.swap.max", "memory.oom.group"),
+    )
     found = {name: Path(f"/sys/fs/cgroup{path}/{name}") for name in names}
     return {name: file.read_text().strip() for name, file in found.items() if file.exists()}
 
 
-def _wait_for(file: Path, value: str) -> None:
-    watching = inotify.inotify_init()
-    inotify.add_watch(watching, str(file), inotify.IN_MODIFY)
-    while file.read_text().strip() != value:
-        assert select.select([watching], [], [], DEADLINE_S)[0], f"{file} is still {file.read_text()}"
-        list(inotify.read_events(watching))
-    os.close(watching)
-
-
 @requires("root", "systemd")
 @under_systemd
-def test_what_is_kept_is_found_again_by_the_next(place: Place) -> None:
-    path = place.make("kept", limits=Resources(memory=Memory(limit=64 * MIB)))
-    directory = Path(f"/sys/fs/cgroup{path}")
-    limit, group = directory / "memory.high", directory / "memory.oom.group"
-    limit.write_text(str(48 * MIB))
-    first = Guard()
-    first.keep(str(directory), ["memory.high", "memory.oom.group", "memory.nonsense"])
-    limit.write_text("max")
-    _wait_for(limit, str(48 * MIB))
-    first.release(str(directory), ["memory.high"])
-    limit.write_text("max")
-    group.write_text("1")
-    _wait_for(group, "0")  # handled in their order
-    assert limit.read_text() == "max\n"
-    second = Guard()
-    second.resume("/sys/fs/cgroup")
-    assert limit.read_text() == f"{48 * MIB}\n"
-    limit.write_text("max")
-    _wait_for(limit, str(48 * MIB))
-
-
-@requires("root", "systemd")
-@under_systemd
-def test_limits_and_devices_survive_systemd(place: Place) -> None:
-    """Its reload, its executing itself anew, units that come and go beside: it rewrites what it knows each time."""
+def test_a_container_and_what_it_made_itself_survive_systemd(place: Place) -> None:
+    """Its reload, its executing itself anew, units that come and go beside."""
     limits = Resources(
-        cpu=CPU(shares=512, quota=30_000, period=100_000),
+        cpu=CPU(shares=512, quota=12_345, period=100_000, cpus="0" if "cpuset" in place.cgroups.controllers else ""),
         memory=Memory(limit=64 * MIB, swap=64 * MIB),
         pids=Pids(limit=33),
         unified={"memory.high": str(48 * MIB), "memory.oom.group": "1"},
@@ -191,10 +133,16 @@ def test_limits_and_devices_survive_systemd(place: Place) -> None:
             DeviceCgroup(allow=True, type="c", major=1, minor=3),
         ),
     )
-    path = place.make("steady", limits=limits)
+    path = place.make("pod", "steady", limits=limits)
     place.cgroups.update(path, Resources(memory=Memory(limit=80 * MIB, swap=80 * MIB)))
-    program = place.run(
-        path,
+    container = Path(f"/sys/fs/cgroup{path}")
+    within = container / "own"
+    within.mkdir()
+    (container / "cgroup.subtree_control").write_text("+memory +pids +cpu")
+    (within / "memory.max").write_text(str(40 * MIB))
+    (within / "pids.max").write_text("7")
+    program = Program(
+        (f"{within}/cgroup.procs",),
         """
         for line in sys.stdin:
             for device in "/dev/null", "/dev/full":
@@ -205,22 +153,27 @@ def test_limits_and_devices_survive_systemd(place: Place) -> None:
                     print("denied", flush=True)
         """,
     )
+    place.programs.append(program)
     program.go()
-    before = _files(path)
+    before, before_within = _files(path), _files(f"{path}/own")
     assert before["memory.max"] == str(80 * MIB)
+    assert before["cpu.max"] == "12345 100000"
+    assert before_within["memory.max"] == str(40 * MIB)
     for disturb in (
         ("daemon-reload",),
         ("set-property", "--runtime", place.root, "TasksMax=500"),
         ("daemon-reexec",),
+        ("set-property", "--runtime", place.root, "MemoryMax=1G"),
         ("daemon-reload",),
     ):
         _systemctl(*disturb)
-        other = place.make("other", limits=Resources(memory=Memory(limit=32 * MIB), cpu=CPU(cpus="")))
-        assert _files(path) == before, disturb
-        _wait_for(Path(f"/sys/fs/cgroup{path}/memory.oom.group"), "1")
+        other = place.make("pod", "other", limits=Resources(memory=Memory(limit=32 * MIB), pids=Pids(limit=5)))
+        neighbour = place.cgroups.create(place.cgroups.join_path(f"{place.root.removesuffix('.slice')}-x.slice"), None)
+        assert (_files(path), _files(f"{path}/own")) == (before, before_within), disturb
         program.tell("")
         assert (program.line(), program.line()) == ("ok", "denied")
         assert place.cgroups.remove(other)
+        assert place.cgroups.remove(neighbour[-1])
     assert place.cgroups.procs(path) == (program.pid,)
 
 
@@ -241,12 +194,38 @@ def test_every_oom_kill_is_seen(place: Place) -> None:
 
 @requires("root", "systemd")
 @under_systemd
-def test_a_slice_goes_with_its_cgroup(place: Place) -> None:
-    path = place.make("pod", "container", limits=Resources(pids=Pids(limit=5)))
-    name = units.slice_name(path)
-    assert _systemctl("show", "-P", "ActiveState", name).strip() == "active"
-    assert _systemctl("show", "-P", "TasksMax", name).strip() == "5"
+def test_the_keeper_comes_with_the_first_and_goes_with_the_last(place: Place) -> None:
+    keeper = units.keeper(place.root)
+    first = place.make("first", limits=Resources(pids=Pids(limit=5)))
+    assert _systemctl("show", "-P", "ActiveState", keeper).strip() == "active"
+    second = place.make("second", "nested")
+    assert place.cgroups.remove(first)
+    assert _systemctl("show", "-P", "ActiveState", keeper).strip() == "active"
+    assert place.cgroups.remove(second)
+    assert place.cgroups.remove(place.path("second"))
+    assert _systemctl("show", "-P", "ActiveState", keeper).strip() == "inactive"
+    assert not place.cgroups.exists(units.slice_path(keeper))
+    assert place.cgroups.exists(place.parent)
+    with pytest.raises(InvalidSpec):
+        place.make("third", limits=Resources(pids=Pids(limit=2**62)))
+    assert not place.cgroups.exists(units.slice_path(keeper))
+    assert place.cgroups.remove(place.parent)
+    assert _systemctl("show", "-P", "ActiveState", place.root).strip() == "inactive"
+
+
+@requires("root", "systemd")
+@under_systemd
+def test_the_owner_of_a_slice_may_stop_and_limit_it(place: Place) -> None:
+    """As the kubelet does with its pods' slices."""
+    path = place.make("container", limits=Resources(pids=Pids(limit=5)))
+    _systemctl("set-property", "--runtime", place.root, "CPUWeight=37", "MemoryMax=256M")
+    assert _files(path)["pids.max"] == "5"
+    for action in (place.cgroups.update, place.cgroups.create):
+        with pytest.raises(InvalidSpec, match="its owner's"):
+            action(place.parent, Resources(pids=Pids(limit=5)))
+    place.cgroups.kill(path)
+    _systemctl("stop", place.root)
+    assert _systemctl("show", "-P", "ActiveState", units.keeper(place.root)).strip() == "inactive"
     assert place.cgroups.remove(path)
-    assert _systemctl("show", "-P", "ActiveState", name).strip() == "inactive"
-    assert place.cgroups.remove(place.path("pod"))
-    assert not place.cgroups.exists(place.path("pod"))
+    assert place.cgroups.create(path, Resources(pids=Pids(limit=6)))[-1] == path
+    assert _files(path)["pids.max"] == "6"
