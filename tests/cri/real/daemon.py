@@ -20,21 +20,35 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 class Daemon:
-    """`start` returns when cribd is ready; `stop` ends it as systemd would, `kill` as a crash does."""
+    """`start` returns when cribd is ready; `stop` ends it as systemd would, `kill` as a crash does.
 
-    def __init__(self, directory: Path, config: str = BUILTIN) -> None:
+    `prefix` is a command that ends by executing the words after it.
+    """
+
+    def __init__(self, directory: Path, config: str = BUILTIN, prefix: tuple[str, ...] = ()) -> None:
         self.directory = directory
         self.root = directory / "root"
         self.state = directory / "state"
         self.listen = f"unix://{directory}/s"
         self.config = directory / "config.toml"
         self.config.write_text(config)
+        self.prefix = prefix
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
     def arguments(self) -> list[str]:
         where = ["--config", str(self.config), "--root", str(self.root), "--state", str(self.state)]
-        return [sys.executable, "-m", "cri.daemon", *where, "--listen", self.listen, "--log-level", "debug"]
+        return [
+            *self.prefix,
+            sys.executable,
+            "-m",
+            "cri.daemon",
+            *where,
+            "--listen",
+            self.listen,
+            "--log-level",
+            "debug",
+        ]
 
     def start(self) -> None:
         notify = self.directory / "notify"
