@@ -76,6 +76,17 @@ def procs(directory: str) -> list[int]:
     return found
 
 
+def leaf(directory: str, path: str, pid: int) -> str:
+    """The v2 directory that one more process of a container can go to: where its process `pid` is.
+
+    A container that makes cgroups below its own, at `path`, has no processes in that itself any more, and may not.
+    """
+    for line in read(f"/proc/{pid}/cgroup").splitlines():
+        if line.startswith("0::"):
+            return directory + line.partition(path)[2].removesuffix(" (deleted)")
+    return directory
+
+
 def tree(directory: str) -> Iterator[str]:
     """The cgroup directory and all below it, outermost first; nothing where it's gone."""
     pending = [directory]

@@ -13,23 +13,20 @@ from typing import Final
 from msgspec import structs
 
 from runtime.cgroup import devices, files, tree
+from runtime.cgroup.direct import Direct
 from runtime.cgroup.interface import Mount
 from runtime.cgroup.stats import Stats, read_v1
 from runtime.cgroup.writes import (
     Write,
     carry_out,
-    carry_out_or_revert,
     limit,
-    missing,
     page_size,
     positive,
     refuse_decrease,
-    revert,
 )
-from runtime.errors import CribError, DeadlineExceeded, InvalidSpec, NotFound, Unavailable, WrongState
+from runtime.errors import InvalidSpec, Unavailable
 from runtime.spec import BlockIO, Memory, Resources
 
-_FREEZE_TIMEOUT_S: Final = 5.0
 _MEMSW: Final = "memory.memsw.limit_in_bytes"
 
 
@@ -136,11 +133,10 @@ def _block_io(block_io: BlockIO) -> list[Write]:
     return found
 
 
-class V1:
-    """The cgroupfs driver on v1; see `Cgroups`. `root` is where the hierarchies are mounted side by side."""
+class V1(Direct):
+    """cgroup v1. `root` is where the hierarchies are mounted side by side."""
 
     version = 1
-    driver = "cgroupfs"
 
     def __init__(self, root: str, hierarchies: tuple[Hierarchy, ...]) -> None:
         self.controllers = frozenset(controller for hierarchy in hierarchies for controller in hierarchy.controllers)
@@ -149,12 +145,6 @@ class V1:
         self._mounts = {controller: h.mount for h in hierarchies for controller in h.controllers}
         # Any hierarchy tells what is in a cgroup; the freezer's is the one that killing goes by.
         self._procs_mount = self._mounts.get("freezer") or hierarchies[0].mount
-
-    def join_path(self, parent: str, *names: str) -> str:
-        return tree.below(parent, *names)
-
-    def default_parent(self, instance: str) -> str:
-        return f"/{instance}"
 
     def create(self, path: str, resources: Resources | None) -> tuple[str, ...]:
         path = tree.checked(path)
@@ -171,24 +161,10 @@ class V1:
                     self._take_over(hierarchy.mount, path)
                     limits = self._ordered(path, limits)
             self._fill_cpuset(path)
-            carry_out(path, lambda controller: self._mounts[controller] + path, limits)
+            carry_out(path, lambda controller: self._directory(path, controller), limits)
             self._set_devices(path, policy, fresh=True)
             rollback.pop_all()
         return tree.made_in_all(made)
-
-    def update(self, path: str, resources: Resources) -> None:
-        path = tree.checked(path)
-        self._must_exist(path)
-        limits = self._available(writes(self._completed(path, resources)))
-        policy = devices.policy(resources.devices) if resources.devices else None
-        directory = lambda controller: self._mounts[controller] + path  # noqa: E731
-        undo = carry_out_or_revert(path, directory, self._ordered(path, limits))
-        try:
-            if policy is not None:
-                self._set_devices(path, policy, fresh=False)
-        except CribError:
-            revert(directory, undo)
-            raise
 
     def join_files(self, path: str) -> tuple[str, ...]:
         # "tasks", not "cgroup.procs": for a process with one thread the kernel then skips a lock of the whole machine.
@@ -201,23 +177,6 @@ class V1:
     def memory_events(self, path: str) -> str | None:
         mount = self._mounts.get("memory")
         return mount and f"{mount}{tree.checked(path)}/memory.oom_control"
-
-    def kill(self, path: str) -> None:
-        try:
-            files.kill((self._procs_mount + tree.checked(path),))
-        except TimeoutError as error:
-            raise DeadlineExceeded(str(error)) from error
-        except OSError as error:
-            raise tree.explain(error, path) from error
-
-    def procs(self, path: str) -> tuple[int, ...]:
-        return tuple(files.procs(self._procs_mount + tree.checked(path)))
-
-    def freeze(self, path: str) -> None:
-        self._freezer(path, "FROZEN")
-
-    def thaw(self, path: str) -> None:
-        self._freezer(path, "THAWED")
 
     def exists(self, path: str) -> bool:
         path = tree.checked(path)
@@ -242,21 +201,14 @@ class V1:
             mounts.append(Mount(target, "cgroup", "cgroup", data, links, hierarchy.mount + path))
         return tuple(mounts)
 
-    def _available(self, limits: tuple[Write, ...]) -> tuple[Write, ...]:
-        """The limits that have a controller here. Raises InvalidSpec for one that is asked for in vain."""
-        for write in limits:
-            if write.controller not in self.controllers and not write.tolerant:
-                raise missing(write)
-        return tuple(write for write in limits if write.controller in self.controllers)
+    def _directory(self, path: str, controller: str = "") -> str:
+        return (self._mounts[controller] if controller else self._procs_mount) + path
 
-    def _must_exist(self, path: str) -> None:
-        if not os.path.isdir(self._procs_mount + path):
-            raise NotFound(f"cgroup {path} does not exist")
+    def _changes(self, path: str, resources: Resources) -> tuple[Write, ...]:
+        return self._ordered(path, self._available(writes(self._completed(path, resources))))
 
     def _take_over(self, mount: str, path: str) -> None:
-        if files.procs(mount + path):
-            raise WrongState(f"cgroup {path} exists and holds processes")
-        tree.remove_nested(mount + path)
+        self._empty(mount + path, path)
         if mount == self._mounts.get("freezer"):
             self.thaw(path)
 
@@ -293,21 +245,10 @@ class V1:
                 ) from error
             raise tree.explain(error, path) from error
 
-    def _freezer(self, path: str, state: str) -> None:
-        path = tree.checked(path)
-        mount = self._mounts.get("freezer")
-        if mount is None:
+    def _set_frozen(self, path: str, frozen: bool, timeout_s: float) -> bool:
+        if "freezer" not in self._mounts:
             raise Unavailable(f"cgroup {path}: this host has no freezer controller")
-        try:
-            done = files.set_v1_freezer(mount + path, state, _FREEZE_TIMEOUT_S)
-            if not done and state == "FROZEN":
-                files.write(f"{mount}{path}/freezer.state", "THAWED")
-        except FileNotFoundError as error:
-            raise NotFound(f"cgroup {path} does not exist") from error
-        except OSError as error:
-            raise tree.explain(error, path) from error
-        if not done:
-            raise DeadlineExceeded(f"cgroup {path} is not {state.lower()} after {_FREEZE_TIMEOUT_S:g} s")
+        return files.set_v1_freezer(self._directory(path, "freezer"), "FROZEN" if frozen else "THAWED", timeout_s)
 
     def _completed(self, path: str, resources: Resources) -> Resources:
         """The change with what it leaves out and the kernel's checks need. Raises InvalidSpec for memory below use."""

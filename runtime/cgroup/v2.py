@@ -13,6 +13,7 @@ from typing import Final
 from msgspec import structs
 
 from runtime.cgroup import devices, files, tree
+from runtime.cgroup.direct import Direct
 from runtime.cgroup.interface import Mount
 from runtime.cgroup.programs import Programs
 from runtime.cgroup.stats import Stats, read_v2
@@ -20,18 +21,14 @@ from runtime.cgroup.weights import cpu_weight, io_weight
 from runtime.cgroup.writes import (
     Write,
     carry_out,
-    carry_out_or_revert,
     limit,
-    missing,
     page_size,
     positive,
     refuse_decrease,
-    revert,
 )
-from runtime.errors import CribError, DeadlineExceeded, InvalidSpec, NotFound, Unavailable, WrongState
+from runtime.errors import InvalidSpec, Unavailable, WrongState
 from runtime.spec import CPU, BlockIO, Memory, Resources
 
-_FREEZE_TIMEOUT_S: Final = 5.0
 # What is handed down to every container, for its limits and its figures, where the host has it.
 _HANDED_DOWN: Final = ("cpuset", "cpu", "io", "memory", "hugetlb", "pids")
 _UNIFIED: Final = (*_HANDED_DOWN, "rdma", "misc", "dmem")
@@ -170,23 +167,16 @@ def controllers_of(limits: Iterable[Write]) -> frozenset[str]:
     return frozenset(write.controller for write in limits if not write.tolerant)
 
 
-class V2:
-    """The cgroupfs driver on v2; see `Cgroups`. `root` is where the hierarchy is mounted."""
+class V2(Direct):
+    """cgroup v2. `root` is where the hierarchy is mounted."""
 
     version = 2
-    driver = "cgroupfs"
 
     def __init__(self, root: str) -> None:
         self._root = root
         self.controllers = frozenset(files.read(f"{root}/cgroup.controllers").split())
         self._always = self.controllers.intersection(_HANDED_DOWN)
         self._programs = Programs()
-
-    def join_path(self, parent: str, *names: str) -> str:
-        return tree.below(parent, *names)
-
-    def default_parent(self, instance: str) -> str:
-        return f"/{instance}"
 
     def create(self, path: str, resources: Resources | None) -> tuple[str, ...]:
         path = tree.checked(path)
@@ -199,25 +189,10 @@ class V2:
             if path not in made:
                 self._take_over(path)
             self._hand_down(path, controllers_of(limits))
-            carry_out(path, lambda _: self._root + path, limits)
-            if not policy.open:
-                self._programs.attach(self._root + path, policy)
+            carry_out(path, lambda _: self._directory(path), limits)
+            self._set_devices(path, policy, fresh=True)
             rollback.pop_all()
         return tuple(made)
-
-    def update(self, path: str, resources: Resources) -> None:
-        path = tree.checked(path)
-        directory = self._directory(path)
-        limits = self._available(writes(self._completed(path, resources)))
-        policy = devices.policy(resources.devices) if resources.devices else None
-        self._hand_down(path, controllers_of(limits))
-        undo = carry_out_or_revert(path, lambda _: directory, limits)
-        try:
-            if policy is not None:
-                self._programs.attach(directory, policy)
-        except CribError:
-            revert(lambda _: directory, undo)
-            raise
 
     def join_files(self, path: str) -> tuple[str, ...]:
         return (f"{self._root}{tree.checked(path)}/cgroup.procs",)
@@ -227,21 +202,6 @@ class V2:
 
     def memory_events(self, path: str) -> str | None:
         return f"{self._root}{tree.checked(path)}/memory.events" if "memory" in self.controllers else None
-
-    def kill(self, path: str) -> None:
-        try:
-            files.kill((self._root + tree.checked(path),))
-        except OSError as error:
-            raise tree.explain(error, path) from error
-
-    def procs(self, path: str) -> tuple[int, ...]:
-        return tuple(files.procs(self._root + tree.checked(path)))
-
-    def freeze(self, path: str) -> None:
-        self._freezer(path, True)
-
-    def thaw(self, path: str) -> None:
-        self._freezer(path, False)
 
     def exists(self, path: str) -> bool:
         return os.path.isdir(self._root + tree.checked(path))
@@ -255,23 +215,23 @@ class V2:
     def mounts_in_container(self, path: str) -> tuple[Mount, ...]:
         return (Mount("", "cgroup2", "cgroup", "", (), self._root + tree.checked(path)),)
 
-    def _available(self, limits: tuple[Write, ...]) -> tuple[Write, ...]:
-        """The limits that have a controller here. Raises InvalidSpec for one that is asked for in vain."""
-        for write in limits:
-            if write.controller not in self.controllers and not write.tolerant:
-                raise missing(write)
-        return tuple(write for write in limits if write.controller in self.controllers)
+    def _directory(self, path: str, controller: str = "") -> str:
+        return self._root + path
 
-    def _directory(self, path: str) -> str:
-        directory = self._root + path
-        if not os.path.isdir(directory):
-            raise NotFound(f"cgroup {path} does not exist")
-        return directory
+    def _changes(self, path: str, resources: Resources) -> tuple[Write, ...]:
+        limits = self._available(writes(self._completed(path, resources)))
+        self._hand_down(path, controllers_of(limits))
+        return limits
+
+    def _set_devices(self, path: str, policy: devices.Policy, fresh: bool) -> None:
+        if not (fresh and policy.open):
+            self._programs.attach(self._root + path, policy)
+
+    def _set_frozen(self, path: str, frozen: bool, timeout_s: float) -> bool:
+        return files.set_v2_freezer(self._root + path, frozen, timeout_s)
 
     def _take_over(self, path: str) -> None:
-        if files.procs(self._root + path):
-            raise WrongState(f"cgroup {path} exists and holds processes")
-        tree.remove_nested(self._root + path)
+        self._empty(self._root + path, path)
         files.write(f"{self._root}{path}/cgroup.freeze", "0")
         enabled = files.read(f"{self._root}{path}/cgroup.subtree_control").split()
         files.write(f"{self._root}{path}/cgroup.subtree_control", " ".join(f"-{controller}" for controller in enabled))
@@ -328,19 +288,6 @@ class V2:
                 return f"cgroup {above or '/'} holds processes itself (cgroup v2 allows them in leaves only)"
             return f"cgroup {above or '/'} has only {files.read(f'{directory}/cgroup.controllers').strip() or 'none'}"
         return "they are disabled while it is made"
-
-    def _freezer(self, path: str, frozen: bool) -> None:
-        directory = self._directory(tree.checked(path))
-        try:
-            done = files.set_v2_freezer(directory, frozen, _FREEZE_TIMEOUT_S)
-            if not done and frozen:
-                files.write(f"{directory}/cgroup.freeze", "0")
-        except OSError as error:
-            raise tree.explain(error, path) from error
-        if not done:
-            raise DeadlineExceeded(
-                f"cgroup {path} is not {'frozen' if frozen else 'thawed'} after {_FREEZE_TIMEOUT_S:g} s"
-            )
 
     def _completed(self, path: str, resources: Resources) -> Resources:
         """The change with what it leaves out and the files need. Raises InvalidSpec for memory below use."""

@@ -191,8 +191,14 @@ class Monitor:
         child = dict(zip(("stdin", "stdout", "stderr"), fds[1:], strict=False))
         child["container"] = container.pidfd
         held = self._watchers(container)
+        clone_dir, join_files = fields["clone_dir"], tuple(fields["join_files"])
+        if clone_dir:
+            clone_dir = cgroup_files.leaf(clone_dir, container.cgroup, container.pid)
+        elif join_files and join_files[0].endswith("/cgroup.procs"):
+            leaf = cgroup_files.leaf(join_files[0].rpartition("/")[0], container.cgroup, container.pid)
+            join_files = (f"{leaf}/cgroup.procs",)
         try:
-            pid, pidfd = self._holds.clone(self._space, held, container.pidfd, 0, fields["clone_dir"])
+            pid, pidfd = self._holds.clone(self._space, held, container.pidfd, 0, clone_dir)
             if pid == 0:
                 become(plan, child, theirs)
         except SyscallError:
@@ -201,7 +207,7 @@ class Monitor:
         finally:
             theirs.close()
         process = Process(fields["n"], pid, pidfd, mine)
-        self._holds.add(process, held, tuple(fields["join_files"]))
+        self._holds.add(process, held, join_files)
         self._execs[fields["exec"]] = process
         self._exec_of[fields["exec"]] = container.id
         self._server.watch(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
@@ -59,16 +60,6 @@ if [ -e /sys/fs/cgroup/cgroup.controllers ]; then
 fi
 """
 
-# Where a monitor is: a cribd that is started again in the same container.
-AGAIN = (
-    "--mount",
-    "--cgroup",
-    "sh",
-    "-euc",
-    'cd /sys/fs/cgroup; [ ! -d init ] || echo 0 >init/cgroup.procs; exec "$@"',
-    "sh",
-)
-
 Start = Callable[..., Awaitable[Real]]
 
 
@@ -123,7 +114,10 @@ async def _works(real: Real, top: str) -> None:
     assert held(path, "memory.limit_in_bytes", "memory.max") == str(64 * MIB)
     file = "/sys/fs/cgroup/memory.max" if V2 else "/sys/fs/cgroup/memory/memory.limit_in_bytes"
     assert (await real.sh(container, f"cat {file}")).stdout == b"%d\n" % (64 * MIB)
-    real.daemon.prefix = ("nsenter", "--target", _parent(await real.pid(container)), *AGAIN)
+    again = f"exec nsenter --target {_parent(await real.pid(container))} --mount --cgroup"
+    if V2 and top:
+        again = f"echo 0 >/sys/fs/cgroup{top}/init/cgroup.procs; {again}"
+    real.daemon.prefix = ("sh", "-euc", f'{again} "$@"', "sh")
     real.daemon.kill()
     real.daemon.start()
     assert (await real.status(container)).state == pb.CONTAINER_RUNNING
@@ -192,3 +186,46 @@ async def test_without_a_controller(within: str, start: Start) -> None:
 async def _update(real: Real, container: str, wanted: pb.LinuxContainerConfig) -> None:
     request = pb.UpdateContainerResourcesRequest(container_id=container, linux=wanted.resources)
     await real.client.UpdateContainerResources(request)
+
+
+DELEGATED = """
+mkdir /sys/fs/cgroup/init /sys/fs/cgroup/own
+echo 1 >/sys/fs/cgroup/init/cgroup.procs
+echo +memory +pids >/sys/fs/cgroup/cgroup.subtree_control
+echo 33554432 >/sys/fs/cgroup/own/memory.max
+echo 7 >/sys/fs/cgroup/own/pids.max
+echo done
+exec sleep 1000
+"""
+
+
+@requires("cgroup2")
+@pytest.mark.parametrize("privileged", [False, True])
+async def test_a_container_that_owns_its_cgroup(start: Start, privileged: bool) -> None:
+    """It makes cgroups and limits them, systemd or not; its own limit is out of its reach; and commands still run."""
+    real = await start("true", config="[handlers.own]\nwritable_cgroup = true\n")
+    config = real.pod_config(network=False)
+    config.linux.security_context.privileged = privileged
+    request = pb.RunPodSandboxRequest(config=config, runtime_handler="" if privileged else "own")
+    pod = (await real.client.RunPodSandbox(request)).pod_sandbox_id
+    linux = limits(memory_limit_in_bytes=64 * MIB)
+    linux.security_context.privileged = privileged
+    container = await real.run(pod, "sh", "-euc", DELEGATED, linux=linux)
+    log = real.logs / "c.log"
+    await until(lambda: log.exists() and log.read_text().endswith(" done\n"))
+    path = cgroup_path(await real.pid(container)).removesuffix("/init")
+    assert path.endswith(container)
+    if detect().driver == "systemd":
+        subprocess.run(["systemctl", "daemon-reload"], check=True, timeout=60)
+    assert held(f"{path}/own", "", "memory.max") == str(32 * MIB)
+    wanted = pb.LinuxContainerResources(memory_limit_in_bytes=80 * MIB, cpu_shares=700)
+    assert await update(real, container, wanted) == grpc.StatusCode.OK
+    said = await real.sh(container, "cat /sys/fs/cgroup/own/*.max; cat /proc/self/cgroup")
+    assert said.stdout.split()[-1] == b"0::/init", said
+    if "nsdelegate" in Path("/proc/self/mountinfo").read_text():
+        said = await real.sh(container, "echo max >/sys/fs/cgroup/memory.max")
+        assert b"Operation not permitted" in said.stderr
+    hog = "echo 0 >/sys/fs/cgroup/own/cgroup.procs; exec tail /dev/zero"
+    assert (await real.sh(container, hog)).exit_code == 137
+    await real.client.StopContainer(pb.StopContainerRequest(container_id=container, timeout=0))
+    await until(lambda: not detect().exists(path))

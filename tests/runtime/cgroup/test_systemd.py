@@ -6,11 +6,13 @@ import signal
 import socket
 import subprocess
 import threading
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from runtime.cgroup import units
+from runtime.cgroup import systemd, units
 from runtime.cgroup.dbus import PRIVATE_SOCKET, SYSTEM_SOCKET, Connection, Refused
 from runtime.errors import DeadlineExceeded, InvalidSpec, Unavailable
 from runtime.spec import CPU, DeviceCgroup, Memory, Pids, Resources
@@ -229,3 +231,29 @@ def test_the_owner_of_a_slice_may_stop_and_limit_it(place: Place) -> None:
     assert place.cgroups.remove(path)
     assert place.cgroups.create(path, Resources(pids=Pids(limit=6)))[-1] == path
     assert _files(path)["pids.max"] == "6"
+
+
+@requires("root", "systemd")
+@under_systemd
+@pytest.mark.parametrize("silent", [False, True])
+def test_systemd_gone_or_slow(place: Place, silent: bool, run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new pod gets an error in time and leaves nothing; what is there goes on without it."""
+    path = place.make("there", limits=Resources(pids=Pids(limit=5)))
+    monkeypatch.setattr(systemd, "Connection", partial(Connection, timeout_s=0.5))
+    with socket.socket(socket.AF_UNIX) as server, ExitStack() as hidden:
+        server.bind(str(run_dir / "s"))
+        if silent:
+            server.listen()
+        for path_of_socket in (PRIVATE_SOCKET, SYSTEM_SOCKET):
+            subprocess.run(["mount", "--bind", run_dir / "s", path_of_socket], check=True)
+            hidden.callback(subprocess.run, ["umount", path_of_socket], check=True)
+        other = place.cgroups.join_path(f"{place.root.removesuffix('.slice')}-pod.slice", "c")
+        error = DeadlineExceeded if silent else Unavailable
+        with pytest.raises(error, match="systemd"):
+            place.cgroups.create(other, Resources(pids=Pids(limit=5)))
+        assert not place.cgroups.exists(other.rpartition("/")[0])
+        place.cgroups.update(path, Resources(pids=Pids(limit=6)))
+        assert _files(path)["pids.max"] == "6"
+        second = place.make("second", limits=Resources(pids=Pids(limit=7)))
+        assert place.cgroups.remove(second)
+    place.cgroups.create(other, Resources(pids=Pids(limit=5)))
