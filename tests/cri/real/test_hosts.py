@@ -15,12 +15,12 @@ from cri.api import cri_pb2 as pb
 from runtime.cgroup import detect
 from tests.cri.client import until
 from tests.cri.real.conftest import Real
-from tests.cri.real.daemon import Daemon, load_image
+from tests.cri.real.daemon import BUILTIN, Daemon, load_image
 from tests.cri.real.test_resources import MIB, V2, cgroup_path, held, limits, update
 from tests.requires import requires
 
 pytestmark = [requires("root", "overlay", "busybox"), pytest.mark.asyncio]
-CGROUPFS = '[cgroup]\ndriver = "cgroupfs"\n'
+CGROUPFS = BUILTIN + '[cgroup]\ndriver = "cgroupfs"\n'
 
 # A container's view of cgroups, as others make it. $1 is the container's cgroup, which cribd is in by then.
 # Without a namespace its part of each hierarchy is bound:
@@ -203,7 +203,7 @@ exec sleep 1000
 @pytest.mark.parametrize("privileged", [False, True])
 async def test_a_container_that_owns_its_cgroup(start: Start, privileged: bool) -> None:
     """It makes cgroups and limits them, systemd or not; its own limit is out of its reach; and commands still run."""
-    real = await start("true", config="[handlers.own]\nwritable_cgroup = true\n")
+    real = await start("true", config=f"{BUILTIN}[handlers.own]\nwritable_cgroup = true\n")
     config = real.pod_config(network=False)
     config.linux.security_context.privileged = privileged
     request = pb.RunPodSandboxRequest(config=config, runtime_handler="" if privileged else "own")
