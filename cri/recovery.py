@@ -18,6 +18,7 @@ from cri.container.container import Container
 from cri.container.end import UNKNOWN_EXIT, finish, on_exit, settle
 from cri.container.remove import forget
 from cri.container.start import START_ERROR_EXIT
+from cri.container.update import resume
 from cri.sandbox import end, files
 from cri.sandbox.lost import orphan, watch
 from cri.sandbox.pod import Pod
@@ -166,6 +167,8 @@ async def _compare(node: Node, pod: Pod) -> None:
 
 
 async def _container(node: Node, container: Container) -> None:
+    if container.record.updating and container.alive:
+        await resume(node, container)
     if container.state is ContainerState.CREATING:
         await settle(node, container)
         await node.work(node.images.discard, container.id)

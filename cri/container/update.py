@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -11,20 +13,27 @@ from cri.container.create import encode_spec
 from cri.container.start import spec_of
 from cri.state.records import ContainerState
 from cri.translate.resources import changed
-from runtime.errors import InvalidSpec, WrongState
+from runtime.errors import CribError, InvalidSpec, WrongState
 from runtime.spec import Resources
 
 if TYPE_CHECKING:
     from cri.container.container import Container
     from cri.node import Node
 
+_logger = logging.getLogger(__name__)
+
 
 async def update(node: Node, container: Container, requested: pb.LinuxContainerResources) -> None:
     """Set the limits that are given and leave the others: all of them or none.
 
-    ContainerStatus tells the new ones. Raises WrongState unless the container is CREATED or RUNNING, InvalidSpec for a
-    limit that is malformed, that the kernel refuses, or that is below what is used.
+    ContainerStatus tells the new ones. The work goes on when the caller gives up. Raises WrongState unless the
+    container is CREATED or RUNNING, InvalidSpec for a limit that is malformed, that the kernel refuses, or that is
+    below what is used.
     """
+    await node.flights.join(object(), lambda: _update(node, container, requested))
+
+
+async def _update(node: Node, container: Container, requested: pb.LinuxContainerResources) -> None:
     async with container.pod.changing():
         if container.state not in (ContainerState.CREATED, ContainerState.RUNNING):
             raise WrongState(f"{container.title} is {container.state}: its resources can't be changed")
@@ -32,10 +41,28 @@ async def update(node: Node, container: Container, requested: pb.LinuxContainerR
         if spec.linux is None:
             raise InvalidSpec(f"{container.title} has no resources")
         wanted = changed(spec.linux.resources or Resources(), requested, cgroup_version=node.cgroups.version)
-        await node.work(node.cgroups.update, container.record.cgroup_path, wanted)
+        node.save_container(container, updating=requested.SerializeToString())
+        try:
+            await node.work(node.cgroups.update, container.record.cgroup_path, wanted)
+        except CribError:
+            node.save_container(container, updating=b"")
+            raise
         container.spec = msgspec.structs.replace(spec, linux=msgspec.structs.replace(spec.linux, resources=wanted))
         shown = merged(container.resources, requested).SerializeToString()
-        node.save_container(container, spec=encode_spec(container.spec), resources=shown)
+        node.save_container(container, spec=encode_spec(container.spec), resources=shown, updating=b"")
+
+
+async def resume(node: Node, container: Container) -> None:
+    """Make an update again that the end of cribd may have cut in two, so that what is told is in force."""
+    try:
+        await update(node, container, pb.LinuxContainerResources.FromString(container.record.updating))
+    except CribError as error:  # refused, as perhaps before: what it had changed by then goes back to what is told
+        fields = {"container": container.id, "error": str(error)}
+        _logger.warning("an update that was cut short can't be made", extra={"fields": fields})
+        linux = spec_of(node, container).linux
+        if linux is not None and linux.resources is not None:
+            with suppress(CribError):
+                await node.work(node.cgroups.update, container.record.cgroup_path, linux.resources)
 
 
 def merged(current: pb.LinuxContainerResources, requested: pb.LinuxContainerResources) -> pb.LinuxContainerResources:

@@ -88,7 +88,7 @@ class ContainerRecord(_Record, frozen=True):
     `config` is the request's ContainerConfig, serialised deterministically. `image_ref` is the repo digest (or the id,
     where the image has none) that ContainerStatus reports, `image_name` what the user asked for. `stop_sent` and
     `stop_deadline_ns` keep a stop going over cribd's restart. `resources` is a LinuxContainerResources once they have
-    been updated: `config` stays what was asked for.
+    been updated: `config` stays what was asked for. `updating` is the one that may be half in force.
     """
 
     id: ContainerId
@@ -114,6 +114,7 @@ class ContainerRecord(_Record, frozen=True):
     stop_sent: bool = False
     stop_deadline_ns: int = 0
     resources: bytes = b""
+    updating: bytes = b""
 
 
 class StepRecord(_Record, frozen=True):

@@ -225,6 +225,38 @@ async def test_updates_and_stops_race(real: Real) -> None:
         assert (await real.status(container)).state == pb.CONTAINER_EXITED
 
 
+async def test_updates_that_nobody_waits_for(real: Real) -> None:
+    """Callers give up, and cribd is killed in the middle: what is told is in force all the same."""
+    pod = await real.pod(real.pod_config(network=False))
+    start = limits(memory_limit_in_bytes=64 * MIB, cpu_quota=50_000, cpu_period=100_000, cpu_shares=512)
+    containers = [await real.run(pod, "sleep", "1000", name=f"c{n}", linux=start) for n in range(4)]
+    paths = {container: cgroup_path(await real.pid(container)) for container in containers}
+    chance = random.Random(1)
+
+    async def change(number: int, patience_s: float) -> None:
+        container = containers[number % 4]
+        wanted = pb.LinuxContainerResources(
+            memory_limit_in_bytes=(32 + number) * MIB, cpu_quota=20_000 + number, cpu_shares=100 + number
+        )
+        try:
+            async with asyncio.timeout(patience_s):
+                await update(real, container, wanted)
+        except TimeoutError:
+            pass
+
+    await asyncio.gather(*(change(number, chance.random() / 5) for number in range(200)))
+    for container in containers:
+        assert shown(await real.status(container)) == in_force(paths[container])
+    for turn in range(6):
+        calls = [asyncio.create_task(change(number, 10)) for number in range(200 * turn, 200 * turn + 200)]
+        await asyncio.sleep(chance.random() / 5)
+        real.daemon.kill()
+        await asyncio.gather(*calls)
+        real.daemon.start()
+        for container in containers:
+            assert shown(await real.status(container)) == in_force(paths[container])
+
+
 async def test_every_oom_kill_is_reported(real: Real) -> None:
     """Ten at a time, each in a cgroup that is gone as soon as its figures are read."""
     pod = await real.pod(real.pod_config(network=False))
