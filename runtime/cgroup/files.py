@@ -81,10 +81,12 @@ def leaf(directory: str, path: str, pid: int) -> str:
 
     A container that makes cgroups below its own, at `path`, has no processes in that itself any more, and may not.
     """
-    for line in read(f"/proc/{pid}/cgroup").splitlines():
-        if line.startswith("0::"):
-            return directory + line.partition(path)[2].removesuffix(" (deleted)")
-    return directory
+    try:
+        lines = read(f"/proc/{pid}/cgroup").splitlines()
+    except OSError:  # it has just ended
+        return directory
+    below = next((line.partition(path)[2] for line in lines if line.startswith("0::")), "")
+    return directory + below.removesuffix(" (deleted)")
 
 
 def tree(directory: str) -> Iterator[str]:
