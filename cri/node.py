@@ -17,6 +17,7 @@ import msgspec
 
 from cri.config import Config
 from cri.container.container import Container
+from cri.events import Events
 from cri.flights import Flights
 from cri.sandbox.pod import Pod
 from cri.state.index import Index, Names
@@ -60,6 +61,7 @@ class Node:
         self.making: dict[str, Pod] = {}
         self.names = Names()
         self.flights = Flights()
+        self.events = Events()
         self.boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         self.defaults = config.defaults.translated()
         self.host = host
@@ -117,7 +119,9 @@ class Node:
         """Change a pod's record, on disk first."""
         record: SandboxRecord = msgspec.structs.replace(pod.record, **changes)
         self.store.put_sandbox(record, timeline)
+        before = pod.record.state
         pod.show(record)
+        self.events.pod_became(pod, before, self.now_ns())
 
     def save_container(
         self, container: Container, spec: bytes | None = None, timeline: Timeline | None = None, **changes: object
@@ -125,7 +129,9 @@ class Node:
         """Change a container's record, on disk first."""
         record: ContainerRecord = msgspec.structs.replace(container.record, **changes)
         self.store.put_container(record, spec, timeline)
+        before = container.state
         container.show(record)
+        self.events.container_became(container, before, self.now_ns())
 
     async def close(self, timeout_s: float) -> None:
         """Let running calls finish, for at most `timeout_s`; the next cribd takes up the rest. Pods keep running."""

@@ -29,6 +29,7 @@ MESSAGE_LIMIT_BYTES: Final = 16 << 20  # what the kubelet's client accepts
 _NO_DEADLINE_S: Final = 1e9  # grpcio reports about 9.2e18 seconds where the caller set none
 _READS: Final = re.compile(r"^(List|Stream|Get)|(Status|Stats|Info)$|^(Version|RuntimeConfig|Plan|Doctor|ExecSync)$")
 """Calls that change nothing, or, as probes do with ExecSync, come every second: their lines are DEBUG."""
+_BATCH: Final = 1000  # items of 1 to 4 KiB
 _logger = logging.getLogger(__name__)
 
 
@@ -44,6 +45,17 @@ _Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 Handler: TypeAlias = Callable[..., Awaitable[Message]] | Callable[..., AsyncIterator[Message]]
 MetricHook: TypeAlias = Callable[[str, str, float], None]
 """Called as (method, gRPC code's name, seconds) after each call."""
+
+
+def streamed(listing: Callable[..., Awaitable[Message]], kind: type[Message]) -> Handler:
+    """The streaming form of a call that lists: the same filter, and the items in messages of `kind` that stay small."""
+
+    async def stream(request: Message, call: Call) -> AsyncIterator[Message]:
+        for _, items in (await listing(request, call)).ListFields():
+            for first in range(0, len(items), _BATCH):
+                yield kind(**{kind.DESCRIPTOR.fields[0].name: items[first : first + _BATCH]})
+
+    return stream
 
 
 def generic_handler(
@@ -93,6 +105,7 @@ def _served(method: MethodDescriptor, handler: Any, on_call: MetricHook | None) 
 
     async def serve_stream(requests: Any, context: _Context) -> AsyncIterator[bytes]:
         async with _Observed(name, context, on_call) as call, contextlib.aclosing(invoke(requests, call)) as answers:
+            await context.send_initial_metadata(())  # from here on nothing is missed by who asked
             async for answer in answers:
                 yield _encoded(name, answer)
 

@@ -15,7 +15,7 @@ from cri.container.stop import stop
 from cri.container.update import update
 from cri.daemon import log
 from cri.node import Node
-from cri.rpc import Call, Handler
+from cri.rpc import Call, Handler, streamed
 from runtime.errors import InvalidSpec, NotFound
 
 
@@ -33,6 +33,7 @@ class ContainerCalls:
             "RemoveContainer": self.remove,
             "ContainerStatus": self.status,
             "ListContainers": self.list,
+            "StreamContainers": streamed(self.list, pb.StreamContainersResponse),
             "ExecSync": self.exec_sync,
             "UpdateContainerResources": self.update,
         }

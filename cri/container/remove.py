@@ -52,3 +52,5 @@ def forget(node: Node, container: Container) -> None:
     node.containers.discard(container.id)
     node.names.release(container.name, container.id)
     container.pod.containers.pop(container.id, None)
+    if container.shown:
+        node.events.removed(container.id, container.pod, node.now_ns())

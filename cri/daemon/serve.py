@@ -109,6 +109,7 @@ async def _serve(config: Config, cgroups: Cgroups, zygote: Zygote) -> int:
         keeper.cancel()
         debts.cancel()
         rules.cancel()
+        node.events.close()
         await server.stop(_GRACE_S)
         config.socket.unlink(missing_ok=True)
         left = len(node.pods)
@@ -146,6 +147,7 @@ def make_server(node: Node, probes: Probes, streaming: StreamingServer) -> grpc.
         **ContainerCalls(node).handlers(),
         **StreamingCalls(node, streaming).handlers(),
         **StatsCalls(node).handlers(),
+        **node.events.handlers(),
     }
     server.add_generic_rpc_handlers(
         (

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Final
+from collections.abc import Mapping, Sequence
 
 from cri.api import cri_pb2 as pb
 from cri.image.pull import pull
 from cri.node import Node
-from cri.rpc import Call, Handler
+from cri.rpc import Call, Handler, streamed
 from cri.translate.image import image_to_cri
 from runtime.errors import InvalidSpec, NotFound
 from runtime.images import Auth, FsUsage, Image
-
-# Of 1 to 2 KiB each; a message may have 16 MiB.
-_BATCH: Final = 1000
 
 
 class ImageCalls:
@@ -28,7 +24,7 @@ class ImageCalls:
     def handlers(self) -> Mapping[str, Handler]:
         return {
             "ListImages": self.list,
-            "StreamImages": self.stream,
+            "StreamImages": streamed(self.list, pb.StreamImagesResponse),
             "ImageStatus": self.status,
             "PullImage": self.pull,
             "RemoveImage": self.remove,
@@ -37,12 +33,6 @@ class ImageCalls:
 
     async def list(self, request: pb.ListImagesRequest, call: Call) -> pb.ListImagesResponse:
         return pb.ListImagesResponse(images=map(image_to_cri, self._listed(request.filter)))
-
-    async def stream(self, request: pb.StreamImagesRequest, call: Call) -> AsyncIterator[pb.StreamImagesResponse]:
-        """As ListImages, in messages that stay small."""
-        images = self._listed(request.filter)
-        for first in range(0, len(images), _BATCH):
-            yield pb.StreamImagesResponse(images=map(image_to_cri, images[first : first + _BATCH]))
 
     async def status(self, request: pb.ImageStatusRequest, call: Call) -> pb.ImageStatusResponse:
         """A missing image is an answer without one, not an error."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from cri.api import cri_pb2 as pb
 from cri.daemon import log
 from cri.node import Node
-from cri.rpc import Call, Handler
+from cri.rpc import Call, Handler, streamed
 from cri.sandbox import end, view
 from cri.sandbox.run import run
 from cri.translate.resources import resources
@@ -27,6 +27,7 @@ class SandboxCalls:
             "RemovePodSandbox": self.remove,
             "PodSandboxStatus": self.status,
             "ListPodSandbox": self.list,
+            "StreamPodSandboxes": streamed(self.list, pb.StreamPodSandboxesResponse),
             "UpdatePodSandboxResources": self.update,
         }
 

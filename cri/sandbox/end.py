@@ -50,3 +50,4 @@ async def _remove(node: Node, pod: Pod) -> None:
     node.store.delete(pod.id)
     node.pods.discard(pod.id)
     node.names.release(pod.name, pod.id)
+    node.events.removed(pod.id, pod, node.now_ns())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from cri.api import cri_pb2 as pb
 from cri.container import view
-from cri.rpc import Call, Handler
+from cri.rpc import Call, Handler, streamed
 from cri.state.records import ContainerState
 from cri.stats import usage
 from net.errors import CribError as NetError
@@ -36,8 +36,10 @@ class StatsCalls:
         return {
             "ContainerStats": self.container,
             "ListContainerStats": self.containers,
+            "StreamContainerStats": streamed(self.containers, pb.StreamContainerStatsResponse),
             "PodSandboxStats": self.pod,
             "ListPodSandboxStats": self.pods,
+            "StreamPodSandboxStats": streamed(self.pods, pb.StreamPodSandboxStatsResponse),
         }
 
     async def container(self, request: pb.ContainerStatsRequest, call: Call) -> pb.ContainerStatsResponse:

@@ -25,7 +25,7 @@ async def test_what_nobody_implements(served: Served) -> None:
     assert code == grpc.StatusCode.UNIMPLEMENTED
     assert "CheckpointContainer" in text
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        async for _ in served.client.GetContainerEvents(pb.GetEventsRequest()):
+        async for _ in served.client.StreamPodSandboxMetrics(pb.StreamPodSandboxMetricsRequest()):
             pass
     assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
 
