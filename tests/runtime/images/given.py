@@ -8,6 +8,7 @@ import io
 import json
 import os
 import socket
+import ssl
 import tarfile
 import threading
 from collections.abc import Callable, Iterator
@@ -248,8 +249,9 @@ class Liar(ThreadingHTTPServer):
     daemon_threads = False
     block_on_close = True
 
-    def __init__(self, built: Built) -> None:
-        super().__init__(("127.0.0.1", 0), Request)
+    def __init__(self, built: Built, address: str = "127.0.0.1") -> None:
+        self.address_family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        super().__init__((address, 0), Request)
         self.built = built
         self.lies: dict[str, Answer] = {}
         self.seen: list[tuple[str, dict[str, str]]] = []
@@ -257,7 +259,8 @@ class Liar(ThreadingHTTPServer):
 
     @property
     def host(self) -> str:
-        return f"127.0.0.1:{self.server_address[1]}"
+        name = str(self.server_address[0])
+        return f"{f'[{name}]' if ':' in name else name}:{self.server_address[1]}"
 
     def answer(self, request: Request) -> None:
         for part, lie in self.lies.items():
@@ -291,8 +294,10 @@ class Liar(ThreadingHTTPServer):
 
 
 @contextmanager
-def serving(built: Built) -> Iterator[Liar]:
-    liar = Liar(built)
+def serving(built: Built, address: str = "127.0.0.1", tls: ssl.SSLContext | None = None) -> Iterator[Liar]:
+    liar = Liar(built, address)
+    if tls is not None:
+        liar.socket = tls.wrap_socket(liar.socket, server_side=True)
     thread = threading.Thread(target=liar.serve_forever, args=(0.01,))
     thread.start()
     try:
