@@ -77,6 +77,8 @@ class Rules:
             if ports:
                 self._close(ports)
             lease = self._leases.release(sandbox_id)
+            if ports and not self._masquerade and not self._leases.ports():
+                self._remove()  # nothing is in it any more
         if udp := {one.port.host_port for one in ports if one.port.protocol == "udp"}:
             conntrack.forget_led(udp, {target for one in ports for target in one.targets})
         return lease
@@ -93,11 +95,17 @@ class Rules:
     def remove(self) -> None:
         """Delete the table; succeeds when it is gone, and where the kernel has no nftables."""
         with self._lock:
-            self._with_ports = False
-            try:
-                nftables.commit(self.table, [nftables.make_table(self.table), nftables.delete_table(self.table)])
-            except Unsupported:
-                pass
+            self._remove()
+
+    def _remove(self) -> None:
+        self._with_ports = False
+        localnet = f"net.ipv4.conf.{self._bridge}.route_localnet"
+        if sysctl.exists(localnet):
+            sysctl.write(localnet, "0")  # before what guards it goes
+        try:
+            nftables.commit(self.table, [nftables.make_table(self.table), nftables.delete_table(self.table)])
+        except Unsupported:
+            pass
 
 
 def check(ports: Sequence[HostPort], subnets: Sequence[IpNetwork]) -> None:

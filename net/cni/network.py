@@ -31,6 +31,7 @@ _INTERFACE: Final = "eth0"
 _BURST_BITS: Final = (1 << 32) - 1  # what the bandwidth plugin takes at most, as other runtimes set it
 _STATUS_TIMEOUT_S: Final = 10.0
 _STATUS_VALID_S: Final = 10.0
+_CHECK_S: Final = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,7 +181,28 @@ class CniNetwork:
         return report.inventory(self._directory.look().conf, entries, current=current)
 
     def check_host(self) -> list[Finding]:
-        return report.check(self.status(), self._directory.path, self._directory.look().conf, self._chain)
+        found = report.check(self.status(), self._directory.path, self._directory.look().conf, self._chain)
+        return [*found, self._checked()]
+
+    def _checked(self) -> Finding:
+        """Have plugins look at what they made (CHECK), for as long as somebody may wait."""
+        deadline = time.monotonic() + _CHECK_S
+        entries = [one for one in self._cache.all() if one.owner == self._owner and one.result is not None]
+        wrong: list[str] = []
+        left = len(entries)
+        while left and time.monotonic() < deadline:
+            left -= 1
+            try:
+                self.check(entries[left].container_id)
+            except CribError as error:
+                wrong.append(f"sandbox {entries[left].container_id[:12]}: {error}")
+        whole = f"{len(entries) - left} as plugins made them" + (f", {left} not looked at" if left else "")
+        return Finding(
+            name="attachments",
+            ok=not wrong,
+            detail="; ".join(wrong) or whole,
+            fix="remove these pods, whose successors get new attachments",
+        )
 
     def reconcile(self, known: set[str]) -> None:
         self._stale = [one for one in self._cache.all() if one.owner == self._owner and one.container_id not in known]

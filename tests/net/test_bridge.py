@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from net import Attachment, NetNs, PodIdentity, rtnetlink
+from net import Attachment, HostPort, NetNs, PodIdentity, Wants, rtnetlink
 from net.bridge.ipam import Lease, Leases
-from net.errors import AlreadyExists, Exhausted, InvalidSpec, Unavailable, WrongState
+from net.errors import AlreadyExists, Exhausted, InvalidSpec, Unavailable, Unsupported, WrongState
 from net.netlink import Channel
 from net.netns import Pins
 from tests.net.conftest import NewNetwork
@@ -455,7 +455,7 @@ def test_a_firewall_that_drops_is_told(new_network: NewNetwork) -> None:
     assert network.status().message == ""
 
 
-def test_a_kernel_without_nftables(new_network: NewNetwork, new_namespace: NewNamespace) -> None:
+def test_a_kernel_without_nftables(new_network: NewNetwork, new_namespace: NewNamespace, tmp_path: Path) -> None:
     if "not supported" not in (missing("nft") or ""):
         pytest.skip("this kernel has nftables")
     network = new_network(masquerade=True)
@@ -467,6 +467,11 @@ def test_a_kernel_without_nftables(new_network: NewNetwork, new_namespace: NewNa
     namespace = new_namespace()
     attachment = network.attach(pod(1), namespace.netns())
     assert talk(namespace, None, attachment.ips[0]) == attachment.gateway
+    with pytest.raises(Unsupported, match=r"the kernel (has no|lacks a part of) nftables"):
+        network.attach(pod(2), new_namespace().netns(), Wants(host_ports=(HostPort("tcp", 8080, 80),)))
+    assert [lease.sandbox_id for lease in leases(tmp_path / "crib-t")] == [pod(1).sandbox_id]
+    (found,) = (one for one in network.check_host() if one.name == "nftables")
+    assert not found.ok
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -171,6 +172,32 @@ def test_a_plugin_that_is_too_old(host: Host) -> None:
     assert "plugin one: does not speak version 1.1.0" in host.network.status().message
     host.plugins({}, version="0.4.0")
     assert host.network.status().ready
+
+
+@pytest.mark.parametrize(
+    ("script", "told"),
+    [
+        ("echo garbage", "plugin odd: VERSION: printed no JSON: 'garbage'"),
+        ("exit 0", "plugin odd: VERSION: printed no JSON: nothing"),
+        ("echo '{}'", "plugin odd: VERSION: no supportedVersions"),
+        ("echo no such option >&2; exit 2", "plugin odd: VERSION: exit code 2.*stderr: no such option"),
+        ("kill -9 $$", "plugin odd: VERSION: killed by signal 9"),
+    ],
+)
+def test_what_is_no_plugin(host: Host, script: str, told: str) -> None:
+    path = host.path / "bin/odd"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    host.plugins({"type": "odd"})
+    assert re.search(told, host.network.status().message)
+
+
+def test_what_cannot_be_executed(host: Host) -> None:
+    (host.path / "bin/odd").write_text("no program")
+    host.plugins({"type": "odd"})
+    assert "plugin odd: not found in" in host.network.status().message
+    (host.path / "bin/odd").chmod(0o755)
+    assert "bin/odd: Exec format error" in host.network.status().message
 
 
 # Operations

@@ -319,6 +319,14 @@ def test_without_masquerade(new_network: NewNetwork, new_namespace: NewNamespace
     nft("flush", "ruleset")
     assert network.status().ready
     assert reach(outside, "198.51.100.1", 8080, namespace) == "198.51.100.2"
+    localnet = Path("/proc/sys/net/ipv4/conf", network.bridge, "route_localnet")
+    assert localnet.read_text() == "1\n"
+    network.detach(pod(1).sandbox_id, None)
+    assert nft("list", "tables") == "", "nothing is in it any more"
+    assert localnet.read_text() == "0\n"
+    assert network.status().ready
+    network.attach(pod(2), new_namespace().netns(), ports(("tcp", 8080, 80)))
+    assert "8080" in nft("list", "table", "inet", "crib-t")
 
 
 def test_a_thousand_ports(network: BridgeNetwork, new_namespace: NewNamespace, outside: Namespace) -> None:

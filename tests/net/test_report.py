@@ -125,8 +125,16 @@ def test_cni(tmp_path: Path, new_namespace: NewNamespace) -> None:
     )
     (hold,) = inventory.holds
     assert (hold.pod, hold.addresses) == (pod(1), ("192.0.2.7/24",))
+    assert by_name(host.network.check_host())["attachments"].detail == "1 as plugins made them"
     assert hold.host_ports == (HostPort("udp", 53, 53, "127.0.0.1"),)
     host.network.detach(pod(1).sandbox_id, None)
+
+    host.plugins({"fail": {"CHECK": {"code": 9, "msg": "link is missing"}}})
+    host.network.attach(pod(2), new_namespace().netns())
+    found = by_name(host.network.check_host())
+    assert not found["attachments"].ok
+    assert found["attachments"].detail.startswith("sandbox 000000000020: plugin one: CHECK: link is missing")
+    host.network.detach(pod(2).sandbox_id, None)
 
 
 @requires("cni")
@@ -137,5 +145,5 @@ def test_what_the_usual_plugins_need(tmp_path: Path) -> None:
     host.conf({"cniVersion": "1.0.0", "name": "bridged", "plugins": plugins})
     assert list(by_name(host.network.check_host())) == [
         *("configuration", "plugin bridge", "plugin host-local", "plugin portmap"),
-        *("IPv4 forwarding", "IPv4 br_netfilter", "iptables"),
+        *("IPv4 forwarding", "IPv4 br_netfilter", "iptables", "attachments"),
     ]

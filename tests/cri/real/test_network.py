@@ -9,7 +9,7 @@ import pytest
 
 from net.transactions import Transactions
 from tests.cri.real.conftest import Real
-from tests.net.given import nft
+from tests.net.given import inside, nft
 from tests.requires import requires
 
 pytestmark = [pytest.mark.asyncio, requires("root", "bridge", "ip", "nft", "busybox", "overlay", "seccomp")]
@@ -25,3 +25,13 @@ async def test_flushed_rules_come_back_though_nobody_asks(real: Real) -> None:
         while nft("list", "ruleset") != before:
             assert select.select([changes], [], [], 10)[0], real.daemon.log()
             changes.drain()
+
+
+@requires("tbf")
+async def test_rates_of_annotations(real: Real) -> None:
+    rates = {"kubernetes.io/ingress-bandwidth": "8M", "kubernetes.io/egress-bandwidth": "16M"}
+    pod = await real.pod(real.pod_config(annotations=rates))
+    told = inside(f"/run/netns/crib-{pod[:32]}", "tc qdisc show dev eth0")
+    assert "tbf 1: root" in told
+    assert "rate 16Mbit" in told
+    assert "rate 8Mbit" in inside("/proc/self/ns/net", f"tc qdisc show dev veth{pod[:11]}")
