@@ -9,6 +9,7 @@ from runtime.errors import CribError, NotFound, WrongState
 from runtime.images.catalogue import Catalogue
 from runtime.images.check import Finding, problem_of
 from runtime.images.layers import short_name
+from runtime.images.records import ImageRecords
 from runtime.images.save import archive
 from runtime.images.shelf import Shelf
 
@@ -49,8 +50,10 @@ def _released(chunks: Iterator[bytes], shelf: Shelf, held: Sequence[int]) -> Gen
         shelf.remove(shelf.release(held))
 
 
-def check(catalogue: Catalogue, shelf: Shelf, pull: Callable[[str], object] | None) -> Generator[Finding, None, None]:
-    """See `Images.check`; `pull` repairs."""
+def check(
+    catalogue: Catalogue, shelf: Shelf, records: ImageRecords, pull: Callable[[str, str], object] | None
+) -> Generator[Finding, None, None]:
+    """See `Images.check`; `pull` fetches again, by a name, an image that has to have this id."""
     users = catalogue.hold_all()
     try:
         for number, images in sorted(users.items()):
@@ -60,32 +63,62 @@ def check(catalogue: Catalogue, shelf: Shelf, pull: Callable[[str], object] | No
             problem = problem if path.is_dir() else "its directory is missing"
             finding = Finding(short_name(number), layer.diff_id, tuple(images), verified, problem)
             if problem and pull is not None:
-                finding = replace(finding, repaired=_repaired(catalogue, shelf, pull, number, images))
+                shelf.hide(number)
+                repaired = [_repaired(catalogue, shelf, records, pull, number, id) for id in images]
+                # What has come for one image serves those that couldn't be fetched.
+                repaired = [
+                    done or _mended(catalogue, shelf, records, id) for done, id in zip(repaired, images, strict=True)
+                ]
+                finding = replace(finding, repaired=all(repaired))
             yield finding
     finally:
         shelf.remove(shelf.release(list(users)))
 
 
 def _repaired(
-    catalogue: Catalogue, shelf: Shelf, pull: Callable[[str], object], number: int, images: Sequence[str]
+    catalogue: Catalogue,
+    shelf: Shelf,
+    records: ImageRecords,
+    pull: Callable[[str, str], object],
+    number: int,
+    id: str,
 ) -> bool:
-    shelf.hide(number)
-    done = True
-    for id in images:
-        for name in _digests(catalogue, id):
-            try:
-                pull(name)
-            except CribError as error:
-                log.warning("image %s is not repaired from %s: %s", id, name, error)
-                continue
-            break
-        stored = catalogue.stored(id)
-        done = done and (stored is None or number not in stored.layers)
-    return done
-
-
-def _digests(catalogue: Catalogue, id: str) -> tuple[str, ...]:
+    """Whether the image has the layer no more."""
+    if _mended(catalogue, shelf, records, id):
+        return True
     try:
-        return catalogue.get(id).repo_digests
+        image = catalogue.get(id)
     except NotFound:
-        return ()
+        return True
+    for name in (*image.repo_digests, *image.repo_tags):
+        try:
+            pull(name, id)
+        except CribError as error:
+            log.warning("image %s is not repaired from %s: %s", id, name, error)
+            continue
+        break
+    stored = catalogue.stored(id)
+    return stored is None or number not in stored.layers
+
+
+def _mended(catalogue: Catalogue, shelf: Shelf, records: ImageRecords, id: str) -> bool:
+    """Give the image, for those of its layers that are damaged, equal ones that are here. False if there are none."""
+    with shelf.turn(id, lambda: None):
+        stored = catalogue.stored(id)
+        if stored is None:
+            return True
+        held: list[int] = []
+        for number in stored.layers:
+            layer = shelf.get(number)
+            equal = shelf.hold_equal(layer.diff_id, layer.below) if shelf.hidden(number) else layer
+            if equal is None:
+                shelf.remove(shelf.release(held))
+                return False
+            if equal is layer:
+                shelf.hold([number])
+            held.append(equal.number)
+        mended = replace(stored, layers=tuple(held))
+        records.commit(mended, (), ())
+        catalogue.put(mended, ())
+    shelf.remove(shelf.release(stored.layers))
+    return True

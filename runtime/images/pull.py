@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import IO
 
-from runtime.errors import Cancelled
+from runtime.errors import Cancelled, NotFound
 from runtime.images.authfile import credentials
 from runtime.images.errors import BadContent, BadImage
 from runtime.images.health import Health
@@ -52,15 +52,16 @@ class Pull:
     """Runs until it is done or nobody waits for it any more. `key` tells which requests are the same."""
 
     def __init__(
-        self, reference: Reference, auth: Auth | None, config: ImagesConfig, spool: Path, health: Health
+        self, reference: Reference, auth: Auth | None, config: ImagesConfig, spool: Path, health: Health, only: str
     ) -> None:
-        self.key = (str(reference), auth)
+        self.key = (str(reference), auth, only)
         self.reference = reference
         self.result: Future[str] = Future()
         self._auth = auth
         self._config = config
         self._spool = spool
         self._health = health
+        self._only = only
         self._lock = threading.Lock()
         self._waiting: list[Listener | None] = []
         self._latest: dict[str, Progress] = {}
@@ -154,6 +155,8 @@ class Pull:
             parsed = _parse(document.data, document.content_type)
         if isinstance(parsed, Index):
             raise BadImage(f"{reference}: indexes more than {_NESTED_INDEXES} deep")
+        if self._only not in ("", parsed.config.digest):
+            raise NotFound(f"{reference}: is another image now, {parsed.config.digest}")
         names = [f"{reference.name}@{top.digest}"]
         if not reference.digest:
             names.append(str(reference))

@@ -142,16 +142,18 @@ class Images:
         auth: Auth | None = None,
         progress: Callable[[Progress], None] | None = None,
         cancelled: threading.Event | None = None,
+        only: str = "",
     ) -> Image:
         """Bring the image that `ref` names, with all that it needs; what is here already isn't fetched again.
 
         Requests for the same reference with the same credentials are one transfer. `cancelled` ends the wait within a
         tenth of a second, and the transfer when nobody else waits for it. Raises CribError; nothing is left then.
+        With `only`, NotFound where the registry has another image than that id by this name.
         """
         reference = parse(ref)
         if cancelled is not None and cancelled.is_set():
             raise Cancelled(f"pull of {reference} was cancelled")
-        pull = self._join(reference, auth, progress)
+        pull = self._join(reference, auth, progress, only)
         while True:
             try:
                 return self.get(pull.result.result(timeout=_POLL_S))
@@ -160,14 +162,16 @@ class Images:
                     pull.leave(progress)
                     raise Cancelled(f"pull of {reference} was cancelled") from None
 
-    def _join(self, reference: Reference, auth: Auth | None, progress: Callable[[Progress], None] | None) -> "Pull":
+    def _join(
+        self, reference: Reference, auth: Auth | None, progress: Callable[[Progress], None] | None, only: str
+    ) -> "Pull":
         from runtime.images.pull import Pull  # urllib3 and ssl are not for those who never pull
 
         with self._lock:
-            pull = self._pulls.get((str(reference), auth))
+            pull = self._pulls.get((str(reference), auth, only))
             if pull is not None and pull.join(progress):
                 return pull
-            pull = Pull(reference, auth, self._config, self._spool, self._health)
+            pull = Pull(reference, auth, self._config, self._spool, self._health, only)
             pull.join(progress)
             self._pulls[pull.key] = pull
             self._threads.add(pull.start(self._install, self._ended))
@@ -271,7 +275,8 @@ class Images:
         """
         from runtime.images.care import check
 
-        return check(self._catalogue, self._shelf, self.pull if repair else None)
+        pull = (lambda name, id: self.pull(name, only=id)) if repair else None
+        return check(self._catalogue, self._shelf, self._records, pull)
 
     def layers(self) -> dict[str, tuple[int, int]]:
         """Bytes and inodes of each layer of an image, by its short name."""

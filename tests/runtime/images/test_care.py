@@ -16,7 +16,7 @@ from runtime.errors import NotFound, Unavailable, WrongState
 from runtime.images import Images
 from tests.requires import requires
 from tests.runtime.images.conftest import OpenStore, Served
-from tests.runtime.images.given import Layer, build, digest, layer, oci_archive
+from tests.runtime.images.given import Layer, build, digest, docker_archive, layer, oci_archive
 
 pytestmark = requires("root")
 
@@ -199,6 +199,29 @@ def test_what_no_registry_has_stays_damaged(images: Images, run_dir: Path) -> No
     assert finding.problem and not finding.repaired
     with pytest.raises(Unavailable, match="see crib check"):
         saved(images, "local/app:1")
+
+
+def test_what_was_loaded_is_repaired_by_its_tag_if_that_is_the_same(
+    images: Images, registry: Served, run_dir: Path
+) -> None:
+    """Images that share the layer need it once, and one that no registry has gets it as well."""
+    shared = layer(a="shared")
+    here, moved, alone = (build(shared, layer(b=name)) for name in ("here", "moved", "alone"))
+    registry.pusher.push("care/here", "1", here)
+    registry.pusher.push("care/moved", "1", build(layer(b="another")))
+    for built, name in ((alone, "local/alone"), (moved, f"{registry.host}/care/moved"), (here, "")):
+        name = name or f"{registry.host}/care/here"
+        images.load(io.BytesIO(docker_archive(built, [shared, layer(b=name.rpartition("/")[2])], f"{name}:1")))
+    damaged = images.get("local/alone:1").layers[0]
+    change(run_dir / "store/layers" / damaged / "a")
+    assert [finding.repaired for finding in images.check(repair=True) if finding.problem] == [True]
+    assert [finding.problem for finding in images.check()] == [""] * 4
+    assert images.get(f"{registry.host}/care/moved:1").id == moved.id, "its name is its own"
+    assert not (run_dir / "store/layers" / damaged).exists()
+    images.remove("local/alone:1")
+    images.remove(f"{registry.host}/care/here:1")
+    change(run_dir / "store/layers" / images.get(moved.id).layers[0] / "a")
+    assert [finding.repaired for finding in images.check(repair=True) if finding.problem] == [False]
 
 
 def test_recipes_go_with_their_layers(images: Images, open_store: OpenStore, run_dir: Path) -> None:
