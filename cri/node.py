@@ -109,6 +109,11 @@ class Node:
         """Where a pod's own files are: <state>/pods/<id>."""
         return Path(self.config.state, "pods", sandbox_id)
 
+    @property
+    def layers_dir(self) -> str:
+        """Where containers' writable layers are, as ImageFsInfo names their file system."""
+        return self.config.images.containers_dir or self.config.root
+
     def cgroup_of(self, pod: Pod, container_id: str) -> str:
         """The cgroup of one of the pod's containers."""
         if pod.plan.cgroup_parent:

@@ -33,6 +33,7 @@ from cri.sandbox.calls import SandboxCalls
 from cri.sandbox.debts import pay
 from cri.state.store import Store
 from cri.stats.calls import StatsCalls
+from cri.stats.collect import MetricsCalls
 from cri.streaming.calls import StreamingCalls
 from cri.streaming.server import StreamingServer
 from cri.translate.capabilities import capabilities
@@ -147,6 +148,7 @@ def make_server(node: Node, probes: Probes, streaming: StreamingServer) -> grpc.
         **ContainerCalls(node).handlers(),
         **StreamingCalls(node, streaming).handlers(),
         **StatsCalls(node).handlers(),
+        **MetricsCalls(node).handlers(),
         **node.events.handlers(),
     }
     server.add_generic_rpc_handlers(

@@ -135,7 +135,7 @@ class StatsCalls:
         used, inodes = self._node.images.upper_usage(container.id)
         return pb.FilesystemUsage(
             timestamp=time.time_ns(),
-            fs_id=pb.FilesystemIdentifier(mountpoint=self._node.config.root),
+            fs_id=pb.FilesystemIdentifier(mountpoint=self._node.layers_dir),
             used_bytes=pb.UInt64Value(value=used),
             inodes_used=pb.UInt64Value(value=inodes),
         )

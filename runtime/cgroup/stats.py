@@ -49,7 +49,10 @@ class Cpu:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """`working_set` is usage without the file cache that is reclaimed first; `available` is None without a limit."""
+    """`working_set` is usage without the file cache that is reclaimed first; `available` is None without a limit.
+
+    `reservation` is what the cgroup may keep under pressure.
+    """
 
     usage: int
     working_set: int
@@ -63,6 +66,7 @@ class Memory:
     page_faults: int | None
     major_page_faults: int | None
     limit_hits: int | None
+    reservation: int | None
     pressure: Pressure | None
 
 
@@ -105,6 +109,7 @@ class Hugepages:
     usage: int
     limit_hits: int | None
     limit: int | None
+    peak: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +205,7 @@ def _memory_v2(directory: str) -> Memory | None:
         page_faults=stat.get("pgfault"),
         major_page_faults=stat.get("pgmajfault"),
         limit_hits=_pairs(_text(directory, "memory.events")).get("max"),
+        reservation=_number(directory, "memory.low"),
         pressure=_pressure(directory, "memory"),
     )
 
@@ -224,6 +230,7 @@ def _memory_v1(directory: str) -> tuple[Memory | None, dict[str, int]]:
         page_faults=stat.get("total_pgfault"),
         major_page_faults=stat.get("total_pgmajfault"),
         limit_hits=_number(directory, "memory.failcnt"),
+        reservation=_number(directory, "memory.soft_limit_in_bytes"),
         pressure=None,
     )
     return memory, stat
@@ -299,7 +306,9 @@ def _hugepages(directory: str, limit_file: str, limit_hits: Callable[[str], int 
     for size in page_sizes():
         usage = _number(directory, f"hugetlb.{size}.{usage_file}")
         if usage is not None:
-            found.append(Hugepages(size, usage, limit_hits(size), _number(directory, f"hugetlb.{size}.{limit_file}")))
+            limit = _number(directory, f"hugetlb.{size}.{limit_file}")
+            peak = _number(directory, f"hugetlb.{size}.max_usage_in_bytes")  # v1's alone
+            found.append(Hugepages(size, usage, limit_hits(size), limit, peak))
     return tuple(found)
 
 
