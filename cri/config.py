@@ -162,7 +162,8 @@ class LimitsSection(_Section, frozen=True):
 
 class Config(_Section, frozen=True):
     """`hooks_dirs`: directories of OCI hooks (oci-hooks(5)), of which a later one wins. `handlers`: by the name that a
-    RuntimeClass has; "" is what a pod without one gets."""
+    RuntimeClass has; "" is what a pod without one gets. `selinux`: whether containers are
+    labelled."""
 
     listen: str = DEFAULT_LISTEN
     root: str = str(DEFAULT_ROOT)
@@ -170,6 +171,7 @@ class Config(_Section, frozen=True):
     log_level: str = "info"
     log_format: str = "text"
     hooks_dirs: tuple[str, ...] = ("/etc/crib/hooks.d",)
+    selinux: bool = False
     images: ImagesSection = ImagesSection()
     network: NetworkSection = NetworkSection()
     cgroup: CgroupSection = CgroupSection()

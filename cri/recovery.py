@@ -64,7 +64,9 @@ async def recover(node: Node) -> None:
 def _index_pod(node: Node, record: SandboxRecord) -> None:
     try:
         config = pb.PodSandboxConfig.FromString(record.config)
-        pod = Pod(record, config, sandbox_to_pod(config, defaults=node.defaults, host=node.host))
+        pod = Pod(
+            record, config, sandbox_to_pod(config, defaults=node.defaults, host=node.host, level=record.selinux_level)
+        )
     except Exception as error:  # a request that an older cribd took
         node.store.set_aside("sandbox", record.id, str(error))
         return

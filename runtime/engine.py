@@ -156,6 +156,7 @@ class Engine:
                 hostname=request.hostname,
                 shm_bytes=request.shm_bytes,
                 shm_path=shm,
+                mount_label=request.mount_label,
                 sysctls=dict(request.sysctls),
                 init_cgroup=request.init_cgroup,
             )

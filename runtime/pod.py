@@ -47,6 +47,7 @@ class PodStart:
 
     `pid`: a pid namespace shared by the pod's containers, whose init joins `init_cgroup`. `shm_bytes`: size of the
     pod's own /dev/shm, 0 for none. `uids` and `gids`: the mapping of a user namespace that owns the others.
+    `mount_label`: the SELinux label of /dev/shm.
     """
 
     id: str
@@ -59,6 +60,7 @@ class PodStart:
     init_cgroup: tuple[str, ...] = ()
     uids: Maps = ()
     gids: Maps = ()
+    mount_label: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from runtime.errors import NotFound, Unavailable
 from runtime.linux import files, mount
 from runtime.linux.lib import SyscallError
-from runtime.plan.layers import overlay
+from runtime.plan.layers import context_option, overlay
 
 
 class Volumes:
@@ -22,11 +22,11 @@ class Volumes:
         self._descriptors = overlay_of_descriptors
         self._lock = threading.Lock()
 
-    def image(self, pod_id: str, name: str, lowers: tuple[str, ...], user: str) -> str:
+    def image(self, pod_id: str, name: str, lowers: tuple[str, ...], user: str, label: str = "") -> str:
         """The path where an image is mounted for the pod, read-only. The same again returns the same.
 
         `lowers` are its layers' directories, top first, at least two; `user` is the user namespace that they are shown
-        through, or "". Raises Unavailable, and leaves nothing then.
+        through, or "", `label` the SELinux label of its files, or "". Raises Unavailable, and leaves nothing then.
         """
         with self._lock:
             path = self._place(pod_id, name)
@@ -36,13 +36,13 @@ class Volumes:
             try:
                 mapping = os.open(user, os.O_RDONLY | os.O_CLOEXEC) if user else -1
                 if self._descriptors:
-                    tree = overlay(lowers, mapping, None, "")
+                    tree = overlay(lowers, mapping, None, "", label)
                     try:
                         _attach(tree, path)
                     finally:
                         os.close(tree)
                 else:
-                    self._of_mounts(pod_id, lowers, mapping, path)
+                    self._of_mounts(pod_id, lowers, mapping, path, label)
                 mount.mount_setattr(mount.AT_FDCWD, path, set_=mount.MountAttr.RDONLY)
             except OSError as error:
                 self._clear(path)
@@ -52,7 +52,7 @@ class Volumes:
                     os.close(mapping)
             return path
 
-    def _of_mounts(self, pod_id: str, lowers: tuple[str, ...], mapping: int, path: str) -> None:
+    def _of_mounts(self, pod_id: str, lowers: tuple[str, ...], mapping: int, path: str, label: str) -> None:
         """Mount by layers that are attached for as long; overlay keeps copies of its own."""
         places: list[str] = []
         opened: list[int] = []
@@ -68,7 +68,7 @@ class Volumes:
                     os.close(tree)
                 opened.append(os.open(places[-1], os.O_PATH | os.O_CLOEXEC))
             layers = ":".join(f"/proc/self/fd/{fd}" for fd in opened)
-            mount.mount("overlay", path, "overlay", mount.MS.RDONLY, f"lowerdir={layers}")
+            mount.mount("overlay", path, "overlay", mount.MS.RDONLY, f"lowerdir={layers}{context_option(label)}")
         finally:
             for fd in opened:
                 os.close(fd)

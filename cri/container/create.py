@@ -120,6 +120,7 @@ def _build(node: Node, container: Container, held: tuple[VolumeRecord, ...]) -> 
     spec = host.with_hooks(config, spec, node.config.hooks_dirs)
     host.check_propagation(spec.mounts)
     host.check_seccomp(spec)
+    host.relabel(config, spec)
     rootfs = node.images.prepare(container.id, image.id)
     if container.record.log_path:
         os.makedirs(os.path.dirname(container.record.log_path), mode=0o755, exist_ok=True)
@@ -139,6 +140,7 @@ def _given(
     return ContainerInput(
         sandbox=pod.config,
         sandbox_id=pod.id,
+        selinux_level=pod.record.selinux_level,
         config=config,
         image=image,
         paths=PodPaths(

@@ -15,7 +15,7 @@ from cri.translate.defaults import Host
 from cri.translate.devices import HostDevice, paths
 from cri.translate.field import show
 from cri.translate.namespaces import TARGET
-from runtime import apparmor
+from runtime import apparmor, selinux
 from runtime.errors import InvalidSpec, WrongState
 from runtime.seccomp import bpf
 from runtime.spec import Mount, Spec
@@ -148,6 +148,21 @@ def check_propagation(mounts: tuple[Mount, ...]) -> None:
     if wanted := propagation.wanted(mounts):
         with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as file:
             propagation.check(wanted, file.read(), os.path.realpath)
+
+
+def relabel(config: pb.ContainerConfig, spec: Spec) -> None:
+    """Give the volumes that ask for it the container's SELinux label. Raises InvalidSpec or Unavailable."""
+    label = spec.linux.mount_label if spec.linux is not None else ""
+    if not label:
+        return
+    selinux.check(spec.process.selinux_label)
+    if ":spc_t:" in spec.process.selinux_label:  # which may use everything as it is
+        return
+    for mount in config.mounts:
+        if mount.selinux_relabel and mount.host_path:
+            if not os.path.exists(mount.host_path):
+                os.makedirs(mount.host_path, 0o755, exist_ok=True)
+            selinux.relabel(mount.host_path, label)
 
 
 def check_seccomp(spec: Spec) -> None:

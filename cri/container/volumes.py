@@ -54,7 +54,7 @@ def _mount(node: Node, pod: Pod, image: PodImage) -> str:
     # The empty directory on top: a single layer makes no overlay.
     lowers = (rootfs.upper, *(f"{rootfs.base}/{name}" for name in rootfs.lowers))
     name = image.image_id.rpartition(":")[2]
-    return node.engine.volumes.image(pod.id, name, lowers, pod.monitor.namespaces.user)
+    return node.engine.volumes.image(pod.id, name, lowers, pod.monitor.namespaces.user, pod.plan.selinux.file)
 
 
 async def unmount(node: Node, pod: Pod) -> None:

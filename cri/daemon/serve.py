@@ -42,10 +42,10 @@ from cri.translate.seccomp import seccomp
 from net import BridgeConfig, CniConfig, NetworkConfig, open_network
 from net.errors import CribError as NetError
 from net.netns import Pins
-from runtime import apparmor
+from runtime import apparmor, selinux
 from runtime.cgroup import Cgroups
 from runtime.engine import Engine
-from runtime.errors import CribError
+from runtime.errors import CribError, Unsupported
 from runtime.images import Images, ImagesConfig
 from runtime.linux.mount import mount, umount
 from runtime.linux.probe import Probes, probe
@@ -83,7 +83,7 @@ async def _serve(config: Config, cgroups: Cgroups, zygote: Zygote) -> int:
         stack.callback(images.close)
         network = open_network(config.instance, Path(config.root, "net"), _network(config))
         stack.callback(network.close)
-        node = Node(config, store, engine, images, network, cgroups, Pins(mount, umount), _host(probes))
+        node = Node(config, store, engine, images, network, cgroups, Pins(mount, umount), _host(config, probes))
         stack.push_async_callback(node.close, _GRACE_S)
         if node.host.apparmor:
             default = await node.work(apparmor.load_default)
@@ -184,8 +184,12 @@ async def _checkpoints(node: Node) -> None:
                 _logger.warning("checkpoint of the records failed", extra={"fields": {"error": str(error)}})
 
 
-def _host(probes: Probes) -> Host:
+def _host(config: Config, probes: Probes) -> Host:
+    if config.selinux and not selinux.enabled():
+        raise Unsupported("key selinux: this kernel has no SELinux on, or no policy")
     return Host(
+        selinux=config.selinux,
+        selinux_types=selinux.types(),
         user_namespaces=probes.user_namespaces,
         idmapped_mounts=probes.idmapped_mounts,
         apparmor=apparmor.enabled(),

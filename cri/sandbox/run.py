@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import secrets
 from typing import TYPE_CHECKING
 
 from cri.api import cri_pb2 as pb
@@ -16,8 +17,10 @@ from cri.state.records import SandboxId, SandboxRecord, SandboxState
 from cri.timing import Timing
 from cri.translate.fingerprint import difference
 from cri.translate.sandbox import sandbox_to_pod
+from cri.translate.security import new_level
 from net import NetNs, PodIdentity
 from net import netns as pins
+from runtime import selinux
 from runtime.cgroup import Cgroups
 from runtime.engine import Maps, PodStart
 from runtime.errors import AlreadyExists, InvalidSpec
@@ -46,7 +49,13 @@ async def run(node: Node, config: pb.PodSandboxConfig, handler: str) -> Pod:
 
 def _reserve(node: Node, config: pb.PodSandboxConfig, handler: str) -> Pod:
     """The pod of this name: the existing one if it is what is asked for, else a new one, with its name reserved."""
-    plan = sandbox_to_pod(config, defaults=node.defaults, host=node.host)
+    level = ""
+    if node.host.selinux:
+        taken = {pod.record.selinux_level for pod in (*node.pods, *node.making.values())}
+        level = new_level(taken, secrets.randbelow)
+    plan = sandbox_to_pod(config, defaults=node.defaults, host=node.host, level=level)
+    if plan.selinux.process:
+        selinux.check(plan.selinux.process)
     holder = node.names.holder(("sandbox", plan.name_key))
     if holder is not None:
         pod = node.making.get(holder) or node.pods.get(holder)
@@ -80,6 +89,7 @@ def _reserve(node: Node, config: pb.PodSandboxConfig, handler: str) -> Pod:
         cgroups=cgroups,
         network=plan.network,
         netns_path=str(pins.DIRECTORY / f"crib-{id[:32]}") if plan.network else "",
+        selinux_level=level,
         owes=tuple(part for part in release.ALL if plan.network or part != "network"),
     )
     pod = Pod(record, pb.PodSandboxConfig.FromString(record.config), plan)
@@ -129,6 +139,8 @@ async def _start(node: Node, pod: Pod, timing: Timing) -> tuple[str, ...]:
             files.make(directory, hostname, plan.resolv_conf, host_network=not plan.network)
             if plan.user:
                 files.own(directory, plan.user.uid.host_id, plan.user.gid.host_id)
+            if plan.selinux.file:
+                selinux.relabel(str(directory), plan.selinux.file)
         if pod.record.cgroups:
             path = init or pod.record.cgroup_path
             with timing.step("cgroup", f"make {path}"):
@@ -148,6 +160,7 @@ async def _start(node: Node, pod: Pod, timing: Timing) -> tuple[str, ...]:
                     init_cgroup=node.cgroups.join_files(init) if init else (),
                     uids=_map(plan.user.uid) if plan.user else (),
                     gids=_map(plan.user.gid) if plan.user else (),
+                    mount_label=plan.selinux.file,
                 )
             )
 
@@ -181,6 +194,8 @@ def _connect(node: Node, pod: Pod, timing: Timing) -> tuple[str, ...]:
         files.add_hosts(node.directory(pod.id), pod.plan.hostname or node.defaults.node_name, attachment.ips)
         if user := pod.plan.user:
             files.own(node.directory(pod.id), user.uid.host_id, user.gid.host_id)
+        if pod.plan.selinux.file:
+            selinux.relabel(str(node.directory(pod.id) / "hosts"), pod.plan.selinux.file)
     return attachment.ips
 
 

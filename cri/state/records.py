@@ -47,6 +47,7 @@ class SandboxRecord(_Record, frozen=True):
     `cgroup_path`; `cgroups` are those made for the pod itself, outermost first, `init_cgroup` among them where the pod
     shares a pid namespace. `owes` names what teardown has still to give back, and is empty once all of it is gone.
     `resources` is the last UpdatePodSandboxResourcesRequest, if there was one. `images` are those mounted for the pod.
+    `selinux_level` was chosen for it, where SELinux is on.
     """
 
     id: SandboxId
@@ -66,6 +67,7 @@ class SandboxRecord(_Record, frozen=True):
     message: str = ""
     resources: bytes = b""
     images: tuple[PodImage, ...] = ()
+    selinux_level: str = ""
 
 
 class UserRecord(_Record, frozen=True):

@@ -12,7 +12,8 @@ from cri.translate import process, security
 from cri.translate.capabilities import capabilities
 from cri.translate.defaults import Defaults, Handler, Host
 from cri.translate.devices import HostDevice, container_devices
-from cri.translate.field import REQUEST_LIMIT_BYTES, absolute, labels, name
+from cri.translate.field import REQUEST_LIMIT_BYTES, absolute, name
+from cri.translate.field import labels as check_labels
 from cri.translate.mounts import MountRules, PodPaths, container_mounts
 from cri.translate.namespaces import PodNamespaces, container_namespaces, container_pid_mode
 from cri.translate.resources import oom_score_adj, resources
@@ -68,6 +69,7 @@ class ContainerInput:
     handler: Handler = field(default_factory=Handler)
     pod: PodPlan | None = None
     sandbox_id: str = ""
+    selinux_level: str = ""
     target_pid: str | None = None
     seccomp_file: bytes | None = None
     image_volumes: Mapping[str, str] = field(default_factory=dict)
@@ -88,8 +90,8 @@ def check_container(config: pb.ContainerConfig, sandbox: pb.PodSandboxConfig) ->
         raise InvalidSpec(f"container config: {config.ByteSize()} bytes, the limit is {REQUEST_LIMIT_BYTES}")
     if not config.image.image:
         raise InvalidSpec("image.image is missing from the container config")
-    labels("labels", dict(config.labels))
-    labels("annotations", dict(config.annotations))
+    check_labels("labels", dict(config.labels))
+    check_labels("annotations", dict(config.annotations))
     if config.linux.security_context.privileged and not sandbox.linux.security_context.privileged:
         raise InvalidSpec("security_context.privileged true: the sandbox is not privileged")
 
@@ -135,10 +137,14 @@ def container_to_spec(given: ContainerInput) -> Spec:
             own=given.image.config.volumes,
         ),
     )
-    label = security.selinux(
-        (context if context.HasField("selinux_options") else given.sandbox.linux.security_context).selinux_options,
+    theirs = given.sandbox.linux.security_context
+    labels = security.selinux(
+        context.selinux_options if context.HasField("selinux_options") else None,
+        theirs.selinux_options if theirs.HasField("selinux_options") else None,
+        level=given.selinux_level,
         enabled=host.selinux,
         privileged=privileged,
+        types=host.selinux_types,
     )
     propagation = {option for mount in mounts for option in mount.options} & {"rshared", "rslave"}
     image = given.image.config
@@ -167,7 +173,7 @@ def container_to_spec(given: ContainerInput) -> Spec:
             apparmor_profile=security.apparmor(
                 context, enabled=host.apparmor, default=defaults.apparmor_default, loaded=host.apparmor_profiles
             ),
-            selinux_label=label,
+            selinux_label=labels.process,
         ),
         root=Root(path="rootfs", readonly=context.readonly_rootfs),
         mounts=mounts,
@@ -192,7 +198,7 @@ def container_to_spec(given: ContainerInput) -> Spec:
             ),
             masked_paths=masked,
             readonly_paths=readonly,
-            mount_label=label,
+            mount_label=labels.file,
         ),
     )
 

@@ -76,6 +76,7 @@ class Host:
     apparmor: bool = False
     apparmor_profiles: Set[str] | None = None
     selinux: bool = False
+    selinux_types: tuple[str, str] = ("container_t", "container_file_t")
     capabilities: tuple[str, ...] = field(default_factory=_capabilities)
     machine: str = field(default_factory=lambda: os.uname().machine)
     kernel: tuple[int, int] = field(default_factory=_kernel)

@@ -52,7 +52,7 @@ class PodPlan:
 
     `name_key` is what no two live sandboxes share. `hostname` is None in the host's uts namespace. `resolv_conf` None
     means a copy of the host's file. `cgroup_parent` and `log_directory` are "" where the request names none.
-    `selinux_label` is "" where SELinux is off. `privileged` allows privileged containers in the pod.
+    `selinux` are the labels of what its containers share. `privileged` allows privileged containers in the pod.
     """
 
     name_key: str
@@ -65,7 +65,7 @@ class PodPlan:
     log_directory: str
     privileged: bool
     host_ports: tuple[HostPort, ...]
-    selinux_label: str
+    selinux: security.Labels
 
     @property
     def network(self) -> bool:
@@ -114,9 +114,9 @@ def container_key(metadata: pb.ContainerMetadata, sandbox: pb.PodSandboxMetadata
 
 
 def sandbox_to_pod(
-    config: pb.PodSandboxConfig, *, defaults: Defaults | None = None, host: Host | None = None
+    config: pb.PodSandboxConfig, *, defaults: Defaults | None = None, host: Host | None = None, level: str = ""
 ) -> PodPlan:
-    """The plan of a pod.
+    """The plan of a pod; `level` is its SELinux level where the request names none.
 
     Raises:
         InvalidSpec: names the field and the value.
@@ -160,7 +160,13 @@ def sandbox_to_pod(
         log_directory=on_host("log_directory", config.log_directory) if config.log_directory else "",
         privileged=context.privileged,
         host_ports=_host_ports(config) if modes.network else (),
-        selinux_label=security.selinux(context.selinux_options, enabled=host.selinux, privileged=context.privileged),
+        selinux=security.selinux(
+            context.selinux_options if context.HasField("selinux_options") else None,
+            level=level,
+            enabled=host.selinux,
+            privileged=context.privileged,
+            types=host.selinux_types,
+        ),
     )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Set
+from collections.abc import Callable, Set
+from dataclasses import dataclass
 
 from cri.api import cri_pb2 as pb
 from cri.translate.field import bounded, show
@@ -16,6 +17,7 @@ Localhost = pb.SecurityProfile.ProfileType.Localhost
 _LABEL_PART = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 _LEVEL = re.compile(r"s\d{1,2}(-s\d{1,2})?(:c\d{1,4}([.,]c\d{1,4})*(-s\d{1,2}:c\d{1,4}([.,]c\d{1,4})*)?)?")
 _LOCALHOST = "localhost/"
+_CATEGORIES = 1024  # c0 to c1023, in every policy with categories: half a million pods
 
 
 def profile(
@@ -67,15 +69,51 @@ def apparmor(
     return name
 
 
-def selinux(options: pb.SELinuxOption | None, *, enabled: bool, privileged: bool) -> str:
-    """The process label "user:role:type:level"; "" where SELinux is off or the container is privileged."""
-    options = options or pb.SELinuxOption()
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """SELinux labels "user:role:type:level" of a container's processes and of its files; "" where it has none."""
+
+    process: str = ""
+    file: str = ""
+
+
+def selinux(
+    options: pb.SELinuxOption | None,
+    pod: pb.SELinuxOption | None = None,
+    *,
+    level: str,
+    enabled: bool,
+    privileged: bool,
+    types: tuple[str, str],
+) -> Labels:
+    """A container's labels: by its own options, else its pod's. `level` is what the pod was given.
+
+    A container that names only a type keeps the pod's level, so that the pod's containers share its volumes. A
+    privileged one without options has no label. Raises InvalidSpec for a word that no label can have.
+    """
+    chosen = options if options is not None else pod or pb.SELinuxOption()
+    for each in (chosen, pod or pb.SELinuxOption()):
+        _check_label(each)
+    if not enabled or (privileged and chosen == pb.SELinuxOption()):
+        return Labels()
+    whose = chosen.user or "system_u"
+    level = chosen.level or (pod.level if pod is not None else "") or level or "s0"
+    process = ":".join((whose, chosen.role or "system_r", chosen.type or types[0], level))
+    return Labels(process, ":".join((whose, "object_r", types[1], level)))
+
+
+def _check_label(options: pb.SELinuxOption) -> None:
     for field, value in (("user", options.user), ("role", options.role), ("type", options.type)):
         if value and not _LABEL_PART.fullmatch(value):
             raise InvalidSpec(f"selinux_options.{field} {show(value)}: not a word of a label")
     if options.level and (len(options.level) > 4096 or not _LEVEL.fullmatch(options.level)):
         raise InvalidSpec(f"selinux_options.level {show(options.level)}: not a level like s0:c1,c2")
-    if not enabled or (privileged and options == pb.SELinuxOption()):
-        return ""
-    parts = (options.user or "system_u", options.role or "system_r", options.type or "container_t")
-    return ":".join((*parts, options.level or "s0"))
+
+
+def new_level(taken: Set[str], pick: Callable[[int], int]) -> str:
+    """A level of two categories that no pod has yet; `pick` gives a random number below its argument."""
+    while True:
+        first, second = sorted((pick(_CATEGORIES), pick(_CATEGORIES)))
+        level = f"s0:c{first},c{second}"
+        if first != second and level not in taken:
+            return level

@@ -73,7 +73,7 @@ def compile_start(
 ) -> Start:
     """The plan that makes a container's first process; `state` is for its hooks. Raises InvalidSpec or Unsupported."""
     linux = spec.linux or Linux()
-    build = Build(id_maps(linux.uid_mappings), id_maps(linux.gid_mappings))
+    build = Build(id_maps(linux.uid_mappings), id_maps(linux.gid_mappings), label=linux.mount_label)
     pid, pid_ns = _namespaces(build, linux, environment)
     own_cgroup_ns = bool(build.unshare & CLONE.NEWCGROUP)
     build.unshare &= ~CLONE.NEWCGROUP
@@ -109,13 +109,16 @@ def compile_start(
         # Where root inside may look up a path, whatever the modes of the state directory's parents are.
         attach: list[Step] = [user.ShowBundle("bundle", *map(os.path.basename, (_HOOKS_BUNDLE, HOOKS_ROOT)))] * shown
         attach.append(user.AttachRoot(HOOKS_ROOT if shown else _VISIBLE))
-        plan.append(user.MountMappedOverlay(*root, environment.overlay_of_descriptors, environment.staging))
+        plan.append(
+            user.MountMappedOverlay(*root, environment.overlay_of_descriptors, environment.staging, build.label)
+        )
         plan += build.devices
         if not cgroup.clone_dir:
             plan.append(identity.JoinCgroup(cgroup.join_files))
         plan += [user.JoinUser(), user.CloneAgain(int(CLONE.NEWPID) if pid == "new" else 0), identity.Detach()]
     else:
-        attach = [mounts.MountOverlay(rootfs.base, rootfs.lowers, rootfs.upper, rootfs.work, environment.staging)]
+        own = (rootfs.base, rootfs.lowers, rootfs.upper, rootfs.work)
+        attach = [mounts.MountOverlay(*own, environment.staging, build.label)]
     plan.append(identity.Unshare(build.unshare))
     if spec.hostname:
         plan.append(identity.Hostname(spec.hostname))

@@ -8,8 +8,12 @@ from runtime.linux.mount import MS, detached, idmap, mount, move_mount, open_tre
 from runtime.linux.namespaces import CLONE, unshare
 
 
-def overlay(lowers: tuple[str, ...] | list[str], mapping: int, own: tuple[str, str] | None, at: str) -> int:
+def overlay(
+    lowers: tuple[str, ...] | list[str], mapping: int, own: tuple[str, str] | None, at: str, label: str = ""
+) -> int:
     """An overlay of the directories `lowers`, top first, as a detached mount. Raises SyscallError.
+
+    `label` is the SELinux label of all its files, or "".
 
     `mapping` is the user namespace to show the layers through, or -1. `own`: upper and work directory, None for a
     read-only one. Overlay takes descriptors of detached mounts as layers from Linux 6.15 on; before that, `at` is
@@ -21,23 +25,29 @@ def overlay(lowers: tuple[str, ...] | list[str], mapping: int, own: tuple[str, s
             layers.append(open_tree(path))
             if mapping >= 0:
                 idmap(layers[-1], mapping)
-        return _of_mounts(layers, own, at) if at else _of_descriptors(layers, own)
+        return _of_mounts(layers, own, at, label) if at else _of_descriptors(layers, own, label)
     finally:
         for layer in layers:
             os.close(layer)
 
 
-def _of_descriptors(layers: list[int], own: tuple[str, str] | None) -> int:
+def context_option(label: str) -> str:
+    """What mount(2)'s data ends with for a file system all of whose files have this SELinux label."""
+    return f',context="{label}"' if label else ""
+
+
+def _of_descriptors(layers: list[int], own: tuple[str, str] | None, label: str) -> int:
     opened = [os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) for path in own or ()]
     try:
         lowers = [("lowerdir+", layer) for layer in layers]
-        return detached("overlay", (*lowers, *zip(("upperdir", "workdir"), opened, strict=False)))
+        context = (("context", label),) if label else ()
+        return detached("overlay", (*lowers, *zip(("upperdir", "workdir"), opened, strict=False), *context))
     finally:
         for fd in opened:
             os.close(fd)
 
 
-def _of_mounts(layers: list[int], own: tuple[str, str] | None, at: str) -> int:
+def _of_mounts(layers: list[int], own: tuple[str, str] | None, at: str, label: str) -> int:
     unshare(CLONE.NEWNS)
     mount("", "/", "", MS.REC | MS.PRIVATE)
     mount("tmpfs", at, "tmpfs", MS.NOSUID | MS.NODEV | MS.NOEXEC, "mode=700")
@@ -53,7 +63,7 @@ def _of_mounts(layers: list[int], own: tuple[str, str] | None, at: str) -> int:
     options = f"lowerdir={':'.join(str(number) for number in range(len(layers)))}"
     if own:
         options += f",upperdir={own[0]},workdir={own[1]}"
-    mount("overlay", str(len(layers)), "overlay", 0, options)
+    mount("overlay", str(len(layers)), "overlay", 0, options + context_option(label))
     try:
         return open_tree(str(len(layers)))
     finally:

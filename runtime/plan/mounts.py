@@ -23,6 +23,7 @@ from runtime.linux.mount import (
     pivot_root,
     umount,
 )
+from runtime.plan.layers import context_option
 from runtime.plan.plan import Context, Step
 
 TYPE_CHECKING = False  # typing costs a monitor memory
@@ -147,11 +148,12 @@ class MountOverlay(Step):
     upper: str
     work: str
     at: str
+    label: str
 
     def run(self, context: Context) -> None:
         os.chdir(self.base)
         options = f"lowerdir={':'.join(self.lowers)},upperdir={self.upper},workdir={self.work}"
-        mount("overlay", self.at, "overlay", 0, options)
+        mount("overlay", self.at, "overlay", 0, options + context_option(self.label))
         context.root = os.open(self.at, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def describe(self) -> str:

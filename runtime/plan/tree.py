@@ -11,6 +11,7 @@ from runtime.linux.mount import MS
 from runtime.linux.namespaces import CLONE
 from runtime.linux.userns import mapped
 from runtime.plan import identity, mounts, user
+from runtime.plan.layers import context_option
 from runtime.plan.options import Options, parse
 from runtime.plan.plan import Step
 from runtime.spec import Device, IDMapping, Mount
@@ -31,6 +32,7 @@ _DEFAULT_LINKS: Final = (
     ("core", "/proc/kcore"),
     ("ptmx", "pts/ptmx"),
 )
+_LABELLED: Final = ("tmpfs", "devpts")  # SELinux knows /proc and /sys by themselves
 Maps = tuple[tuple[int, int, int], ...]
 
 
@@ -97,7 +99,10 @@ class Environment:
 
 @dataclass(slots=True)
 class Build:
-    """The parts of a plan while it grows; `uids` and `gids` are there for a container in a user namespace."""
+    """The parts of a plan while it grows; `uids` and `gids` are there for a container in a user namespace.
+
+    `label` is the SELinux label of the container's own file systems.
+    """
 
     uids: Maps = ()
     gids: Maps = ()
@@ -107,6 +112,7 @@ class Build:
     joins: list[Step] = field(default_factory=list)
     devices: list[Step] = field(default_factory=list)
     own_dev: bool = False
+    label: str = ""
     tree: list[Step] = field(default_factory=list)
 
 
@@ -137,7 +143,8 @@ def add_mount(
         _attach(build, key, mount, options, mount.source, mount.destination)
     else:
         source = mount.source or mount.type
-        build.tree.append(mounts.Mount(mount.type, mount.destination, options.flags, options.data, source))
+        data = options.data + (context_option(build.label) if mount.type in _LABELLED else "")
+        build.tree.append(mounts.Mount(mount.type, mount.destination, options.flags, data.lstrip(","), source))
         if options.propagation == MS.SHARED:
             raise InvalidSpec(f"mount {mount.destination}: a new file system can't be {mount.options}")
 
@@ -180,14 +187,15 @@ def id_maps(mappings: tuple[IDMapping, ...]) -> Maps:
 def _dev(build: Build, options: Options) -> None:
     """/dev with the default devices."""
     if not build.uids:
-        build.tree.append(mounts.Mount("tmpfs", "/dev", options.flags, options.data, "tmpfs"))
+        data = (options.data + context_option(build.label)).lstrip(",")
+        build.tree.append(mounts.Mount("tmpfs", "/dev", options.flags, data, "tmpfs"))
         build.tree.append(mounts.MakeDevices("/dev", _DEFAULT_NODES))
         build.tree.append(mounts.MakeLinks("/dev", _DEFAULT_LINKS))
         return
     build.own_dev = True
     root = mapped(0, build.uids), mapped(0, build.gids)
     nodes = tuple((name, kind, major, minor, mode, *root) for name, kind, major, minor, mode, _, _ in _DEFAULT_NODES)
-    build.devices.append(user.MakeDev("dev", options.data, options.set_, nodes, _DEFAULT_LINKS, *root))
+    build.devices.append(user.MakeDev("dev", options.data, options.set_, nodes, _DEFAULT_LINKS, *root, build.label))
     build.tree.append(mounts.Attach("dev", "/dev", 0, 0, False, 0, "the device file system"))
 
 
@@ -229,6 +237,8 @@ def add_devices(build: Build, devices: tuple[Device, ...]) -> None:
         assert isinstance(dev, user.MakeDev)
         named = {node[0]: node for node in (*dev.nodes, *below_dev)}
         build.devices.append(
-            user.MakeDev(dev.key, dev.data, dev.attributes, tuple(named.values()), dev.links, dev.uid, dev.gid)
+            user.MakeDev(
+                dev.key, dev.data, dev.attributes, tuple(named.values()), dev.links, dev.uid, dev.gid, build.label
+            )
         )
     build.devices += [mounts.MakeDevices(directory, tuple(nodes)) for directory, nodes in by_directory.items()]

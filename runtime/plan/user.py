@@ -94,14 +94,14 @@ class MountMappedOverlay(Step):
     gids: tuple[tuple[int, int, int], ...]
     from_descriptors: bool
     at: str
+    label: str
 
     def run(self, context: Context) -> None:
         status = os.stat(self.upper)
         os.chown(self.upper, userns.mapped(status.st_uid, self.uids), userns.mapped(status.st_gid, self.gids))
         lowers = [f"{self.base}/{name}" for name in self.lowers]
-        context.root = overlay(
-            lowers, context.fds["user"], (self.upper, self.work), self.at if not self.from_descriptors else ""
-        )
+        at = self.at if not self.from_descriptors else ""
+        context.root = overlay(lowers, context.fds["user"], (self.upper, self.work), at, self.label)
 
     def describe(self) -> str:
         return f"mount overlay of {len(self.lowers)} idmapped layers from {self.base}, writable part {self.upper}"
@@ -120,11 +120,12 @@ class MakeDev(Step):
     links: tuple[tuple[str, str], ...]
     uid: int
     gid: int
+    label: str
 
     def run(self, context: Context) -> None:
         pairs = tuple((key, value) for key, _, value in (item.partition("=") for item in self.data.split(",") if item))
-        owner = (("uid", str(self.uid)), ("gid", str(self.gid)))
-        tree = detached("tmpfs", (*pairs, *owner), self.attributes)
+        own = [("uid", str(self.uid)), ("gid", str(self.gid))] + ([("context", self.label)] if self.label else [])
+        tree = detached("tmpfs", (*pairs, *own), self.attributes)
         context.fds[self.key] = tree
         for path, kind, major, minor, mode, uid, gid in self.nodes:
             directory, _, name = path.rpartition("/")

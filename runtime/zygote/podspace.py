@@ -166,6 +166,8 @@ class PodSpace:
         if fields["uids"]:
             root = mapped(0, fields["uids"]), mapped(0, fields["gids"])
             options = (*options, ("uid", str(root[0])), ("gid", str(root[1])))
+        if fields["mount_label"]:
+            options = (*options, ("context", fields["mount_label"]))
         self.shm = mount.detached("tmpfs", options, _SHM_ATTRIBUTES)
         if fields["shm_path"]:  # this kernel can't clone a detached mount: it has to be somewhere
             target = os.open(fields["shm_path"], os.O_PATH | os.O_CLOEXEC)

@@ -39,6 +39,7 @@ _POD: dict[str, Any] = {
     "sysctls": {"net.ipv4.ip_unprivileged_port_start": "0"},
     "shm_bytes": 4096,
     "shm_path": "",
+    "mount_label": "",
 }
 _START = {
     "pid": "host",

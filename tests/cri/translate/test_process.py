@@ -10,6 +10,7 @@ from cri.api import cri_pb2 as pb
 from cri.translate import Defaults, Handler, ResolvedUser
 from cri.translate.capabilities import ALL, DEFAULT
 from cri.translate.process import DEFAULT_PATH
+from cri.translate.security import new_level
 from runtime.errors import InvalidSpec, Unsupported
 from runtime.spec import Capabilities, Rlimit, User
 from tests.cri.translate.given import DEFAULTS, HOST, container, image, linux, sandbox, sandbox_with, secured, spec
@@ -299,6 +300,11 @@ def test_apparmor_refused() -> None:
             spec(secured(**wrong))
 
 
+def test_each_pod_gets_a_level_of_its_own() -> None:
+    numbers = iter((5, 5, 9, 2, 3, 1))
+    assert new_level({"s0:c2,c9"}, lambda _: next(numbers)) == "s0:c1,c3"
+
+
 def test_selinux() -> None:
     selinux = type(HOST)(selinux=True)
     level = pb.SELinuxOption(level="s0:c1,c2")
@@ -308,6 +314,18 @@ def test_selinux() -> None:
     assert spec(secured(selinux_options=level)).process.selinux_label == "", "SELinux is off"
     pod = sandbox_with(pb.LinuxSandboxSecurityContext(selinux_options=pb.SELinuxOption(type="spc_t")))
     assert ":spc_t:" in spec(secured(), pod=pod, host=selinux).process.selinux_label, "the sandbox's, if it has none"
+    made = spec(secured(), host=selinux, selinux_level="s0:c4,c5")
+    assert made.process.selinux_label == "system_u:system_r:container_t:s0:c4,c5"
+    assert made.linux is not None
+    assert made.linux.mount_label == "system_u:object_r:container_file_t:s0:c4,c5"
+    kept = spec(secured(selinux_options=pb.SELinuxOption(type="x_t")), host=selinux, selinux_level="s0:c4,c5")
+    assert kept.process.selinux_label.endswith(":x_t:s0:c4,c5"), "the pod's level, so that its volumes can be shared"
+    own = sandbox_with(pb.LinuxSandboxSecurityContext(selinux_options=level))
+    kept = spec(secured(selinux_options=pb.SELinuxOption(type="x_t")), pod=own, host=selinux, selinux_level="s0:c4,c5")
+    assert kept.process.selinux_label.endswith(":x_t:s0:c1,c2")
+    free = secured(privileged=True)
+    anything = sandbox_with(pb.LinuxSandboxSecurityContext(privileged=True))
+    assert spec(free, pod=anything, host=selinux).process.selinux_label == ""
     for field, value in (("level", "high"), ("type", "a b"), ("user", "u:v"), ("role", "x\n")):
         with pytest.raises(InvalidSpec, match=f"selinux_options.{field}"):
             spec(secured(selinux_options=pb.SELinuxOption(**{field: value})))

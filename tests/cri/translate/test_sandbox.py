@@ -47,7 +47,7 @@ def test_the_plainest_pod() -> None:
     assert made.shm_bytes == 64 << 20
     assert (made.cgroup_parent, made.resolv_conf, made.log_directory) == ("", None, "")
     assert not made.privileged
-    assert made.selinux_label == ""
+    assert made.selinux.process == ""
 
 
 def test_on_the_host_s_network() -> None:

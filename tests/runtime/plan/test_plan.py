@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import marshal
+from dataclasses import replace
 
 import msgspec
 import pytest
@@ -214,3 +215,34 @@ def test_a_pods_user_namespace_is_all_of_its_containers() -> None:
         compile_start(spec(namespaces=()), ROOTFS, CGROUP, Environment("/s", pod, "", False, 40))
     with pytest.raises(InvalidSpec, match="idmapped without a mapping"):
         plan_of(spec(mounts=(Mount(destination="/v", type="bind", source="/srv", options=("idmap",)),)))
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_label_is_on_all_file_systems_of_the_containers_own(mapped: bool) -> None:
+    label = "system_u:object_r:container_file_t:s0:c1,c2"
+    wanted = spec(
+        mounts=(
+            Mount(destination="/proc", type="proc"),
+            Mount(destination="/dev", type="tmpfs", options=("nosuid", "mode=755")),
+            Mount(destination="/dev/pts", type="devpts", options=("newinstance",)),
+            Mount(destination="/sys", type="sysfs"),
+            Mount(destination="/tmp", type="tmpfs"),
+        )
+    )
+    assert wanted.linux is not None
+    mapping = (IDMapping(container_id=0, host_id=1 << 20, size=1 << 16),) * mapped
+    namespaces = (*ALL_NEW, Namespace(type="user", path="/proc/7/fd/5")) if mapped else ALL_NEW
+    linux = msgspec.structs.replace(
+        wanted.linux, namespaces=namespaces, uid_mappings=mapping, gid_mappings=mapping, mount_label=label
+    )
+    environment = replace(ENVIRONMENT, namespaces=replace(POD, user="/proc/7/fd/5" if mapped else ""))
+    plan = compile_start(msgspec.structs.replace(wanted, linux=linux), ROOTFS, CGROUP, environment).plan
+    data = {step.target: step.data for step in plan if isinstance(step, mounts.Mount)}
+    quoted = f'context="{label}"'
+    assert data["/dev/pts"] == f"newinstance,{quoted}"
+    assert data["/tmp"] == quoted
+    assert (data["/proc"], data["/sys"]) == ("", "")
+    roots = [step.label for step in plan if isinstance(step, (mounts.MountOverlay, user.MountMappedOverlay))]
+    assert roots == [label]
+    devs = [step.label for step in plan if isinstance(step, user.MakeDev)]
+    assert (devs == [label]) if mapped else (data["/dev"] == f"mode=755,{quoted}")
