@@ -61,8 +61,8 @@ class Layer:
     def symlink(self, name: str, target: str, **fields: Any) -> Layer:
         return self.add(name, tarfile.SYMTYPE, linkname=target, **fields)
 
-    def hardlink(self, name: str, target: str) -> Layer:
-        return self.add(name, tarfile.LNKTYPE, linkname=target)
+    def hardlink(self, name: str, target: str, **fields: Any) -> Layer:
+        return self.add(name, tarfile.LNKTYPE, linkname=target, **fields)
 
     def tar(self) -> bytes:
         self._tar.close()

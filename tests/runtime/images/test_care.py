@@ -26,12 +26,18 @@ Left = Callable[[], list[str]]
 def rich() -> list[bytes]:
     """Layers with every kind of entry, the second with a directory that it implies and a link to what it hides."""
     below = Layer().directory("d", mode=0o2755, uid=7).file("d/f", os.urandom(70_000), mode=0o4755, gid=9).file("empty")
-    below.symlink("s", "d/f").hardlink("h", "d/f").add("fifo", tarfile.FIFOTYPE)
+    below.symlink("s", "d/f").hardlink("h", "d/f", mode=0o4755, gid=9).add("fifo", tarfile.FIFOTYPE)
     below.add("dev", tarfile.CHRTYPE, devmajor=1, devminor=3).file("n" * 150, "long")
     below.file(
         "x", "x", pax_headers={"SCHILY.xattr.user.k": "v", "SCHILY.xattr.trusted.k": "v", "mtime": "1000000000.5"}
     )
-    above = Layer().file("d/new", "new").file("d/.wh.f").hardlink("again", "d/f").file("gone/.wh..wh..opq")
+    above = (
+        Layer()
+        .file("d/new", "new")
+        .hardlink("again", "d/f", mode=0o4755, gid=9)
+        .file("d/.wh.f")
+        .file("gone/.wh..wh..opq")
+    )
     return [below.tar(), above.tar()]
 
 
@@ -39,8 +45,8 @@ def saved(images: Images, *refs: str) -> bytes:
     return b"".join(images.save(refs))
 
 
-def listing(root: Path) -> list[object]:
-    found: list[object] = []
+def listing(root: Path) -> list[tuple[object, ...]]:
+    found: list[tuple[object, ...]] = []
     for path in sorted(root.rglob("*")):
         status = path.lstat()
         names = os.listxattr(path, follow_symlinks=False)

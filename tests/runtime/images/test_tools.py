@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import os
 import stat
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,12 @@ import pytest
 from runtime.images import Auth, Images
 from tests.requires import requires
 from tests.runtime.images.conftest import OpenStore, Served
-from tests.runtime.images.test_care import saved
+from tests.runtime.images.given import Layer, build, oci_archive
+from tests.runtime.images.test_care import listing, rich, saved
 
 pytestmark = requires("root", "registry", "skopeo", "umoci")
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def run(*command: str | Path) -> str:
@@ -123,3 +128,50 @@ def test_saved_for_skopeo(images: Images, open_store: OpenStore, layout: Path, t
     other = open_store(tmp_path / "other")
     [again] = other.load(io.BytesIO(ours.read_bytes()))
     assert again.id == image.id
+
+
+OVERLAY = """
+import os, sys
+from pathlib import Path
+from types import SimpleNamespace
+from runtime.plan.mounts import MountOverlay
+from tests.runtime.images.test_care import listing
+base, upper, work, at, *lowers = sys.argv[1:]
+MountOverlay(base, tuple(lowers), upper, work, at).run(SimpleNamespace())
+print(listing(Path(at)))
+"""
+
+
+@requires("overlay")
+@pytest.mark.parametrize("parallel", [1, 8])
+def test_the_tree_is_as_umoci_unpacks_it(open_store: OpenStore, tmp_path: Path, parallel: int) -> None:
+    """Which does it layer by layer, each on top of the one before."""
+    middle = (
+        Layer()
+        .directory("o", mode=0o700, uid=4, gid=5)
+        .file("o/old")
+        .directory("e", mode=0o710, gid=3)
+        .file("e/below/deep", "x")
+        .file("gone")
+    )
+    middle.symlink("lib", "d")
+    top = Layer().file("d/new", "new").hardlink("d/again", "d/f", mode=0o4755, gid=9).file("d/.wh.f").file(".wh.gone")
+    top.file("o/.wh..wh..opq").file("o/new", "n").file("e/f", "x").file("e/below/other", "x")
+    archive = oci_archive(build(rich()[0], middle.tar(), top.tar()), "local/app:1")
+    images = open_store(max_parallel=parallel)
+    [image] = images.load(io.BytesIO(archive))
+    rootfs = images.prepare("c", image.id)
+    (tmp_path / "merged").mkdir()
+    command = ["unshare", "--mount", sys.executable, "-c", OVERLAY, rootfs.base, rootfs.upper, rootfs.work]
+    done = subprocess.run(
+        [*command, tmp_path / "merged", *rootfs.lowers], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    layout = tmp_path / "layout"
+    layout.mkdir()
+    subprocess.run(["tar", "-x", "-C", layout], input=archive, check=True)
+    index = json.loads((layout / "index.json").read_text())
+    index["manifests"][0]["annotations"] = {"org.opencontainers.image.ref.name": "it"}
+    (layout / "index.json").write_text(json.dumps(index))
+    run("umoci", "unpack", "--image", f"{layout}:it", tmp_path / "umoci")
+    for ours, theirs in zip(ast.literal_eval(done.stdout), listing(tmp_path / "umoci/rootfs"), strict=True):
+        assert (*ours[:5], *ours[6:]) == (*theirs[:5], *theirs[6:]), "all but the number of links, some of them hidden"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,10 +19,13 @@ from runtime.errors import Cancelled, Exhausted
 from runtime.images import Images, ImagesConfig
 from runtime.images.errors import BadImage
 from runtime.images.layers import Unpacked, Unpacker, remove_tree, short_name
+from runtime.images.manifest import LAYERS_LIMIT
 from tests.requires import requires
 from tests.runtime.images.given import Layer, build, compressed, digest, oci_archive
 
 pytestmark = requires("root")
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def unpack(target: Path, data: bytes, config: ImagesConfig | None = None) -> Unpacked:
@@ -377,3 +381,28 @@ def test_the_kernel_shows_what_the_layers_say(images: Images, run_dir: Path) -> 
         "tmp/t": ("-rw-r--r--", 0, 0, ""),
         "twice": ("-rw-r--r--", 0, 0, ""),
     }
+
+
+STACK = """
+import os, sys
+from types import SimpleNamespace
+from runtime.plan.mounts import MountOverlay
+base, rootfs, at, *lowers = sys.argv[1:]
+MountOverlay(base, tuple(lowers), f"{rootfs}/upper", f"{rootfs}/work", at).run(SimpleNamespace())
+print(*os.listdir(at))
+"""
+
+
+@requires("overlay")
+def test_as_many_layers_as_the_kernel_takes(run_dir: Path) -> None:
+    """Whose names are as long as those of the millionth, below directories as deep as a node's."""
+    base, rootfs, at = run_dir / "layers", run_dir / "rootfs" / ("c" * 64), run_dir / "mounted"
+    for directory in (base, rootfs, at, rootfs / "upper", rootfs / "work"):
+        directory.mkdir(parents=True)
+    names = [short_name(1_600_000 + number) for number in range(LAYERS_LIMIT)]
+    for number, name in enumerate(names):
+        (base / name).mkdir()
+        (base / name / f"f{number}").touch()
+    command = ["unshare", "--mount", sys.executable, "-c", STACK, str(base), str(rootfs), str(at), *names]
+    shown = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert set(shown.split()) == {f"f{number}" for number in range(LAYERS_LIMIT)}
