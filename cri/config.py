@@ -122,12 +122,15 @@ class StreamingSection(_Section, frozen=True):
     """The server for exec, attach and port-forward, for the kubelet alone: its address must be one the kubelet reaches.
 
     `port` 0 takes a free one. With `tls_cert` and `tls_key`, PEM files, it speaks TLS; replaced files are noticed.
+    `creation_timeout_s` is for a client's request, and then for the streams that it needs.
     """
 
     address: str = "127.0.0.1"
     port: int = 0
     tls_cert: str = ""
     tls_key: str = ""
+    idle_timeout_s: float = 4 * 3600
+    creation_timeout_s: float = 30
 
 
 class HandlerSection(_Section, frozen=True):
@@ -267,6 +270,8 @@ def _problem(config: Config) -> str | None:
             for name in config.images.__struct_fields__
             if isinstance(number := getattr(config.images, name), (int, float))
         },
+        "streaming.idle_timeout_s": config.streaming.idle_timeout_s,
+        "streaming.creation_timeout_s": config.streaming.creation_timeout_s,
         "network.cni_timeout_s": config.network.cni_timeout_s,
         "defaults.shm_bytes": config.defaults.shm_bytes,
         **{f"limits.{name}": getattr(config.limits, name) for name in config.limits.__struct_fields__},

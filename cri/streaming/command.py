@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Final
 
 from cri.streaming import result
 from cri.streaming.flow import Inflow
-from cri.streaming.link import CREATION_S
 from cri.streaming.spdy import Spdy
 from cri.streaming.wire import Closed, Data, Ended, Event, Opened, Reset
 from runtime.errors import CribError
@@ -54,7 +53,7 @@ class Command(ABC):
     def begin(self) -> None:
         """The connection stands."""
         if self._wire is not None:
-            self._timer = asyncio.get_running_loop().call_later(CREATION_S, self._late)
+            self._timer = asyncio.get_running_loop().call_later(self._link.creation_s, self._late)
             return
         for name in self._wanted:
             self._join(name, _CHANNELS[name])

@@ -11,7 +11,6 @@ import socket
 from typing import TYPE_CHECKING, Final
 
 from cri.streaming.flow import Inflow, Outflow
-from cri.streaming.link import CREATION_S
 from cri.streaming.spdy import Spdy
 from cri.streaming.wire import Closed, Data, Ended, Event, Opened, Reset
 from runtime.errors import CribError
@@ -100,7 +99,7 @@ class ForwardSession:
         connection = self._connections.get(key)
         if connection is None:
             connection = self._connections[key] = _Connection(port)
-            connection.timer = asyncio.get_running_loop().call_later(CREATION_S, self._drop, key)
+            connection.timer = asyncio.get_running_loop().call_later(self._link.creation_s, self._drop, key)
         elif getattr(connection, kind) is not None or connection.port != port:
             self._link.reset(event.stream)
             return

@@ -15,15 +15,14 @@ from cri.streaming.wire import Event, Wire, WireError
 if TYPE_CHECKING:
     from cri.streaming.flow import Hungry
 
-CREATION_S: Final = 30.0
-"""For the request, and then for the streams that it needs."""
-IDLE_S: Final = 4 * 3600.0
 LINGER_S: Final = 5.0
 """For the client to close first, when everything has been said: its own last words would else cost it ours."""
 WAITING_HIGH_BYTES: Final = 1 << 20
 """Of what came from the client and has found no taker: above it, the connection is not read."""
 WAITING_LIMIT_BYTES: Final = 64 << 20
 """Of the same, where the client keeps windows, and the connection is read because they are told on it."""
+PROBE_S: Final = 1.0
+"""Between pings for a client that isn't read: its kernel's answer to something is what tells that it has closed."""
 WRITE_HIGH_BYTES: Final = 512 << 10
 WRITE_LIMIT_BYTES: Final = 8 << 20
 """Of what the client does not read, its own pings' answers among them: above it, the connection is broken off."""
@@ -39,12 +38,24 @@ class Session(Protocol):
 
 
 class Link(asyncio.Protocol):
-    """One client's connection. `take_up` makes the session of an upgraded one; `closed` is called at the end."""
+    """One client's connection. `take_up` makes the session of an upgraded one. It is in `links` as long as it stands.
 
-    def __init__(self, take_up: Callable[[Link, Upgrade], Session], upgrader: Upgrader, closed: Callable[[Link], None]):
+    `creation_s` is for the request, and then for the streams that it needs; `idle_s` without a byte ends it.
+    """
+
+    def __init__(
+        self,
+        take_up: Callable[[Link, Upgrade], Session],
+        upgrader: Upgrader,
+        links: set[Link],
+        creation_s: float,
+        idle_s: float,
+    ) -> None:
+        self.creation_s = creation_s
+        self._idle_s = idle_s
         self._take_up = take_up
         self._upgrader = upgrader
-        self._closed = closed
+        self._links = links
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._wire: Wire | None = None
@@ -53,15 +64,18 @@ class Link(asyncio.Protocol):
         self._hungry: list[Hungry] = []
         self._waiting_bytes = 0
         self._hang_up: select.epoll | None = None
+        self._probing: asyncio.TimerHandle | None = None
         self._finishing = False
         self._active_at = self._loop.time()
-        self._timer = self._loop.call_later(CREATION_S, self._late)
+        self._timer: asyncio.TimerHandle | None = None
 
     # asyncio's side
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
+        self._links.add(self)
+        self._set_timer(self.creation_s, self._late)
         transport.set_write_buffer_limits(high=WRITE_HIGH_BYTES)
         transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
@@ -76,10 +90,11 @@ class Link(asyncio.Protocol):
         return False  # no client of these protocols goes on listening after it has closed
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._timer.cancel()
+        if self._timer:
+            self._timer.cancel()
         self._watch_hang_up(False)
         self._transport = None
-        self._closed(self)
+        self._links.discard(self)
         if self._session:
             self._session.gone()
 
@@ -107,8 +122,7 @@ class Link(asyncio.Protocol):
         self._transport.write(upgrade.response)
         self._wire = upgrade.wire
         self._session = session
-        self._timer.cancel()
-        self._timer = self._loop.call_later(IDLE_S, self._idle)
+        self._set_timer(self._idle_s, self._idle)
         session.begin()
         self.flush()
         if upgrade.trailing:
@@ -128,17 +142,22 @@ class Link(asyncio.Protocol):
         self._feed_hungry()
         self.flush()
 
+    def _set_timer(self, delay_s: float, then: Callable[[], None]) -> None:
+        if self._timer:
+            self._timer.cancel()
+        self._timer = self._loop.call_later(delay_s, then)
+
     def _late(self) -> None:
         """No complete request within the time for it."""
         if self._transport:
             self._transport.abort()
 
     def _idle(self) -> None:
-        left = self._active_at + IDLE_S - self._loop.time()
+        left = self._active_at + self._idle_s - self._loop.time()
         if left <= 0:
             self.break_off()
         else:
-            self._timer = self._loop.call_later(left, self._idle)
+            self._set_timer(left, self._idle)
 
     # For the session and its flows
 
@@ -216,8 +235,7 @@ class Link(asyncio.Protocol):
         if self._hang_up is not None:
             self._watch_hang_up(False)
             self._transport.resume_reading()
-        self._timer.cancel()
-        self._timer = self._loop.call_later(LINGER_S, self.break_off)
+        self._set_timer(LINGER_S, self.break_off)
 
     def break_off(self) -> None:
         """Close, once what was said has been sent."""
@@ -228,16 +246,26 @@ class Link(asyncio.Protocol):
             self._transport.close()
 
     def _watch_hang_up(self, on: bool) -> None:
-        """While the connection is not read, its end is seen by this alone."""
+        """While the connection is not read its end is seen by this, or by a probe where it is behind data."""
         if on and self._transport and self._hang_up is None:
             self._hang_up = select.epoll()
             fd = self._transport.get_extra_info("socket").fileno()
-            self._hang_up.register(fd, select.EPOLLRDHUP)
+            self._hang_up.register(fd, select.EPOLLRDHUP)  # and a reset, always
             self._loop.add_reader(self._hang_up.fileno(), self._hung_up)
+            self._probing = self._loop.call_later(PROBE_S, self._probe)
         elif not on and self._hang_up is not None:
             self._loop.remove_reader(self._hang_up.fileno())
             self._hang_up.close()
             self._hang_up = None
+            if self._probing:
+                self._probing.cancel()
+
+    def _probe(self) -> None:
+        """Say something: a client that reads is not disturbed, and of one that has closed the kernel says so."""
+        if self._wire and self._transport and not self._transport.get_write_buffer_size():
+            self._wire.ping()
+            self.flush()
+        self._probing = self._loop.call_later(PROBE_S, self._probe)
 
     def _hung_up(self) -> None:
         self._watch_hang_up(False)

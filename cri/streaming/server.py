@@ -37,6 +37,7 @@ class StreamingServer:
         self._tokens: Tokens[Request] = Tokens()
         self._links: set[Link] = set()
         self._server: asyncio.Server | None = None
+        self._door: ssl.SSLContext | None = None
         self._tls: ssl.SSLContext | None = None
         self._certificate: tuple[int, ...] = ()
         self._base = ""
@@ -46,10 +47,16 @@ class StreamingServer:
         config = self._config
         try:
             if config.tls_cert:
-                self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-                self._load_certificate()
+                self._tls = self._door = self._with_certificate()
+                # Called for every connection, whatever name it gives: each gets the certificate of its time.
+                self._door.sni_callback = lambda sock, name, context: setattr(sock, "context", self._tls)
             self._server = await asyncio.get_running_loop().create_server(
-                self._connected, config.address, config.port, ssl=self._tls, reuse_address=True
+                self._connected,
+                config.address,
+                config.port,
+                ssl=self._door,
+                ssl_handshake_timeout=config.creation_timeout_s if self._door else None,
+                reuse_address=True,
             )
         except (OSError, ssl.SSLError) as error:
             raise Unavailable(f"streaming server on {config.address}:{config.port}: {error}") from error
@@ -71,9 +78,8 @@ class StreamingServer:
     def _connected(self) -> Link:
         if self._tls:
             self._renew_certificate()
-        link = Link(self._take_up, Upgrader(), self._links.discard)
-        self._links.add(link)
-        return link
+        creation_s, idle_s = self._config.creation_timeout_s, self._config.idle_timeout_s
+        return Link(self._take_up, Upgrader(), self._links, creation_s, idle_s)
 
     def _take_up(self, link: Link, asked: Upgrade) -> Session:
         """The session that the token stands for. Raises Refused."""
@@ -91,18 +97,20 @@ class StreamingServer:
             raise Refused(400, f"port-forward by channels: 1 to {upgrade.PORTS_LIMIT} ports are named in the request")
         return ForwardSession(link, request, wire)
 
-    def _load_certificate(self) -> None:
-        assert self._tls
+    def _with_certificate(self) -> ssl.SSLContext:
+        """Raises OSError, of which ssl.SSLError is one."""
         self._certificate = self._certificate_now()
-        self._tls.load_cert_chain(self._config.tls_cert, self._config.tls_key)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self._config.tls_cert, self._config.tls_key)
+        return context
 
     def _renew_certificate(self) -> None:
-        """Take a certificate that was replaced on disk for the connections from now on."""
+        """Take a certificate that was replaced on disk for the connections from now on, unless it is bad."""
         try:
             if self._certificate_now() != self._certificate:
-                self._load_certificate()
+                self._tls = self._with_certificate()
                 _logger.info("streaming certificate loaded", extra={"fields": {"file": self._config.tls_cert}})
-        except OSError as error:  # ssl.SSLError is one
+        except OSError as error:
             _logger.warning("streaming certificate kept: the new one is bad", extra={"fields": {"error": str(error)}})
 
     def _certificate_now(self) -> tuple[int, ...]:

@@ -38,6 +38,7 @@ PROTOCOL_ERROR, INVALID_STREAM, REFUSED_STREAM, CANCEL, FLOW_CONTROL_ERROR = 1, 
 _SETTINGS_WINDOW: Final = 7
 _PROBE: Final = 2
 """The PING that asks whether the peer keeps windows: even, as ours have to be."""
+_PING: Final = 4
 
 _HEAD: Final = Struct(">HHI")  # control: version, type, flags and length
 _DATA_HEAD: Final = Struct(">II")  # stream, flags and length
@@ -319,6 +320,10 @@ class Spdy:
                 self._control(WINDOW_UPDATE, 0, _PAIR.pack(stream, found.unacknowledged))
                 found.to_receive += found.unacknowledged
                 found.unacknowledged = 0
+
+    def ping(self) -> None:
+        if not self._over:
+            self._control(PING, 0, _U32.pack(_PING))
 
     def close(self) -> None:
         if not self._over:

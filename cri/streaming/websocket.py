@@ -58,6 +58,10 @@ class Socket:
         if self._frames.state is ConnectionState.OPEN:
             self._out.append(self._frames.send(message))
 
+    def ping(self) -> None:
+        if self._frames.state is ConnectionState.OPEN:
+            self._out.append(self._frames.send(Ping()))
+
     def close(self, code: int = 1000) -> None:
         if self._frames.state is ConnectionState.OPEN:
             self._out.append(self._frames.send(CloseConnection(code=code)))
@@ -159,6 +163,9 @@ class Channels:
 
     def consumed(self, stream: int, size: int) -> None:
         pass
+
+    def ping(self) -> None:
+        self._socket.ping()
 
     def close(self) -> None:
         self._socket.close()

@@ -91,6 +91,10 @@ class Wire(Protocol):
         """So many bytes that came on the stream have gone where they belong: the peer may send as many again."""
         ...
 
+    def ping(self) -> None:
+        """Say something that asks nothing of the peer but an answer, which tells nothing."""
+        ...
+
     def close(self) -> None:
         """Tell the peer that this is the end."""
         ...

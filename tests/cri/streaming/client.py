@@ -131,12 +131,15 @@ class Spdy:
         reader = frames.Reader()
         try:
             while got := await self.reader.read(1 << 18):
-                for frame in reader.feed(got):
+                for frame in reader.feed(self.received(got)):
                     self._frame(frame)
         except ConnectionError:
             pass
         for stream in self.streams.values():
             stream.queue.put_nowait(b"")
+
+    def received(self, got: bytes) -> bytes:
+        return got
 
     def _frame(self, frame: frames.Frame) -> None:
         stream = self.streams.get(frame.stream)
@@ -192,6 +195,32 @@ class Spdy:
         """Wait for the server to close the connection."""
         async with asyncio.timeout(TIMEOUT_S):
             await self.task
+
+
+class TunnelSpdy(Spdy):
+    """SPDY in a WebSocket's binary messages, as kubectl does it."""
+
+    async def connect(
+        self, url: str, protocols: tuple[str, ...] = (), method: str = "GET", tls: Any = None
+    ) -> TunnelSpdy:
+        self.messages = Connection(ConnectionType.CLIENT)
+        key = base64.b64encode(os.urandom(16)).decode()
+        headers = {"Upgrade": "websocket", "Sec-WebSocket-Key": key, "Sec-WebSocket-Version": "13"}
+        headers["Sec-WebSocket-Protocol"] = ", ".join(f"SPDY/3.1+{protocol}" for protocol in protocols)
+        self.reader, self.writer, self.fields = await upgrade(url, headers, method, tls)
+        if self.windows:
+            self.send(frames.settings(64 << 10))
+        self.task = asyncio.create_task(self._read())
+        return self
+
+    def send(self, frame: bytes) -> None:
+        for at in range(0, len(frame), 1000):  # where messages end means nothing
+            self.writer.write(self.messages.send(BytesMessage(data=frame[at : at + 1000])))
+
+    def received(self, got: bytes) -> bytes:
+        self.messages.receive_data(got)
+        parts = [bytes(event.data) for event in self.messages.events() if isinstance(event, BytesMessage)]
+        return b"".join(parts)
 
 
 class Channels:
