@@ -176,6 +176,56 @@ async def test_45310_control_resolved_by_the_kernel_alone(weaken: Weaken, image:
     assert "hosts" in await made_by_mounts(await weaken(weak.NO_RESOLVE_IN_ROOT), image, tmp_path)
 
 
+# An image's own volumes: -2022-23648
+
+
+async def volumes(bench: Bench, image: Image, tmp_path: Path) -> tuple[list[str], str]:
+    """An image whose VOLUMEs are links: to the host, and to what is read-only. What was made on the host; what could
+    be written."""
+    outside = tmp_path / "outside"
+    (outside / "kept").mkdir(parents=True)
+    links = {"a": str(outside), "b": "../../../../../.." + str(outside), "c": "/sys", "d": "/sys/fs/cgroup"}
+    for name, target in links.items():
+        (image.root / name).symlink_to(target)
+    pod = await with_image(bench, image).pod()
+    paths = ("/a/new", "/b", "/b/also/new", "/c", "/d")
+    options = ("bind", "rprivate", "rw")
+    mounts = (
+        Mount(destination="/sys", type="sysfs", source="sysfs", options=("ro",)),
+        Mount(destination="/sys/fs/cgroup", type="cgroup", source="cgroup", options=("ro",)),
+        *(Mount(destination=path, type="bind", source=f"rootfs{path}", options=options) for path in paths),
+    )
+    tried = f"{outside} /a /b /c/kernel /d /sys/kernel /sys/fs/cgroup"
+    command = f"for each in {tried}; do [ -w $each ] && mkdir $each/in 2>/dev/null && echo $each; done; ls /a /b"
+    spec = container(pod, "sh", "-c", command, mounts=mounts, readonly=True)
+    try:
+        _, log = await bench.run(pod, "c", spec)
+    except StepFailed as error:
+        log = str(error)
+    return sorted(str(each.relative_to(outside)) for each in outside.rglob("*")), log
+
+
+@attack(
+    "CVE-2022-23648",
+    sentence="An image's VOLUMEs are links to a directory of the host and to kernel file systems: what is there is "
+    "shown, made writable or added to",
+    guard="nothing is copied: a VOLUME is a directory of the root file system, found by openat2 with RESOLVE_IN_ROOT "
+    "and mounted on itself",
+    control="test_23648_control_resolved_by_the_kernel_alone",
+)
+async def test_cve_2022_23648(bench: Bench, image: Image, tmp_path: Path) -> None:
+    made, log = await volumes(bench, image, tmp_path)
+    assert made == ["kept"]
+    writable, _, listed = log.partition("/a:\n")
+    assert writable.split() == [str(tmp_path / "outside")]  # the directory of that name in the image's own tree
+    assert "kept" not in listed
+
+
+async def test_23648_control_resolved_by_the_kernel_alone(weaken: Weaken, image: Image, tmp_path: Path) -> None:
+    made, _ = await volumes(await weaken(weak.NO_RESOLVE_IN_ROOT), image, tmp_path)
+    assert "new" in made
+
+
 # Round the masks: -2019-19921, -2023-27561, -2023-28642, -2019-16884, -2025-31133
 
 
