@@ -110,6 +110,14 @@ class Shelf:
 
         What fails is logged: it is tried again when the store is next opened.
         """
+        if gone := self.delete(doomed):
+            try:
+                self._records.forget_layers(gone)
+            except CribError as error:
+                log.warning("records of removed layers are left behind: %s", error)
+
+    def delete(self, doomed: Iterable[int]) -> list[int]:
+        """Remove the directories alone; returns those that are gone."""
         gone = []
         for number in doomed:
             try:
@@ -119,11 +127,7 @@ class Shelf:
                 gone.append(number)
             except OSError as error:
                 log.warning("layer %s is left behind: %s", short_name(number), error)
-        if gone:
-            try:
-                self._records.forget_layers(gone)
-            except CribError as error:
-                log.warning("records of removed layers are left behind: %s", error)
+        return gone
 
     def usage(self) -> tuple[int, int]:
         """Bytes and inodes of all layers."""

@@ -254,7 +254,7 @@ class Images:
             except CribError:
                 # A full disk takes no records: bytes first. Until the record is gone, a restart finds an image
                 # without its layers and forgets it.
-                self._shelf.remove(doomed)
+                self._shelf.delete(doomed)
                 self._records.remove_image(id)
         self._shelf.remove(doomed)
         log.info("image %s is removed", id)

@@ -509,7 +509,7 @@ def test_a_full_disk(small_disk: Path, open_store: OpenStore) -> None:
     assert free.f_bavail * free.f_frsize > 6 << 20, "what was written is gone"
 
 
-def test_removal_on_a_full_disk(small_disk: Path, open_store: OpenStore) -> None:
+def test_removal_on_a_full_disk(small_disk: Path, open_store: OpenStore, caplog: pytest.LogCaptureFixture) -> None:
     images = open_store(small_disk / "store")
     image = load(images, Layer().file("a", os.urandom(1 << 20)).tar())
     with open(small_disk / "filler", "wb", buffering=0) as filler:
@@ -521,6 +521,7 @@ def test_removal_on_a_full_disk(small_disk: Path, open_store: OpenStore) -> None
     images.remove(image.id)
     assert images.list() == []
     assert tree_of(small_disk / "store") == []
+    assert "left behind" not in caplog.text
 
 
 KILLED = """
