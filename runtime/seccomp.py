@@ -77,6 +77,8 @@ _SINCE_450 = {
 _ONLY_X86_64 = {"uretprobe": 335, "uprobe": 336}
 """Calls that Debian 12's libseccomp 2.5.4 doesn't know. From 424 on every machine has the same numbers."""
 
+NEWER_CALLS = (*_SINCE_450, *_ONLY_X86_64)
+
 _CACHE_LIMIT = 256
 _cache: dict[bytes, bytes] = {}
 _lock = threading.Lock()
@@ -163,7 +165,7 @@ def _add(context: lib.Context, rule: SeccompRule, default: int, arches: dict[int
         for arch in arches.values():
             number = lib.number_on(arch.token, name)
             if number is None and call is None:
-                number = _newer(arch.token, name)
+                number = newer(arch.token, name)
                 # No comparisons are made in the prologue: such an allowance is left out, such a denial is complete.
                 if number is not None and action != default and not (rule.args and action in _PERMISSIVE):
                     arch.special.setdefault(number, action)
@@ -175,7 +177,8 @@ def _add(context: lib.Context, rule: SeccompRule, default: int, arches: dict[int
                 context.add_rule(action, call, alternative)
 
 
-def _newer(token: int, name: str) -> int | None:
+def newer(token: int, name: str) -> int | None:
+    """The number on an architecture of one of NEWER_CALLS; None where it has none."""
     number = _SINCE_450.get(name)
     if number is None and token == lib.X86_64:
         return _ONLY_X86_64.get(name)

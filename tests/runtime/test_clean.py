@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import json
 import os
 import re
 import resource
@@ -20,8 +21,8 @@ from runtime.cgroup import detect
 from runtime.engine import Cgroup, Engine, ExecStart
 from runtime.linux.probe import probe
 from runtime.linux.process import PR_SET_TIMERSLACK, prctl
-from runtime.spec import Capabilities, Linux, Process, Rlimit, User
-from runtime.zygote.launch import launch
+from runtime.spec import Capabilities, Linux, Mount, Process, Rlimit, User
+from runtime.zygote.launch import interpreter, launch
 from tests.requires import requires
 from tests.runtime.conftest import POD_ID, TIMEOUT_S, Bench, container
 
@@ -69,6 +70,7 @@ def odd() -> Iterator[None]:
     """This process as nobody would start cribd, for what it starts meanwhile."""
     cpus, mask = os.sched_getaffinity(0), os.umask(0o177)
     libc = ctypes.CDLL(None)
+    ioprio_set = {"x86_64": 251, "aarch64": 30}[os.uname().machine]
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         os.sched_setaffinity(0, {min(cpus)})
@@ -77,6 +79,7 @@ def odd() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
         prctl(PR_SET_TIMERSLACK, 999)
         libc.personality(0x0040000)  # ADDR_NO_RANDOMIZE
+        libc.syscall(ioprio_set, 1, 0, 2 << 13 | 7)  # best effort, lowest
         Path("/proc/self/coredump_filter").write_text("0x7f")
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit[0] - 1, limit[1]))
         yield
@@ -84,6 +87,7 @@ def odd() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, limit)
         Path("/proc/self/coredump_filter").write_text("0x33")
         libc.personality(0)
+        libc.syscall(ioprio_set, 1, 0, 0)
         prctl(PR_SET_TIMERSLACK, 50_000)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
         signal.signal(signal.SIGUSR1, signal.SIG_DFL)
@@ -174,3 +178,81 @@ async def test_an_exec_inherits_what_is_written_here(odd_bench: Bench, null: int
         os.close(output)
     assert done.code == 0
     check((tmp_path / "output").read_text())
+
+
+# What no file of /proc tells, asked from inside: by a Python whose files are the host's.
+PROBE = """
+import ctypes, fcntl, json, os, resource, signal, sys
+libc = ctypes.CDLL(None, use_errno=True)
+keyctl, ioprio_get, get_mempolicy = {"x86_64": (250, 252, 239), "aarch64": (219, 31, 236)}[os.uname().machine]
+number = ctypes.c_int(-1)
+def prctl(option):
+    return libc.prctl(option, 0, 0, 0, 0)
+def pointed(option):
+    libc.prctl(option, ctypes.byref(number), 0, 0, 0)
+    return number.value
+mode = ctypes.c_int(-1)
+found = {
+    "parent_death_signal": pointed(2), "keep_capabilities": prctl(7), "secure_bits": prctl(27),
+    "timer_slack_ns": prctl(30), "subreaper": pointed(37), "no_new_privileges": prctl(39), "thp_disabled": prctl(42),
+    "scheduler": os.sched_getscheduler(0), "nice": os.getpriority(os.PRIO_PROCESS, 0),
+    "io_priority": libc.syscall(ioprio_get, 1, 0), "affinity": sorted(os.sched_getaffinity(0)),
+    "memory_policy": mode.value if libc.syscall(get_mempolicy, ctypes.byref(mode), 0, 0, 0, 0) == 0 else 0,
+    "session_leader": os.getsid(0) == os.getpid(), "group_leader": os.getpgid(0) == os.getpid(),
+    "session_keyring": libc.syscall(keyctl, 0, -3, 0), "umask": os.umask(0), "directory": os.getcwd(),
+    "blocked": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())), "pending": sorted(signal.sigpending()),
+    "timers": [signal.getitimer(which) for which in (0, 1, 2)],
+    "non_blocking": [fd for fd in (0, 1, 2) if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_NONBLOCK],
+    "ids": [*os.getresuid(), *os.getresgid(), *sorted(os.getgroups())], "environment": {key: value for key, value in os.environ.items() if key != "LC_CTYPE"},  # which Python sets
+    "limits": {name: resource.getrlimit(getattr(resource, "RLIMIT_" + name)) for name in ("NOFILE", "CORE", "NPROC", "NICE")},
+}
+print(json.dumps(found))
+"""  # noqa: E501
+INVISIBLE = {
+    "parent_death_signal": 0, "keep_capabilities": 0, "secure_bits": 0, "timer_slack_ns": 50_000, "subreaper": 0,
+    "no_new_privileges": 1, "thp_disabled": 0, "scheduler": 0, "nice": 0, "io_priority": 0, "memory_policy": 0,
+    "session_leader": True, "group_leader": True, "umask": 0o022, "directory": "/", "blocked": [], "pending": [],
+    "timers": [[0.0, 0.0]] * 3, "non_blocking": [], "ids": [7, 7, 7, 8, 8, 8, 8, 9],
+    "environment": {"PATH": "/bin", "A": "b"},
+    "limits": {"NOFILE": [100, 200], "CORE": [0, -1], "NPROC": [500, 600], "NICE": [0, 0]},
+}  # fmt: skip
+
+
+def probe_command() -> tuple[str, ...]:
+    return (interpreter(), "-I", "-S", "-c", PROBE)
+
+
+def hosts_files() -> tuple[Mount, ...]:
+    wanted = {"/usr", "/lib", "/lib64", os.path.dirname(os.path.dirname(interpreter()))}
+    options = ("rbind", "ro", "rprivate")
+    paths = sorted(path for path in wanted if os.path.exists(path))
+    return tuple(Mount(destination=path, type="bind", source=path, options=options) for path in paths)
+
+
+def check_invisible(text: str) -> int:
+    """Compare with the table; the session keyring."""
+    found = json.loads(text)
+    keyring = found.pop("session_keyring")
+    assert found.pop("affinity") == sorted(os.sched_getaffinity(0))
+    assert found == INVISIBLE
+    return int(keyring)
+
+
+async def test_what_no_file_tells_of(odd_bench: Bench, null: int, tmp_path: Path) -> None:
+    pod = await odd_bench.pod()
+    _, log = await odd_bench.run(pod, "probe", container(pod, *probe_command(), mounts=hosts_files(), process=chosen))
+    first = check_invisible(log)
+    await odd_bench.start(pod, "c", container(pod, "sleep", "100", mounts=hosts_files()))
+    process = Process(cwd="/", user=User(uid=0, gid=0), args=probe_command(), no_new_privileges=True)
+    cgroup = Cgroup.of(odd_bench.cgroups, f"{odd_bench.cgroup}/c")
+    output = os.open(tmp_path / "output", os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        start = ExecStart("e", "c", chosen(process), Linux(), cgroup.join_files, cgroup.clone_dir)
+        assert (await asyncio.wait_for(pod.exec(start, null, output, output).wait(), TIMEOUT_S)).code == 0
+    finally:
+        os.close(output)
+    second = check_invisible((tmp_path / "output").read_text())
+    keyctl = {"x86_64": 250, "aarch64": 219}[os.uname().machine]
+    own = ctypes.CDLL(None).syscall(keyctl, 0, -3, 0)
+    if first > 0:  # a kernel with keyrings
+        assert len({first, second, own}) == 3

@@ -9,9 +9,11 @@ import pytest
 from cri.api import cri_pb2 as pb
 from cri.translate import Defaults, Handler, ResolvedUser
 from cri.translate.capabilities import ALL, DEFAULT
+from cri.translate.defaults import RLIMITS
 from cri.translate.process import DEFAULT_PATH
 from cri.translate.security import new_level
 from runtime.errors import InvalidSpec, Unsupported
+from runtime.plan.identity import RLIMIT_NAMES
 from runtime.spec import Capabilities, Rlimit, User
 from tests.cri.translate.given import DEFAULTS, HOST, container, image, linux, sandbox, sandbox_with, secured, spec
 
@@ -372,3 +374,8 @@ def test_spec_is_complete() -> None:
     assert made.root.readonly
     assert made.root.path == "rootfs"
     assert linux(made).cgroups_path == "/kubepods/x"
+
+
+def test_every_limit_is_set_so_that_none_is_the_daemons() -> None:
+    assert {limit.type for limit in RLIMITS} == {f"RLIMIT_{name}" for name in RLIMIT_NAMES}
+    assert {limit.type for limit in spec(container()).process.rlimits} == {limit.type for limit in RLIMITS}
