@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from typing import Final
 
 from runtime.cgroup import devices, files, tree
-from runtime.cgroup.writes import Write, carry_out_or_revert, missing, revert
+from runtime.cgroup.writes import Write, carry_out_or_revert, check_numbers, missing, revert
 from runtime.errors import CribError, DeadlineExceeded, NotFound, WrongState
 from runtime.spec import Resources
 
@@ -87,6 +87,8 @@ class Direct(ABC):
         for write in limits:
             if write.controller not in self.controllers and not write.tolerant:
                 raise missing(write)
+            if write.controller == "cpuset":
+                check_numbers(write)
         return tuple(write for write in limits if write.controller in self.controllers)
 
     def _empty(self, directory: str, path: str) -> None:

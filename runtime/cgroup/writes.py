@@ -12,6 +12,7 @@ from runtime.errors import CribError, Exhausted, InvalidSpec, NotFound, Unavaila
 
 _LARGEST = 2**63 - 1
 _PAGE_SIZE = re.compile(r"[1-9][0-9]{0,5}[KMG]B")
+_THERE = {"cpuset.cpus": "/sys/devices/system/cpu/present", "cpuset.mems": "/sys/devices/system/node/online"}
 _REFUSED = (
     errno.EINVAL, errno.ERANGE, errno.EBUSY, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDOM, errno.ENODEV,
     errno.ENXIO, errno.E2BIG, errno.EOPNOTSUPP, errno.EEXIST, errno.EOVERFLOW,
@@ -63,6 +64,32 @@ def page_size(size: str) -> str:
 def missing(write: Write) -> InvalidSpec:
     """The error for a limit that has no controller to enforce it."""
     return InvalidSpec(f"{write.field} {write.asked}: this host has no {write.controller} controller ({write.file})")
+
+
+def check_numbers(write: Write) -> None:
+    """Raises InvalidSpec for CPUs or memory nodes that this machine hasn't: v2 would take them, and use others."""
+    for value in write.values:
+        try:
+            wanted = _numbers(value)
+        except ValueError:
+            raise InvalidSpec(f"{write.field} {write.asked}: not a list like 0-3,7") from None
+        try:
+            there = files.read(_THERE[write.file]).strip()
+        except (KeyError, OSError):
+            continue
+        if not wanted <= _numbers(there):
+            raise InvalidSpec(f"{write.field} {write.asked}: this machine has {there}")
+
+
+def _numbers(text: str) -> set[int]:
+    found: set[int] = set()
+    for item in text.split(","):
+        first, _, last = item.partition("-")
+        low, high = int(first), int(last or first)
+        if not 0 <= low <= high < 2**16:
+            raise ValueError(text)
+        found.update(range(low, high + 1))
+    return found
 
 
 def refuse_decrease(path: str, limit_bytes: int, now: Memory | None) -> None:

@@ -425,6 +425,48 @@ async def test_the_pods_cgroup_is_the_kubelets(real: Real) -> None:
         await until(lambda: cgroups.remove(top))
 
 
+async def test_a_cgroup_that_is_removed_before_the_start(real: Real) -> None:
+    pod = await real.pod(real.pod_config(network=False))
+    first = await real.run(pod, "sleep", "1000", name="first")
+    container = await real.create(pod, "sleep", "1000")
+    path = cgroup_path(await real.pid(first)).replace(first, container)
+    assert detect().remove(path)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await real.client.UpdateContainerResources(
+            pb.UpdateContainerResourcesRequest(container_id=container, linux=pb.LinuxContainerResources(cpu_shares=7))
+        )
+    assert caught.value.code() == grpc.StatusCode.NOT_FOUND
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await real.start(container)
+    assert "cgroup" in (caught.value.details() or "")
+    found = await real.status(container)
+    assert (found.state, found.exit_code, found.reason) == (pb.CONTAINER_EXITED, 128, "StartError")
+    assert (await real.sh(first, "echo fine")).stdout == b"fine\n"
+
+
+async def test_a_pod_that_is_full_of_processes(real: Real) -> None:
+    """One more container or command is refused with the reason; what runs, runs on, and can be ended."""
+    cgroups = detect()
+    pod = await real.pod(real.pod_config(network=False))
+    first = await real.run(pod, "sleep", "1000", name="first")
+    second = await real.create(pod, "sh", "-c", "true & wait", name="second")
+    path = cgroup_path(await real.pid(first))
+    limit = Path(f"/sys/fs/cgroup{'' if V2 else '/pids'}{path}").parent / "pids.max"
+    limit.write_text(held(path, "pids.current", "pids.current"))
+    if V2:  # on v1 a process may enter, and only not fork
+        for call in (real.sh(first, "echo full"), real.start(second)):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call
+            assert "resource temporarily unavailable" in (caught.value.details() or "").lower()
+    else:
+        assert (await real.sh(first, "true & wait")).stderr == b"sh: can't fork: Resource temporarily unavailable\n"
+    limit.write_text("max")
+    assert (await real.sh(first, "echo fine")).stdout == b"fine\n"
+    limit.write_text("1")
+    await real.client.StopContainer(pb.StopContainerRequest(container_id=first, timeout=0))
+    await until(lambda: not cgroups.exists(path))
+
+
 async def test_pod_resources_are_noted(real: Real) -> None:
     pod = await real.pod()
     wanted = pb.LinuxContainerResources(cpu_shares=512, memory_limit_in_bytes=64 * MIB)

@@ -164,6 +164,42 @@ def test_a_refused_update_changes_nothing(place: Place) -> None:
         assert before == (_quota(place, path), _memory_limit(place, path), _pids_limit(place, path))
 
 
+@pytest.mark.parametrize("numbers", [CPU(cpus="0,{}"), CPU(cpus="0-{}"), CPU(mems="{}")])
+def test_one_more_than_the_machine_has(place: Place, numbers: CPU) -> None:
+    """v2 would take it where the kernel could have it, and go on with what there is."""
+    if "cpuset" not in place.cgroups.controllers:
+        pytest.skip("no cpuset controller here")
+    one_more = str(1 + max(int(cpu.name[3:]) for cpu in Path("/sys/devices/system/cpu").glob("cpu[0-9]*")))
+    asked = CPU(cpus=numbers.cpus.format(one_more), mems=numbers.mems.format("9"))
+    with pytest.raises(InvalidSpec, match="this machine has 0"):
+        place.make("pod", limits=Resources(cpu=asked))
+    path = place.make("pod", limits=Resources(cpu=CPU(cpus="0", mems="0")))
+    with pytest.raises(InvalidSpec, match="this machine has 0"):
+        place.cgroups.update(path, Resources(cpu=asked))
+    assert _value(place, path, ("cpuset", "cpuset.cpus"), "cpuset.cpus") == "0"
+
+
+def test_a_limit_above_the_parents(place: Place) -> None:
+    """On v1 the kernel refuses a quota above the parent's; memory, and all on v2, is as low as the lowest above."""
+    pod = place.make("pod", "all")
+    above = Path(pod).parent
+    outer = Resources(cpu=CPU(quota=20_000, period=100_000), memory=Memory(limit=32 * MIB, swap=32 * MIB))
+    place.cgroups.update(str(above), outer)
+    inner = Resources(cpu=CPU(quota=90_000, period=100_000))
+    if place.cgroups.version == 1:
+        with pytest.raises(InvalidSpec, match=r"cpu\.quota 90000: the kernel refuses it"):
+            place.make("pod", "container", limits=inner)
+        assert not place.cgroups.exists(place.path("pod", "container"))
+    else:
+        assert _quota(place, place.make("pod", "container", limits=inner))[0] == "90000"
+    hog = place.run(
+        place.make("pod", "hog", limits=Resources(memory=Memory(limit=256 * MIB, swap=256 * MIB))),
+        "hoard = bytearray(b'x') * (128 << 20)",
+    )
+    hog.go()
+    assert hog.wait() == -signal.SIGKILL
+
+
 def test_memory_below_the_present_use_is_refused(place: Place) -> None:
     path = place.make("full", limits=Resources(memory=Memory(limit=128 * MIB, swap=128 * MIB)))
     holder = place.run(path, "hoard = bytearray(b'x') * (48 << 20); print('has', flush=True); sys.stdin.readline()")
