@@ -241,11 +241,12 @@ class V2(Direct):
         parent = path.rpartition("/")[0]
         wanted = self._always | needed
         try:
-            if self._lacking(parent, wanted):
+            lacking = self._lacking(parent, wanted)
+            if lacking:
                 # Usual for the first pod below a parent only; from the root down, as each can only pass on what it has.
                 for above in ("", *tree.lineage(parent)) if parent else ("",):
                     self._enable(above, self._lacking(above, wanted))
-            lacking = self._lacking(parent, needed)
+                lacking = self._lacking(parent, needed)
         except OSError as error:
             raise tree.explain(error, path) from error
         if lacking:
