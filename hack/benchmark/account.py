@@ -115,6 +115,38 @@ def is_workload(pid: int) -> bool:
 
 
 @dataclass(slots=True)
+class Adopted:
+    """A context manager: a daemon with its children is in a cgroup of the benchmark's own, and back afterwards."""
+
+    name: str
+    daemon: int
+    _moved: dict[int, Path] = field(default_factory=dict)
+
+    @property
+    def _cgroup(self) -> Path:
+        return _root() / f"crib-bench-daemon-{self.name}"
+
+    def __enter__(self) -> Adopted:
+        self._cgroup.mkdir(exist_ok=True)
+        home = _cgroup_of(self.daemon)
+        for pid in helpers(self.daemon, set()) | {self.daemon}:
+            if _cgroup_of(pid) == home:
+                self._moved[pid] = home
+                (self._cgroup / "cgroup.procs").write_text(str(pid))
+        return self
+
+    def cpu_s(self) -> float:
+        return _usage_s(self._cgroup)
+
+    def __exit__(self, *ignored: object) -> None:
+        for pid in _own_procs(self._cgroup):
+            with contextlib.suppress(OSError):
+                (self._moved.get(pid, self._moved[self.daemon]) / "cgroup.procs").write_text(str(pid))
+        with contextlib.suppress(OSError):
+            self._cgroup.rmdir()
+
+
+@dataclass(slots=True)
 class Account:
     """The CPU meter of one runtime. `attach` needs a pod of it running; `release` puts back what was moved."""
 

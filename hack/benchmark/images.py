@@ -1,8 +1,10 @@
 """Measure pulls side by side: images made from a seed, on a registry on loopback (docker-registry), by each runtime.
 
-Each pull is of an image that the runtime doesn't have, with the page cache dropped before it where that is allowed; it
-is removed only after all of a round's pulls, since a removal writes on while the next pull is measured. Memory is the
-highest sum of Pss of the daemon and its children that was seen during the pulls.
+Each round has an image of its own that no runtime has, and the page cache is dropped before each pull where that is
+allowed. Images are removed only after all of a shape's pulls: a removal writes on while the next pull is measured, and
+ext4 takes long to create files in the minutes after as many were removed. Memory is the
+highest sum of Pss of the daemon and its children that was seen during the pulls. CPU is that of the daemon and all that
+it starts, by cgroup accounting; what the kernel writes back for it is not in it.
 """
 
 from __future__ import annotations
@@ -22,15 +24,17 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from cri.api import cri_pb2 as api
+from hack.benchmark.account import Adopted
 from hack.benchmark.client import Endpoint
 
 MIB = 1 << 20
+_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 _ARCHITECTURE = {"x86_64": "amd64", "aarch64": "arm64"}.get(os.uname().machine, os.uname().machine)
 
 
@@ -77,6 +81,14 @@ class _Registry:
             raise RuntimeError(f"registry: {method} {url}: {answer.status}")
         return answer.headers.get("Location", "")
 
+    def has(self, name: str) -> bool:
+        connection = HTTPConnection(self.host, timeout=120)
+        connection.request("HEAD", f"/v2/{name}/manifests/1", headers={"Accept": _MANIFEST})
+        answer = connection.getresponse()
+        answer.read()
+        connection.close()
+        return answer.status == 200
+
     def blob(self, name: str, data: bytes) -> dict[str, object]:
         location = self._send("POST", f"/v2/{name}/blobs/uploads/")
         digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
@@ -92,14 +104,13 @@ class _Registry:
             described.append({"mediaType": "application/vnd.oci.image.layer.v1.tar+gzip", **blob})
         rootfs = {"type": "layers", "diff_ids": diff_ids}
         config = json.dumps({"architecture": _ARCHITECTURE, "os": "linux", "config": {}, "rootfs": rootfs}).encode()
-        kind = "application/vnd.oci.image.manifest.v1+json"
         manifest = {
             "schemaVersion": 2,
-            "mediaType": kind,
+            "mediaType": _MANIFEST,
             "config": {"mediaType": "application/vnd.oci.image.config.v1+json", **self.blob(name, config)},
             "layers": described,
         }
-        self._send("PUT", f"/v2/{name}/manifests/1", json.dumps(manifest).encode(), kind)
+        self._send("PUT", f"/v2/{name}/manifests/1", json.dumps(manifest).encode(), _MANIFEST)
 
 
 @contextmanager
@@ -170,8 +181,10 @@ def _pss(pid: int) -> int:
         return 0
 
 
-def _drop_caches() -> None:
+def _drop_caches(keep: bool) -> None:
     os.sync()
+    if keep:
+        return
     try:
         Path("/proc/sys/vm/drop_caches").write_text("1")
     except OSError:
@@ -188,6 +201,8 @@ def main() -> int:
     add("--seed", type=int, default=1)
     add("--port", type=int, default=5077, help="the registry's (%(default)s)")
     add("--work", default="/var/tmp", help="where the registry keeps its blobs (%(default)s)")
+    add("--keep", metavar="DIRECTORY", help="keep the registry there, and take images that it has as they are")
+    add("--warm", action="store_true", help="leave the page cache alone")
     add("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
     endpoints = []
@@ -196,9 +211,11 @@ def main() -> int:
         endpoints.append(Endpoint(name, target, "", "", "", False, timeout_s=1800))
     results = []
     with (
-        tempfile.TemporaryDirectory(prefix="crib-bench-images-", dir=options.work) as directory,
-        _registry(options.port, directory) as registry,
+        tempfile.TemporaryDirectory(prefix="crib-bench-images-", dir=options.work) as temporary,
+        _registry(options.port, options.keep or temporary) as registry,
+        ExitStack() as stack,
     ):
+        accounts = [stack.enter_context(Adopted(e.name, e.daemon_pid())) for e in endpoints]
         for endpoint in endpoints:
             answer = endpoint.call("Version")
             print(f"{endpoint.name}: {answer.runtime_name} {answer.runtime_version}", flush=True)
@@ -207,38 +224,50 @@ def main() -> int:
                 continue
             if files * size > 50 * MIB or layers == 10:
                 files, size = (max(1, files // options.scale), size) if files > 50 else (files, size // options.scale)
-            chance = random.Random(f"{options.seed} {shape}")
-            registry.push(shape, (_layer(chance, files, size) for _ in range(layers)))
-            results.append(_measure(shape, f"{registry.host}/{shape}:1", endpoints, options.rounds))
+            images = []
+            for number in range(options.rounds):
+                chance = random.Random(f"{options.seed} {shape} {number}")
+                name = f"{shape}-{options.seed}-{options.scale}-{number}"
+                if not registry.has(name):
+                    registry.push(name, (_layer(chance, files, size) for _ in range(layers)))
+                images.append(f"{registry.host}/{name}:1")
+            results.append(_measure(shape, images, endpoints, accounts, options.warm))
             print(_line(results[-1]), flush=True)
     if options.json:
         options.json.write_text(json.dumps(results, indent=1))
     return 0
 
 
-def _measure(shape: str, image: str, endpoints: list[Endpoint], rounds: int) -> dict[str, object]:
-    spec = api.ImageSpec(image=image)
+def _measure(
+    shape: str, images: list[str], endpoints: list[Endpoint], accounts: list[Adopted], warm: bool
+) -> dict[str, object]:
     seconds: dict[str, list[float]] = {endpoint.name: [] for endpoint in endpoints}
+    cpu: dict[str, list[float]] = {endpoint.name: [] for endpoint in endpoints}
     peaks = dict.fromkeys(seconds, 0)
-    for number in range(rounds):
-        for endpoint in endpoints[number % len(endpoints) :] + endpoints[: number % len(endpoints)]:
-            _drop_caches()
-            with _Memory(endpoint.daemon_pid()) as memory:
-                began = time.perf_counter()
-                endpoint.call("PullImage", image=spec)
+    pairs = list(zip(endpoints, accounts, strict=True))
+    for number, image in enumerate(images):
+        for endpoint, account in pairs[number % len(pairs) :] + pairs[: number % len(pairs)]:
+            _drop_caches(warm)
+            with _Memory(account.daemon) as memory:
+                used, began = account.cpu_s(), time.perf_counter()
+                endpoint.call("PullImage", image=api.ImageSpec(image=image))
                 seconds[endpoint.name].append(time.perf_counter() - began)
+            cpu[endpoint.name].append(account.cpu_s() - used)
             peaks[endpoint.name] = max(peaks[endpoint.name], memory.peak)
-        for endpoint in endpoints:
-            endpoint.call("RemoveImage", image=spec)
-    return {"shape": shape, "seconds": seconds, "peak_bytes": peaks}
+    for endpoint in endpoints:
+        for image in images:
+            endpoint.call("RemoveImage", image=api.ImageSpec(image=image))
+    return {"shape": shape, "seconds": seconds, "cpu_seconds": cpu, "peak_bytes": peaks}
 
 
 def _line(result: dict[str, object]) -> str:
-    seconds, peaks = result["seconds"], result["peak_bytes"]
+    seconds, cpu, peaks = result["seconds"], result["cpu_seconds"], result["peak_bytes"]
+    assert isinstance(cpu, dict)
     assert isinstance(seconds, dict)
     assert isinstance(peaks, dict)
     cells = [
-        f"{name} {statistics.median(times):7.2f} s (best {min(times):.2f}, peak {peaks[name] / MIB:.0f} MiB)"
+        f"{name} {statistics.median(times):7.2f} s (best {min(times):.2f}, CPU {statistics.median(cpu[name]):.2f}, "
+        f"peak {peaks[name] / MIB:.0f} MiB)"
         for name, times in seconds.items()
     ]
     return f"{result['shape']:<14}" + "   ".join(cells)

@@ -24,7 +24,7 @@ from runtime.images.transfer import Content
 from runtime.images.unpack.errors import BadLayer
 from runtime.images.unpack.stream import decompressed
 
-_COPY = 1 << 20
+_COPY = 1 << 18
 _MEMBERS_LIMIT = 20_000
 _NAME_KEYS = ("io.containerd.image.name", "org.opencontainers.image.ref.name")
 _NESTED_INDEXES = 3
@@ -69,17 +69,12 @@ class Archive:
         else:
             raise BadImage("archive holds no image: neither index.json nor manifest.json is in it")
 
-    def place(self, descriptor: Descriptor) -> tuple[IO[bytes], int]:
+    def fetch(self, descriptor: Descriptor, take: Callable[[bytes], None]) -> None:
         offset, size = self._blob(descriptor.digest)
         if size != descriptor.size:
             raise BadImage(f"archive: blob {descriptor.digest} has {size} bytes instead of {descriptor.size}")
-        return os.fdopen(os.dup(self._file.fileno()), "rb"), offset
-
-    def fill(self, descriptor: Descriptor, file: int, arrived: Callable[[int], None]) -> None:
-        offset, size = self._blob(descriptor.digest)
-        if self._digest(offset, size, descriptor.digest) != descriptor.digest:
+        if self._digest(offset, size, descriptor.digest, take) != descriptor.digest:
             raise BadImage(f"archive: blob {descriptor.digest} holds something else")
-        arrived(size)
 
     def another(self, descriptor: Descriptor) -> bool:
         return False
@@ -137,11 +132,14 @@ class Archive:
     def _blob(self, digest: str) -> tuple[int, int]:
         return self._blobs.get(digest) or self._member("blobs/" + digest.replace(":", "/"))
 
-    def _digest(self, offset: int, size: int, like: str = "sha256:") -> str:
+    def _digest(
+        self, offset: int, size: int, like: str = "sha256:", take: Callable[[bytes], None] = lambda data: None
+    ) -> str:
         algorithm = like.partition(":")[0]
         hashed = hashlib.new(algorithm)
         while size and (data := os.pread(self._file.fileno(), min(size, _COPY), offset)):
             hashed.update(data)
+            take(data)
             offset += len(data)
             size -= len(data)
         return f"{algorithm}:{hashed.hexdigest()}"

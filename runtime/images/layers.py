@@ -4,12 +4,12 @@
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import select
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -26,9 +26,9 @@ _START = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]);"
     "from runtime.images.unpack.child import serve; serve(int(sys.argv[2]), int(sys.argv[3]))"
 )
-_COMPLETE = 1 << 63
-# How many bytes arrive before the child hears of them.
-_STRIDE = 1 << 20
+# What cribd may be ahead of the child: the most that the kernel gives without being configured to.
+_PIPE_BYTES = 1 << 20
+_KEPT_BYTES = 32 << 20
 _BASE36 = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
@@ -75,7 +75,12 @@ class Unpacker:
                 stdout=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(),),
                 cwd="/",
-                env={"LC_ALL": "C.UTF-8"},
+                # Freed memory is kept: each piece of a layer would else be made of fresh pages.
+                env={
+                    "LC_ALL": "C.UTF-8",
+                    "MALLOC_TRIM_THRESHOLD_": str(_KEPT_BYTES),
+                    "MALLOC_MMAP_THRESHOLD_": str(_KEPT_BYTES),
+                },
                 process_group=0,
             )
         except BaseException:
@@ -84,34 +89,35 @@ class Unpacker:
         finally:
             theirs.close()
 
-    def begin(self, target: Path, blob: int, offset: int, recipe: int) -> "Unpack":
-        """Start on the layer whose bytes come in the file `blob` from `offset` on; `target` is an empty directory,
-        `recipe` an empty file (see `runtime.images.unpack.recipe`).
+    def begin(self, target: Path, recipe: int) -> "Unpack":
+        """Start on a layer, whose bytes are then written to what is returned; `target` is an empty directory, `recipe`
+        an empty file (see `runtime.images.unpack.recipe`).
 
         Raises Unavailable.
         """
         job = {
             "root": str(target),
-            "offset": offset,
             "unpacked_limit_bytes": self._config.unpacked_limit_bytes,
             "ratio_limit": self._config.ratio_limit,
             "ratio_from_bytes": self._config.ratio_from_bytes,
             "entries_limit": self._config.entries_limit,
         }
-        control_theirs, control = os.pipe()
+        blob_theirs, blob = os.pipe()
         report, report_theirs = os.pipe()
         try:
+            with contextlib.suppress(OSError):  # the usual size will do
+                fcntl.fcntl(blob, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
             with self._lock:
                 message = json.dumps(job).encode()
-                socket.send_fds(self._socket, [message], [blob, control_theirs, report_theirs, recipe])
+                socket.send_fds(self._socket, [message], [blob_theirs, report_theirs, recipe])
                 answer, [pidfd], _, _ = socket.recv_fds(self._socket, 64, 1)
-            return Unpack(int(answer), pidfd, control, report)
+            return Unpack(int(answer), pidfd, blob, report)
         except (OSError, ValueError) as error:
-            os.close(control)
+            os.close(blob)
             os.close(report)
             raise Unavailable("the unpacking program has ended") from error
         finally:
-            os.close(control_theirs)
+            os.close(blob_theirs)
             os.close(report_theirs)
 
     def close(self) -> None:
@@ -122,39 +128,34 @@ class Unpacker:
 class Unpack:
     """A child at work on one layer. Used by one thread; `kill` may come from any."""
 
-    def __init__(self, pid: int, pidfd: int, control: int, report: int) -> None:
+    def __init__(self, pid: int, pidfd: int, blob: int, report: int) -> None:
         self.pid = pid
         self._pidfd = pidfd
-        self._control = control
+        self._blob = blob
         self._report = report
-        os.set_blocking(control, False)
         self._ended = select.poll()
         self._ended.register(pidfd, select.POLLIN)
-        self._told = 0
         self._killed = False
         self._lock = threading.Lock()
 
-    def arrived(self, position: int) -> None:
-        """So many bytes of the layer are in the file. Cheap; the child hears of every mebibyte or so."""
-        if position - self._told >= _STRIDE:
-            try:
-                os.write(self._control, struct.pack("<Q", position))
-                self._told = position
-            except (BlockingIOError, BrokenPipeError):
-                pass  # it has plenty to do; or it has failed, which `finish` tells
+    def write(self, data: bytes) -> bool:
+        """Give the child more of the layer, as soon as it can take it. False when it has ended early, which `finish`
+        explains."""
+        left = memoryview(data)
+        try:
+            while left:
+                left = left[os.write(self._blob, left) :]
+        except BrokenPipeError:
+            return False
+        return True
 
-    def failed(self) -> bool:
-        """True when the child has ended before its input did: downloading more is of no use."""
-        return bool(self._ended.poll(0))
-
-    def finish(self, size: int) -> Unpacked:
-        """All `size` bytes are there and verified, or the child has `failed`: its report.
+    def finish(self) -> Unpacked:
+        """That was the whole layer, as it should be, or the child has ended early: its report. Called once.
 
         Raises BadImage, Exhausted, Unavailable, Cancelled.
         """
-        os.set_blocking(self._control, True)
-        with contextlib.suppress(BrokenPipeError):
-            os.write(self._control, struct.pack("<Q", size | _COMPLETE))
+        os.close(self._blob)
+        self._blob = -1
         line = b""
         while chunk := os.read(self._report, 1 << 16):
             line += chunk
@@ -174,12 +175,13 @@ class Unpack:
 
     def close(self) -> None:
         """Kill the child unless it has ended; nothing writes to the target afterwards."""
-        if not self.failed():
+        if not self._ended.poll(0):
             self.kill()
             self._ended.poll()
         with self._lock:
-            for fd in (self._pidfd, self._control, self._report):
-                os.close(fd)
+            for fd in (self._pidfd, self._blob, self._report):
+                if fd >= 0:
+                    os.close(fd)
             self._pidfd = -1
 
 

@@ -1,12 +1,10 @@
 """One pull: from a reference to content, in a thread of its own, for everybody who asked for the same."""
 
 import logging
-import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import IO
 
 from runtime.errors import Cancelled, NotFound
 from runtime.images.authfile import credentials
@@ -29,17 +27,12 @@ Install = Callable[[Content, Source, "Pull"], str]
 
 
 class _RegistrySource:
-    """Blobs go to files without a name: what is interrupted leaves nothing."""
-
     def __init__(self, registry: Registry, spool: Path) -> None:
         self._registry = registry
         self._spool = spool
 
-    def place(self, descriptor: Descriptor) -> tuple[IO[bytes], int]:
-        return tempfile.TemporaryFile(dir=self._spool, buffering=0), 0
-
-    def fill(self, descriptor: Descriptor, file: int, arrived: Callable[[int], None]) -> None:
-        self._registry.blob(descriptor, file, arrived)
+    def fetch(self, descriptor: Descriptor, take: Callable[[bytes], None]) -> None:
+        self._registry.blob(descriptor, take, self._spool)
 
     def another(self, descriptor: Descriptor) -> bool:
         return self._registry.another(descriptor)

@@ -1,6 +1,6 @@
 """A large blob in several requests at once, where the server answers ranges.
 
-The pieces go to their places in the file in any order; hash and listener follow what is there without a gap.
+The pieces go to their places in the file in any order; hash and taker follow what is there without a gap.
 """
 
 import os
@@ -9,19 +9,19 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
 
-_READ = 1 << 20
+_READ = 1 << 18
 
 # Brings the bytes from `start` up to `end` to their place; calls back with the position that it has come to.
 Fetch = Callable[[int, int, Callable[[int], None]], None]
 
 
 class Front:
-    """The end of what is there without a gap from the start on; hashes it on its way to the listener."""
+    """The end of what is there without a gap from the start on; hashes it on its way to the taker."""
 
-    def __init__(self, file: int, hash: Any, position: int, arrived: Callable[[int], None]) -> None:
+    def __init__(self, file: int, hash: Any, position: int, take: Callable[[bytes], None]) -> None:
         self._file = file
         self._hash = hash
-        self._arrived = arrived
+        self._take = take
         self.position = position
 
     def advance(self, position: int) -> None:
@@ -29,13 +29,13 @@ class Front:
             data = os.pread(self._file, min(position - self.position, _READ), self.position)
             self._hash.update(data)
             self.position += len(data)
-        self._arrived(self.position)
+            self._take(data)
 
 
 def in_parallel(fetch: Fetch, front: Front, size: int, piece_bytes: int, parallel: int) -> None:
     """Fetch what is missing of `size` bytes, `parallel` pieces at a time and in their order.
 
-    What `fetch` or the listener raises ends it, when the other pieces have ended too.
+    What `fetch` or the taker raises ends it, when the other pieces have ended too.
     """
     stop = threading.Event()
     moved = threading.Condition()

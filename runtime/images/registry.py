@@ -7,8 +7,11 @@ tried again.
 import hashlib
 import logging
 import os
+import tempfile
+import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from runtime.errors import Cancelled, CribError, Exhausted, NotFound
@@ -47,6 +50,7 @@ class _Arriving:
         self.before = -1
         self.resumes = 0
         self.done = False
+        self.fast = False
         self.senders: set[str] = set()
 
 
@@ -86,19 +90,20 @@ class Registry:
 
         return self._ask("pull", f"blob {descriptor.digest}", fetch)
 
-    def blob(self, descriptor: Descriptor, file: int, arrived: Callable[[int], None]) -> None:
-        """Write a blob to the descriptor `file` from its start; `arrived` hears how many bytes are there.
+    def blob(self, descriptor: Descriptor, take: Callable[[bytes], None], spool: Path) -> None:
+        """Give a blob to `take` piece by piece, in order. What arrives out of order is kept in a file without a name in
+        the directory `spool`.
 
         A broken connection is resumed, at another host if need be. On return size and digest are right; BadContent
-        when they are wrong: then `another` tells whether there are hosts that have not sent of it. What `arrived`
-        raises passes through.
+        when they are wrong: then `another` tells whether there are hosts that have not sent of it. What `take` raises
+        passes through.
         """
         state = _Arriving(descriptor)
 
         def fetch(endpoint: Endpoint) -> None:
             state.senders.add(endpoint.base)
             while not state.done:
-                self._receive(endpoint, descriptor, file, state, arrived)
+                self._receive(endpoint, descriptor, state, take, spool)
 
         try:
             self._ask("pull", f"blob {descriptor.digest}", fetch, self._liars.get(descriptor.digest, ()))
@@ -114,11 +119,15 @@ class Registry:
         return any("pull" in e.capabilities and e.base not in liars for e in self._endpoints)
 
     def _receive(
-        self, endpoint: Endpoint, descriptor: Descriptor, file: int, state: _Arriving, arrived: Callable[[int], None]
+        self, endpoint: Endpoint, descriptor: Descriptor, state: _Arriving, take: Callable[[bytes], None], spool: Path
     ) -> None:
-        """One request for what is missing of a blob, or several at once. Raises Busy when no progress is made."""
+        """One request for what is missing of a blob, or several at once. Raises Busy when no progress is made.
+
+        The first piece of a large blob tells whether it is the network that everything waits for, or the taker: more
+        connections would only cost the latter.
+        """
         start, size = state.position, descriptor.size
-        large = size - start >= 2 * self._config.range_bytes and self._config.max_ranges > 1
+        large = size - start >= 2 * self._config.range_bytes and self._config.max_ranges > 1 and not state.fast
         until = min(start + self._config.range_bytes, size) if large else size
         headers = {"Range": f"bytes={start}-{until - 1 if large else ''}"} if start or large else {}
         with self._session.get(endpoint, f"blobs/{descriptor.digest}", headers) as answer:
@@ -126,15 +135,21 @@ class Registry:
             if start and not ranged:
                 _skip(answer, start)  # no ranges here: what has come already comes again
             limit = until if ranged else size
+            began, waited_s = time.monotonic(), 0.0
+            asked = began
             while chunk := answer.chunk():
+                waited_s += time.monotonic() - asked
                 if state.position + len(chunk) > limit:
                     raise BadContent(f"{endpoint.host}: blob {descriptor.digest} is larger than {size} bytes")
                 state.hash.update(chunk)
-                _write_all(file, chunk, state.position)
                 state.position += len(chunk)
-                arrived(state.position)
+                take(chunk)
+                asked = time.monotonic()
         if large and ranged and state.position == until:
-            self._receive_pieces(endpoint, descriptor, file, state, arrived)
+            state.fast = waited_s < (asked - began) / 2
+            if state.fast:
+                return
+            self._receive_pieces(endpoint, descriptor, state, take, spool)
         state.done = state.position == size
         if not state.done:
             state.resumes += 1
@@ -143,7 +158,7 @@ class Registry:
             state.before = state.position
 
     def _receive_pieces(
-        self, endpoint: Endpoint, descriptor: Descriptor, file: int, state: _Arriving, arrived: Callable[[int], None]
+        self, endpoint: Endpoint, descriptor: Descriptor, state: _Arriving, take: Callable[[bytes], None], spool: Path
     ) -> None:
         """The rest of a blob by ranges; a piece that breaks off is resumed on its own, one that fails ends them all."""
 
@@ -161,7 +176,7 @@ class Registry:
                     while chunk := answer.chunk():
                         if at + len(chunk) > end:
                             raise BadContent(f"{endpoint.host}: sends more than the range that it was asked for")
-                        _write_all(file, chunk, at)
+                        _write_all(file.fileno(), chunk, at)
                         at += len(chunk)
                         progress(at)
                 if at < end:
@@ -169,11 +184,12 @@ class Registry:
 
             self._retried(endpoint, fetch, True)
 
-        front = Front(file, state.hash, state.position, arrived)
-        try:
-            in_parallel(piece, front, descriptor.size, self._config.range_bytes, self._config.max_ranges)
-        finally:
-            state.position = front.position
+        with tempfile.TemporaryFile(dir=spool, buffering=0) as file:
+            front = Front(file.fileno(), state.hash, state.position, take)
+            try:
+                in_parallel(piece, front, descriptor.size, self._config.range_bytes, self._config.max_ranges)
+            finally:
+                state.position = front.position
 
     def _document(self, target: str, capability: str, size: int | None) -> Document:
         limit = self._config.manifest_limit_bytes

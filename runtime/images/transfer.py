@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from errno import EDQUOT, ENOSPC
-from typing import IO, Protocol
+from typing import Protocol
 
 from runtime.errors import Cancelled, CribError, Exhausted, Unavailable
 from runtime.images import seal
@@ -46,17 +46,14 @@ class Content:
 class Source(Protocol):
     """Where layers come from: a registry, an archive."""
 
-    def place(self, descriptor: Descriptor) -> tuple[IO[bytes], int]:
-        """A file of one's own, and the offset in it at which the blob will be found."""
-
-    def fill(self, descriptor: Descriptor, file: int, arrived: Callable[[int], None]) -> None:
-        """Bring the blob to its place; on return it is verified. `arrived` hears how many of its bytes are there."""
+    def fetch(self, descriptor: Descriptor, take: Callable[[bytes], None]) -> None:
+        """Give the blob to `take`, piece by piece; on return it is verified. What `take` raises passes through."""
 
     def another(self, descriptor: Descriptor) -> bool:
         """After wrong content: whether there is somewhere else to bring the blob from."""
 
     def cancel(self) -> None:
-        """Make a running `fill` end soon."""
+        """Make a running `fetch` end soon."""
 
 
 class Transfer:
@@ -198,27 +195,27 @@ class Transfer:
         path = self._shelf.path(number)
         path.mkdir(0o755)
         os.chmod(path, 0o755)
-        file, offset = self._source.place(descriptor)
-        with file, open(self._shelf.recipe(number), "wb") as recipe:
-            child = unpacker.begin(path, file.fileno(), offset, recipe.fileno())
+        with open(self._shelf.recipe(number), "wb") as recipe:
+            child = unpacker.begin(path, recipe.fileno())
             try:
                 with self._lock:
                     self._children.add(child)
                 self._check()
+                position = 0
                 reported_at = 0.0
                 refused: BadImage | None = None
 
-                def arrived(position: int) -> None:
-                    nonlocal reported_at, refused
-                    child.arrived(position)
+                def take(data: bytes) -> None:
+                    nonlocal position, reported_at, refused
+                    if refused is None and not child.write(data):
+                        refused = self._refusal(child, descriptor)
+                    position += len(data)
                     now = time.monotonic()
                     if now - reported_at >= _REPORT_EVERY_S:
                         reported_at = now
-                        if refused is None and child.failed():
-                            refused = self._refusal(child, descriptor)
                         self._report(descriptor, "downloading", position)
 
-                self._source.fill(descriptor, file.fileno(), arrived)
+                self._source.fetch(descriptor, take)
                 if refused is not None:
                     raise refused
                 self._report(descriptor, "unpacking", descriptor.size)
@@ -239,7 +236,7 @@ class Transfer:
 
     def _finished(self, child: Unpack, descriptor: Descriptor) -> Unpacked:
         try:
-            return child.finish(descriptor.size)
+            return child.finish()
         except CribError as error:
             raise type(error)(f"layer {descriptor.digest}: {error}") from error
 

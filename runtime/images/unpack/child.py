@@ -1,11 +1,11 @@
 """The unpacking program: forks for each layer that cribd hands it; the fork confines itself and unpacks.
 
-Started by `runtime.images.layers`. Each message on its socket is a job as JSON with four descriptors: the blob's file,
-a control pipe (see `ArrivingBlob`), a pipe for the report, one line of JSON, and the file for the layer's recipe. The
-answer is the fork's pid and pidfd.
+Started by `runtime.images.layers`. Each message on its socket is a job as JSON with three descriptors: a pipe that
+brings the blob, a pipe for the report, one line of JSON, and the file for the layer's recipe. The answer is the fork's
+pid and pidfd. The blob ends when the pipe does: who gives it up kills the fork first.
 
 Threat model: a layer may try to exploit a decompressor or the reader. The fork that reads it has the layer's directory
-as its root, no descriptor but those four and a path to its root, few capabilities, bounded memory, and dies with this
+as its root, no descriptor but those three and a path to its root, few capabilities, bounded memory, and dies with this
 process, which reads nothing but cribd's jobs and dies with cribd.
 """
 
@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from runtime.images.unpack.apply import Applier
 from runtime.images.unpack.errors import BadLayer, LimitReached
 from runtime.images.unpack.recipe import Recorder
-from runtime.images.unpack.stream import ArrivingBlob, Pipeline
+from runtime.images.unpack.stream import Blob, Pipeline
 from runtime.images.unpack.tar import Reader, Stream
 from runtime.linux import caps
 from runtime.linux.process import PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG, prctl
@@ -38,7 +38,6 @@ class Job:
     """What cribd asks for."""
 
     root: str
-    offset: int
     unpacked_limit_bytes: int
     ratio_limit: int
     ratio_from_bytes: int
@@ -70,10 +69,8 @@ def _confine(job: Job) -> None:
     prctl(PR_SET_NO_NEW_PRIVS, 1)
 
 
-def _unpack(job: Job, blob: int, control: int, recipe: int) -> dict[str, object]:
-    pipeline = Pipeline(
-        ArrivingBlob(blob, job.offset, control), job.unpacked_limit_bytes, job.ratio_limit, job.ratio_from_bytes
-    )
+def _unpack(job: Job, blob: int, recipe: int) -> dict[str, object]:
+    pipeline = Pipeline(Blob(blob), job.unpacked_limit_bytes, job.ratio_limit, job.ratio_from_bytes)
     recorder = Recorder(recipe)
     stream = Stream(pipeline, recorder.plain)
     applied = Applier(stream, job.entries_limit, recorder).apply(Reader(stream))
@@ -91,18 +88,16 @@ def _failure(kind: str, message: str, errno: int = 0) -> dict[str, object]:
     return {"failed": kind, "message": message, "errno": errno}
 
 
-def _report(job: Job, blob: int, control: int, recipe: int) -> dict[str, object]:
+def _report(job: Job, blob: int, recipe: int) -> dict[str, object]:
     try:
         _confine(job)
-        return _unpack(job, blob, control, recipe)
+        return _unpack(job, blob, recipe)
     except LimitReached as error:
         return _failure("limit", str(error))
     except BadLayer as error:
         return _failure("bad", str(error))
     except MemoryError:
         return _failure("limit", f"takes more than {_MEMORY_LIMIT_BYTES} bytes of memory")
-    except EOFError:
-        raise
     except OSError as error:
         where = f"{os.fsdecode(error.filename)!r}: " if error.filename else ""
         return _failure("system", f"{where}{(error.strerror or str(error)).lower()}", error.errno or 0)
@@ -110,12 +105,12 @@ def _report(job: Job, blob: int, control: int, recipe: int) -> dict[str, object]
         return _failure("defect", f"{type(error).__name__}: {error}")
 
 
-def _work(job: Job, blob: int, control: int, report: int, recipe: int) -> None:
+def _work(job: Job, blob: int, report: int, recipe: int) -> None:
     """One layer, in the fork; never returns."""
     status = 1
     try:
         os.dup2(0, 2)  # cribd's log is not the layer's
-        left = memoryview(json.dumps(_report(job, blob, control, recipe)).encode() + b"\n")
+        left = memoryview(json.dumps(_report(job, blob, recipe)).encode() + b"\n")
         while left:
             left = left[os.write(report, left) :]
         status = 0
@@ -132,7 +127,7 @@ def serve(number: int, parent: int) -> None:
     me = os.getpid()
     jobs = socket.socket(fileno=number)
     while True:
-        message, descriptors, _, _ = socket.recv_fds(jobs, 1 << 16, 4)
+        message, descriptors, _, _ = socket.recv_fds(jobs, 1 << 16, 3)
         if not message:
             os._exit(0)
         pid = os.fork()  # noqa: TID251 (one thread, and a program of its own)

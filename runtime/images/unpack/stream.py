@@ -1,8 +1,7 @@
-"""From a blob that may still be arriving to plain tar bytes: decompression with limits, and the diff id."""
+"""From a blob that is arriving to plain tar bytes: decompression with limits, and the diff id."""
 
 import hashlib
 import os
-import struct
 import threading
 from collections.abc import Iterator
 from queue import Full, Queue
@@ -17,11 +16,10 @@ try:
 except ImportError:
     import zlib  # type: ignore[no-redef]
 
-CHUNK = 1 << 20
+CHUNK = 1 << 18
 _INPUT = 1 << 18
 # RFC 8878 recommends 8 MiB; `zstd --long` and BuildKit's best level go up to this.
 _ZSTD_WINDOW = 1 << 27
-COMPLETE = 1 << 63
 _DAMAGE: Any = (zlib.error, zstandard.ZstdError)
 
 
@@ -29,39 +27,17 @@ class Readable(Protocol):
     def read(self, size: int, /) -> bytes: ...
 
 
-class ArrivingBlob:
-    """A blob in a file that grows: reads no further than the downloader has said that it has written.
+class Blob:
+    """A blob that comes from the descriptor `file`; `position` is how much of it was read."""
 
-    `control` delivers little-endian u64 words: how many bytes are there, with `COMPLETE` added to the last. End of file
-    before that means that the download was given up; `read` then raises EOFError.
-    """
-
-    def __init__(self, blob: int, offset: int, control: int) -> None:
-        self._blob = blob
-        self._offset = offset
-        self._control = control
-        self._arrived = 0
-        self._complete = False
+    def __init__(self, file: int) -> None:
+        self._file = file
         self.position = 0
 
     def read(self, size: int, /) -> bytes:
-        while self.position == self._arrived:
-            if self._complete:
-                return b""
-            self._wait()
-        data = os.pread(self._blob, min(size, self._arrived - self.position), self._offset + self.position)
-        if not data:
-            raise BadLayer("the blob is shorter than announced")
+        data = os.read(self._file, size)
         self.position += len(data)
         return data
-
-    def _wait(self) -> None:
-        words = os.read(self._control, 4096)
-        if len(words) < 8:
-            raise EOFError("the download was given up")
-        (word,) = struct.unpack("<Q", words[-8:])
-        self._complete = bool(word & COMPLETE)
-        self._arrived = word & ~COMPLETE
 
 
 def _gzip(head: bytes, source: Readable) -> Iterator[bytes]:
@@ -140,7 +116,7 @@ class Pipeline:
     `ratio_from` bytes have come out, `limit` bounds them absolutely.
     """
 
-    def __init__(self, blob: ArrivingBlob, limit: int, ratio: int, ratio_from: int) -> None:
+    def __init__(self, blob: Blob, limit: int, ratio: int, ratio_from: int) -> None:
         self._blob = blob
         self._limit = limit
         self._ratio = ratio

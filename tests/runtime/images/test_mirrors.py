@@ -11,8 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from runtime.images import Images
+from runtime.images import Images, ImagesConfig
 from runtime.images.errors import BadContent, BadImage, RegistryUnavailable
+from runtime.images.health import Health
+from runtime.images.manifest import Descriptor
+from runtime.images.reference import parse
+from runtime.images.registry import Registry
 from tests.limits import scaled
 from tests.requires import requires
 from tests.runtime.images.conftest import OpenStore
@@ -109,6 +113,16 @@ def large() -> Built:
 
 
 RANGES = {"range_bytes": 1 << 20, "max_ranges": 3}
+FIRST = "bytes=0-1048575"
+
+
+def slowly(request: Request, body: bytes) -> None:
+    """The first piece of `body`, by a network that takes a second for its second half."""
+    request.reply(206, body[: 1 << 19], length=1 << 20, Content_Range=f"bytes 0-1048575/{len(body)}")
+    request.wfile.flush()
+    threading.Event().wait(1)
+    request.wfile.write(body[1 << 19 : 1 << 20])
+    request.close_connection = False
 
 
 def test_large_layers_come_in_parallel(open_store: OpenStore, large: Built, left: Left) -> None:
@@ -119,6 +133,9 @@ def test_large_layers_come_in_parallel(open_store: OpenStore, large: Built, left
 
         def held(request: Request) -> None:
             """The first three pieces after the first are asked for before one of them is answered."""
+            if request.headers["Range"] == FIRST:
+                slowly(request, large.blobs[key])
+                return
             if 2 <= len(liar.asked_for(key)) <= 4 and not together.broken:
                 together.wait()
             liar.honest(request)
@@ -126,8 +143,27 @@ def test_large_layers_come_in_parallel(open_store: OpenStore, large: Built, left
         liar.lies[key] = held
         image = images.pull(f"{liar.host}/app")
         assert len(images.read_file(image.id, "big", 6 << 20)) == 5 << 20
-        assert sorted(h["Range"] for h in liar.asked_for(key))[:2] == ["bytes=0-1048575", "bytes=1048576-2097151"]
+        assert sorted(h["Range"] for h in liar.asked_for(key))[:2] == [FIRST, "bytes=1048576-2097151"]
         assert len(liar.asked_for(key)) == 6
+
+
+def test_who_takes_slowly_gets_one_connection(large: Built, tmp_path: Path) -> None:
+    """More connections would not make it faster."""
+    config = ImagesConfig(range_bytes=1 << 20, max_ranges=3)
+    key = biggest(large)
+    taken = []
+    with serving(large) as liar:
+        registry = Registry(parse(f"{liar.host}/app"), None, config, Health(1))
+
+        def take(data: bytes) -> None:
+            taken.append(data)
+            if sum(map(len, taken)) == 1 << 20:
+                threading.Event().wait(1)
+
+        registry.blob(Descriptor("", key, len(large.blobs[key])), take, tmp_path)
+        registry.close()
+        assert b"".join(taken) == large.blobs[key]
+        assert [headers["Range"] for headers in liar.asked_for(key)] == [FIRST, "bytes=1048576-"]
 
 
 def test_ranges_that_the_server_does_not_know(open_store: OpenStore, large: Built) -> None:
@@ -147,6 +183,9 @@ def test_pieces_that_break_off(open_store: OpenStore, large: Built, left: Left) 
 
         def half(request: Request) -> None:
             wanted = request.headers["Range"]
+            if wanted == FIRST:
+                slowly(request, large.blobs[key])
+                return
             first, _, last = wanted.removeprefix("bytes=").partition("-")
             start, end = int(first), int(last or len(large.blobs[key]) - 1)
             if wanted in cut:
@@ -175,6 +214,14 @@ def test_wrong_bytes_in_one_piece(open_store: OpenStore, large: Built, images: I
     right = large.blobs[key]
     with serving(large) as liar:
         large.blobs[key] = right[: 3 << 20] + b"?" + right[(3 << 20) + 1 :]
+
+        def wrong(request: Request) -> None:
+            if request.headers["Range"] == FIRST:
+                slowly(request, right)
+            else:
+                liar.honest(request)
+
+        liar.lies[key] = wrong
         with pytest.raises(BadContent, match="arrives with other content"):
             images.pull(f"{liar.host}/app")
         assert left() == []
