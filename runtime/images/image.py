@@ -99,7 +99,8 @@ class FsUsage:
 class ImagesConfig:
     """Settings of the store.
 
-    A blob of at least two `range_bytes` comes in up to `max_ranges` requests at once. A host that didn't answer is
+    A blob of at least two `range_bytes` comes in up to `max_ranges` requests at once, where one is slower than
+    unpacking is. A host that didn't answer is
     asked after the others for `unhealthy_s`.
 
     `hosts_dir` holds containerd's per-registry `<host>/hosts.toml`, read at each pull. `progress_timeout_s` is how long

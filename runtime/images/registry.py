@@ -163,11 +163,19 @@ class Registry:
         """The rest of a blob by ranges; a piece that breaks off is resumed on its own, one that fails ends them all."""
 
         def piece(start: int, end: int, progress: Callable[[int], None]) -> None:
-            at = start
+            at, resumes = start, 0
 
             def fetch(endpoint: Endpoint) -> None:
+                nonlocal resumes
+                while at < end:
+                    began = at
+                    receive(endpoint)
+                    resumes += 1
+                    if at == began or (at < end and resumes > _RESUMES):
+                        raise Busy(f"connection ends after {at - start} of {end - start} bytes")
+
+            def receive(endpoint: Endpoint) -> None:
                 nonlocal at
-                began = at
                 with self._session.get(
                     endpoint, f"blobs/{descriptor.digest}", {"Range": f"bytes={at}-{end - 1}"}
                 ) as answer:
@@ -179,8 +187,6 @@ class Registry:
                         _write_all(file.fileno(), chunk, at)
                         at += len(chunk)
                         progress(at)
-                if at < end:
-                    raise Busy(f"connection ends after {at - began} of {end - began} bytes")
 
             self._retried(endpoint, fetch, True)
 
