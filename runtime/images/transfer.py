@@ -8,8 +8,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from errno import EDQUOT, ENOSPC
 from typing import Protocol
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 
 _REPORT_EVERY_S = 0.1
 _SYNC_TIMEOUT_S = 600.0
+_SYNC_EVERY_S = 1.0
 # What a layer that can't stand alone has below it when it is the lowest.
 _NOTHING_BELOW = "none"
 
@@ -129,7 +131,8 @@ class Transfer:
         if missing:
             unpacker = Unpacker(self._config)
             try:
-                self._in_parallel([(diff_id, *wanted[diff_id], unpacker) for diff_id in missing])
+                with self._synchronised_meanwhile():
+                    self._in_parallel([(diff_id, *wanted[diff_id], unpacker) for diff_id in missing])
             finally:
                 unpacker.close()
         layers: list[Layer] = []
@@ -142,6 +145,24 @@ class Transfer:
         if layer is not None:
             self._held.append(layer.number)
         return layer is not None
+
+    @contextmanager
+    def _synchronised_meanwhile(self) -> Iterator[None]:
+        """The disk is kept at work, so that the sync at the end has little left to wait for."""
+        ended = threading.Event()
+
+        def run() -> None:
+            with suppress(Unavailable):  # the sync at the end will tell
+                while not ended.wait(_SYNC_EVERY_S):
+                    sync(self._shelf.base, _SYNC_TIMEOUT_S)
+
+        thread = threading.Thread(target=run, name="sync")
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
     def _in_parallel(self, jobs: list[tuple[str, Descriptor, str, Unpacker]]) -> None:
         with ThreadPoolExecutor(self._config.max_parallel, thread_name_prefix="layer") as pool:

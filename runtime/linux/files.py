@@ -7,7 +7,7 @@ import os
 import stat
 import struct
 
-from runtime.linux.lib import SyscallError, syscall
+from runtime.linux.lib import SyscallError, check, function, syscall
 
 TYPE_CHECKING = False  # typing costs a monitor memory
 if TYPE_CHECKING:
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 RESOLVE_NO_MAGICLINKS: Final = 0x02
 RESOLVE_IN_ROOT: Final = 0x10
 _IN_ROOT: Final = RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS
+SYNC_FILE_RANGE_WRITE: Final = 2
+_sync_file_range: Final = function("sync_file_range", 4)
 
 
 def open_in_root(root: int, path: str, flags: int, mode: int = 0) -> int:
@@ -100,3 +102,8 @@ def _is_link(directory: int, name: str) -> bool:
         return stat.S_ISLNK(os.lstat(name, dir_fd=directory).st_mode)
     except FileNotFoundError:
         return False
+
+
+def start_writeback(file: int) -> None:
+    """Let the disk begin with what was written to the file, without waiting for it. Raises SyscallError."""
+    check("sync_file_range", _sync_file_range(file, 0, 0, SYNC_FILE_RANGE_WRITE))

@@ -8,6 +8,7 @@ from runtime.linux.lib import check, function
 class CLONE(IntFlag):
     """Flags of clone3(2), unshare(2) and setns(2)."""
 
+    THREAD = 0x00010000
     NEWNS = 0x00020000
     NEWCGROUP = 0x02000000
     NEWUTS = 0x04000000

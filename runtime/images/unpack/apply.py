@@ -22,6 +22,8 @@ from runtime.images.unpack.tar import BLOCKDEV, CHAR, DIRECTORY, FIFO, FILE, HAR
 from runtime.linux import files
 
 _BLOCK = 4096
+# After so much of a file the disk begins to write it: the sync at the end has less to wait for.
+_EARLY_BYTES = 1 << 20
 # What ext4 keeps of a symlink in its inode.
 _LINK_INLINE = 59
 _ID_LIMIT = (1 << 32) - 1
@@ -158,15 +160,19 @@ class Applier:
             self._remove(name)
             fd = os.open(name, flags, entry.mode)
         try:
-            written = 0
-            position = 0
+            written = position = fresh = 0
             for offset, length in entry.extents:
                 if offset != position:
                     os.lseek(fd, offset, os.SEEK_SET)
                 self._recorder.data(name, offset, length)
                 for piece in self._stream.pieces(length):
                     while piece:
-                        piece = piece[os.write(fd, piece) :]
+                        done = os.write(fd, piece)
+                        piece = piece[done:]
+                        fresh += done
+                    if fresh >= _EARLY_BYTES:
+                        files.start_writeback(fd)
+                        fresh = 0
                 position = offset + length
                 written += length
             if position != entry.size:

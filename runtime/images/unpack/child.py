@@ -5,8 +5,8 @@ brings the blob, a pipe for the report, one line of JSON, and the file for the l
 pid and pidfd. The blob ends when the pipe does: who gives it up kills the fork first.
 
 Threat model: a layer may try to exploit a decompressor or the reader. The fork that reads it has the layer's directory
-as its root, no descriptor but those three and a path to its root, few capabilities, bounded memory, and dies with this
-process, which reads nothing but cribd's jobs and dies with cribd.
+as its root, no descriptor but those three and a path to its root, few capabilities, only the system calls that it
+needs, bounded memory, and dies with this process, which reads nothing but cribd's jobs and dies with cribd.
 """
 
 import gc
@@ -19,12 +19,14 @@ import sys
 from dataclasses import asdict, dataclass
 
 from runtime.images.unpack.apply import Applier
+from runtime.images.unpack.calls import only_unpacking
 from runtime.images.unpack.errors import BadLayer, LimitReached
 from runtime.images.unpack.recipe import Recorder
 from runtime.images.unpack.stream import Blob, Pipeline
 from runtime.images.unpack.tar import Reader, Stream
 from runtime.linux import caps
 from runtime.linux.process import PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG, prctl
+from runtime.linux.seccomp import Filter
 
 # SYS_ADMIN is what trusted.* attributes need.
 _KEEP = caps.mask(
@@ -50,7 +52,7 @@ def _die_with(parent: int) -> None:
         os._exit(1)
 
 
-def _confine(job: Job) -> None:
+def _confine(job: Job, filter: Filter) -> None:
     for limit, value in (
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_AS, _MEMORY_LIMIT_BYTES),
@@ -67,6 +69,7 @@ def _confine(job: Job) -> None:
     caps.drop_bounding(_KEEP, last)
     caps.capset(_KEEP, _KEEP, 0)
     prctl(PR_SET_NO_NEW_PRIVS, 1)
+    filter.load()
 
 
 def _unpack(job: Job, blob: int, recipe: int) -> dict[str, object]:
@@ -88,9 +91,9 @@ def _failure(kind: str, message: str, errno: int = 0) -> dict[str, object]:
     return {"failed": kind, "message": message, "errno": errno}
 
 
-def _report(job: Job, blob: int, recipe: int) -> dict[str, object]:
+def _report(job: Job, filter: Filter, blob: int, recipe: int) -> dict[str, object]:
     try:
-        _confine(job)
+        _confine(job, filter)
         return _unpack(job, blob, recipe)
     except LimitReached as error:
         return _failure("limit", str(error))
@@ -105,12 +108,12 @@ def _report(job: Job, blob: int, recipe: int) -> dict[str, object]:
         return _failure("defect", f"{type(error).__name__}: {error}")
 
 
-def _work(job: Job, blob: int, report: int, recipe: int) -> None:
+def _work(job: Job, filter: Filter, blob: int, report: int, recipe: int) -> None:
     """One layer, in the fork; never returns."""
     status = 1
     try:
         os.dup2(0, 2)  # cribd's log is not the layer's
-        left = memoryview(json.dumps(_report(job, blob, recipe)).encode() + b"\n")
+        left = memoryview(json.dumps(_report(job, filter, blob, recipe)).encode() + b"\n")
         while left:
             left = left[os.write(report, left) :]
         status = 0
@@ -122,6 +125,7 @@ def _work(job: Job, blob: int, report: int, recipe: int) -> None:
 def serve(number: int, parent: int) -> None:
     """Take jobs from the socket with this descriptor until cribd closes its end."""
     _die_with(parent)
+    filter = only_unpacking()
     gc.disable()
     gc.freeze()
     me = os.getpid()
@@ -134,7 +138,7 @@ def serve(number: int, parent: int) -> None:
         if not pid:
             jobs.close()
             _die_with(me)
-            _work(Job(**json.loads(message)), *descriptors)
+            _work(Job(**json.loads(message)), filter, *descriptors)
         pidfd = os.pidfd_open(pid)
         socket.send_fds(jobs, [str(pid).encode()], [pidfd])
         for descriptor in (pidfd, *descriptors):

@@ -30,29 +30,41 @@ class Recorder:
         self._file = file
         self._compressor = zstandard.ZstdCompressor(level=1).compressobj()
         self._plain: list[bytes] = []
-        self._pending = 0
+        self._plain_bytes = 0
+        self._records: list[bytes] = []
+        self._records_bytes = 0
         self.spoilt = False
 
     def plain(self, data: bytes) -> None:
         self._plain.append(data)
-        self._pending += len(data)
-        if self._pending > _FLUSH_BYTES:
-            self._flush()
+        self._plain_bytes += len(data)
+        if self._plain_bytes > _FLUSH_BYTES:
+            self._end_plain()
 
     def data(self, path: bytes, offset: int, length: int) -> None:
-        self._flush()
+        self._end_plain()
         place = _PLACE.pack(offset, length) + path
-        self._write(self._compressor.compress(_RECORD.pack(_DATA, len(place)) + place))
+        self._record(_RECORD.pack(_DATA, len(place)), place)
 
     def finish(self) -> None:
+        self._end_plain()
         self._flush()
         self._write(self._compressor.flush())
 
+    def _end_plain(self) -> None:
+        if self._plain:
+            self._record(_RECORD.pack(_BYTES, self._plain_bytes), *self._plain)
+            self._plain, self._plain_bytes = [], 0
+
+    def _record(self, *parts: bytes) -> None:
+        self._records += parts
+        self._records_bytes += sum(map(len, parts))
+        if self._records_bytes > _FLUSH_BYTES:
+            self._flush()
+
     def _flush(self) -> None:
-        if self._pending:
-            head = _RECORD.pack(_BYTES, self._pending)
-            self._write(self._compressor.compress(b"".join((head, *self._plain))))
-            self._plain, self._pending = [], 0
+        self._write(self._compressor.compress(b"".join(self._records)))
+        self._records, self._records_bytes = [], 0
 
     def _write(self, data: bytes) -> None:
         view = memoryview(data)
