@@ -20,6 +20,7 @@ _WORDS: Final = {
     crib_pb2.LAYER_DONE: "done",
     crib_pb2.LAYER_EXISTS: "already here",
 }
+_AT_WORK: Final = (crib_pb2.LAYER_DOWNLOADING, crib_pb2.LAYER_UNPACKING)
 _OVER: Final = (crib_pb2.LAYER_DONE, crib_pb2.LAYER_EXISTS)
 
 
@@ -61,20 +62,39 @@ def _bars() -> Progress:
 
 
 class _Layers:
-    """A bar for each layer: once for its download, once for its unpacking."""
+    """A bar for each layer; where there are more than the terminal has lines, for each at work and one for all."""
 
     def __init__(self, bars: Progress) -> None:
         self._bars = bars
         self._tasks: dict[str, TaskID] = {}
+        self._news: dict[str, crib_pb2.PullProgress] = {}
+        self._all: TaskID | None = None
 
     def tell(self, news: crib_pb2.PullProgress) -> None:
         task = self._tasks.get(news.digest)
         if task is None:
             task = self._tasks[news.digest] = self._bars.add_task(short(news.digest), total=None, state="")
+        self._news[news.digest] = news
         total, current = news.total_bytes or None, news.current_bytes
         if news.state in _OVER:
             total = current = news.total_bytes or news.current_bytes or 1
         self._bars.update(task, total=total, completed=current, state=_WORDS.get(news.state, ""))
+        if len(self._tasks) > self._bars.console.height - 2:
+            self._crowded()
+
+    def _crowded(self) -> None:
+        for digest, task in self._tasks.items():
+            self._bars.update(task, visible=self._news[digest].state in _AT_WORK)
+        if self._all is None:
+            self._all = self._bars.add_task("all layers", total=None, state="")
+        news = self._news.values()
+        over = [layer for layer in news if layer.state in _OVER]
+        self._bars.update(
+            self._all,
+            state=f"{len(over)}/{len(news)}",
+            total=sum(layer.total_bytes for layer in news),
+            completed=sum(layer.total_bytes if layer.state in _OVER else layer.current_bytes for layer in news),
+        )
 
 
 class _Lines:
