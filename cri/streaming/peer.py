@@ -14,6 +14,8 @@ _HEAD: Final = Struct(">IIH")  # the stream, no associated one, no priority
 class Peer(Spdy):
     """One connection's client. A stream is taken to be accepted until it is reset."""
 
+    _peers_parity = 0
+
     def open(self, headers: Mapping[str, str], *, ended: bool = False) -> int:
         """A new stream; `ended`: nothing will be sent on it."""
         number = self._last = self._last + 1 + self._last % 2

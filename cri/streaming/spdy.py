@@ -60,6 +60,8 @@ class Stream:
 class Spdy:
     """One connection. A `Wire`; `ended` streams are forgotten."""
 
+    _peers_parity = 1
+
     def __init__(self) -> None:
         self._out: list[bytes] = []
         self._streams: dict[int, Stream] = {}
@@ -216,7 +218,7 @@ class Spdy:
 
     def _ping(self, flags: int, body: bytes, events: list[Event]) -> None:
         (number,) = _U32.unpack_from(body)
-        if number % 2:
+        if number % 2 == self._peers_parity:
             self._control(PING, 0, body[:4])
         elif number == _PROBE and self._probed and self._keeps_windows is None:
             self._keeps_windows = False

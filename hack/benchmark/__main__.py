@@ -20,7 +20,7 @@ from typing import Any
 import grpc
 from rich.console import Console
 
-from hack.benchmark import account, measure, report
+from hack.benchmark import account, measure, report, streams
 from hack.benchmark.client import CallFailed, Endpoint
 from hack.benchmark.floor import Floor
 
@@ -43,6 +43,8 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     add("--execs", type=int, default=2, help="ExecSync calls per cycle (%(default)s)")
     add("--cpu-cycles", type=int, default=20, help="cycles for the CPU figure (%(default)s; 0: none)")
     add("--features", type=int, default=0, help="starts with each of some features (%(default)s: none)")
+    add("--streams", type=int, default=0, help="streaming execs and port-forwards (%(default)s: none)")
+    add("--sessions", type=int, default=0, help="idle exec sessions for memory (%(default)s: none)")
     add("--concurrent", type=int, default=8, help="starts at once (%(default)s; 0: none)")
     add("--rounds", type=int, default=5, help="rounds of concurrent starts (%(default)s)")
     add("--idle", type=int, default=100, help="idle pods for memory (%(default)s; 0: none)")
@@ -132,6 +134,13 @@ def _run(options: argparse.Namespace, console: Console, stack: contextlib.ExitSt
     if options.features:
         with console.status("starts by feature"):
             measure.features(endpoints, results, options.features, limit)
+    if options.streams:
+        with console.status("streaming"):
+            streams.first_bytes(endpoints, results, options.streams, limit)
+            streams.forward(endpoints, meters, results, max(options.streams // 5, 1), limit)
+    for endpoint in endpoints if options.sessions else ():
+        with console.status(f"idle exec sessions of {endpoint.name}"):
+            streams.sessions(endpoint, meters[endpoint.name], results[endpoint.name], options.sessions, limit)
     if options.concurrent:
         with console.status("concurrent starts"):
             measure.concurrent(endpoints, results, options.concurrent, options.rounds, limit)

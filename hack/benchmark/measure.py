@@ -10,10 +10,14 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from hack.benchmark.account import Account, is_workload, memory_bytes, system_cpu_s
 from hack.benchmark.client import FEATURES, CallFailed, Endpoint, Pod
 from hack.benchmark.floor import Cycle, Floor
+
+if TYPE_CHECKING:
+    from hack.benchmark.streams import Forwarded, Sessions
 
 # What a removal leaves to the kernel (namespaces, cgroups) and to the runtime is over before the next start is timed.
 _QUIET_S = 0.1
@@ -82,6 +86,9 @@ class Result:
     concurrent: Concurrent | None = None
     calls: dict[str, Summary | None] = field(default_factory=dict)
     features: dict[str, Summary | None] = field(default_factory=dict)
+    exec_first_byte: Summary | None = None
+    forward: Forwarded | None = None
+    sessions: Sessions | None = None
 
 
 class Deadline:
@@ -99,12 +106,12 @@ class Deadline:
             yield index
 
 
-def _pass_time(seconds: float) -> None:
+def pass_time(seconds: float) -> None:
     threading.Event().wait(seconds)
 
 
 @contextlib.contextmanager
-def _alternating(endpoints: list[Endpoint], index: int) -> Iterator[list[Endpoint]]:
+def alternating(endpoints: list[Endpoint], index: int) -> Iterator[list[Endpoint]]:
     """Each round begins with another one: nobody always follows the same neighbour."""
     turn = index % len(endpoints)
     yield endpoints[turn:] + endpoints[:turn]
@@ -120,16 +127,16 @@ def starts(
     for endpoint in endpoints:
         endpoint.times.clear()
     for index in limit.rounds(rounds, "starts"):
-        with _alternating(endpoints, index) as turn:
+        with alternating(endpoints, index) as turn:
             for endpoint in turn:
-                _pass_time(_QUIET_S)
+                pass_time(_QUIET_S)
                 pod = endpoint.start()
                 for _ in range(execs):
                     endpoint.exec_true(pod)
                 started[endpoint.name].append(pod.started_ms)
                 stopped[endpoint.name].append(endpoint.stop(pod))
         if floor is not None:
-            _pass_time(_QUIET_S)
+            pass_time(_QUIET_S)
             cycles.append(floor.cycle())
     for endpoint in endpoints:
         result = results[endpoint.name]
@@ -147,14 +154,14 @@ def cpu(
     system = dict.fromkeys(accounts, 0.0)
     count = dict.fromkeys(accounts, 0)
     for index in limit.rounds(math.ceil(cycles / _CPU_BLOCK), "cpu"):
-        with _alternating(endpoints, index) as turn:
+        with alternating(endpoints, index) as turn:
             for endpoint in turn:
                 account = accounts[endpoint.name]
-                _pass_time(_SETTLE_S)
+                pass_time(_SETTLE_S)
                 before, before_all = account.cpu_s(), system_cpu_s()
                 for _ in range(_CPU_BLOCK):
                     endpoint.stop(endpoint.start())
-                _pass_time(_SETTLE_S)
+                pass_time(_SETTLE_S)
                 own[endpoint.name] += account.cpu_s() - before
                 system[endpoint.name] += system_cpu_s() - before_all
                 count[endpoint.name] += _CPU_BLOCK
@@ -168,12 +175,12 @@ def features(endpoints: list[Endpoint], results: dict[str, Result], rounds: int,
     started: dict[tuple[str, str], list[float]] = {}
     refused: set[tuple[str, str]] = set()
     for index in limit.rounds(rounds, "starts by feature"):
-        with _alternating(endpoints, index) as turn:
+        with alternating(endpoints, index) as turn:
             for endpoint, feature in ((endpoint, feature) for feature in FEATURES for endpoint in turn):
                 key = endpoint.name, feature
                 if key in refused:
                     continue
-                _pass_time(_QUIET_S)
+                pass_time(_QUIET_S)
                 try:
                     pod = endpoint.start(feature)
                 except CallFailed:
@@ -194,7 +201,7 @@ def concurrent(endpoints: list[Endpoint], results: dict[str, Result], pods: int,
     single: dict[str, list[float]] = {endpoint.name: [] for endpoint in endpoints}
     with ThreadPoolExecutor(pods) as threads:
         for index in limit.rounds(rounds, "concurrent starts"):
-            with _alternating(endpoints, index) as turn:
+            with alternating(endpoints, index) as turn:
                 for endpoint in turn:
                     begin = time.perf_counter()
                     started = [future.result() for future in [threads.submit(endpoint.start) for _ in range(pods)]]
@@ -226,21 +233,21 @@ def idle(
 def _measure_idle(
     endpoint: Endpoint, account: Account, floor: Floor | None, pods: int, starts: int, limit: Deadline
 ) -> Idle:
-    _pass_time(2)
+    pass_time(2)
     inside, helping = account.pods(), account.helpers()
     daemon = memory_bytes(account.daemon)
     helper_bytes = sum(map(memory_bytes, helping))
     init_bytes = sum(memory_bytes(pid) for pid in inside if not is_workload(pid))
     before, begin = account.cpu_s(), time.monotonic()
-    _pass_time(5)
+    pass_time(5)
     busy = (account.cpu_s() - before) / (time.monotonic() - begin) * 100
     started, cycles = [], []
     for _ in limit.rounds(starts, f"starts among the idle pods of {endpoint.name}"):
-        _pass_time(_QUIET_S)
+        pass_time(_QUIET_S)
         pod = endpoint.start()
         started.append(pod.started_ms)
         endpoint.stop(pod)
         if floor is not None:
-            _pass_time(_QUIET_S)
+            pass_time(_QUIET_S)
             cycles.append(floor.cycle().start_ms)
     return Idle(pods, helper_bytes / pods, init_bytes / pods, daemon, busy, Summary.of(started), Summary.of(cycles))

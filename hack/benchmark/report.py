@@ -69,6 +69,17 @@ def tables(console: Console, results: dict[str, Result], cycles: list[Cycle]) ->
     row("stop and remove", lambda r: _ms(r.stop), _ms(floor["stop"]))
     for call in dict.fromkeys(call for name in names for call in results[name].calls):
         row(f"  {call}", lambda r, call=call: _ms(r.calls.get(call)))  # type: ignore[misc]
+    if any(r.exec_first_byte for r in results.values()):
+        row("streaming exec, first byte", lambda r: _ms(r.exec_first_byte))
+    if any(r.forward for r in results.values()):
+        row("port-forward, MiB/s", lambda r: f"{r.forward.mib_per_s:.0f}" if r.forward else "-")
+        row("  CPU seconds per GiB", lambda r: f"{r.forward.cpu_s_per_gib:.2f}" if r.forward else "-")
+    if any(r.sessions for r in results.values()):
+        count = max(r.sessions.count for r in results.values() if r.sessions)
+        row(
+            f"KiB per idle exec session, {count}",
+            lambda r: f"{r.sessions.each_bytes / 1024:.0f}" if r.sessions else "-",
+        )
     if any(r.concurrent for r in results.values()):
         count = max(r.concurrent.pods for r in results.values() if r.concurrent)
         row(f"{count} starts at once, each", lambda r: _ms(r.concurrent.start) if r.concurrent else "-")
