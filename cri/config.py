@@ -153,6 +153,16 @@ class HandlerSection(_Section, frozen=True):
         )
 
 
+class LogsSection(_Section, frozen=True):
+    """Of containers' logs: with `max_bytes` not 0, cribd rotates one that has grown to it, and keeps `max_files` of it.
+
+    The kubelet does so by itself, and doesn't need it.
+    """
+
+    max_bytes: int = 0
+    max_files: int = 5
+
+
 class LimitsSection(_Section, frozen=True):
     """Bounds on what one call may take; times in seconds."""
 
@@ -180,6 +190,7 @@ class Config(_Section, frozen=True):
     cgroup: CgroupSection = CgroupSection()
     defaults: DefaultsSection = DefaultsSection()
     streaming: StreamingSection = StreamingSection()
+    logs: LogsSection = LogsSection()
     limits: LimitsSection = LimitsSection()
     handlers: dict[str, HandlerSection] = {}
 
@@ -261,6 +272,8 @@ def _problem(config: Config) -> str | None:
         return f"key streaming.address: {config.streaming.address!r} is not an IP address"
     if bool(config.streaming.tls_cert) != bool(config.streaming.tls_key):
         return "keys streaming.tls_cert and streaming.tls_key: one without the other"
+    if config.logs.max_bytes < 0:
+        return f"key logs.max_bytes: {config.logs.max_bytes} is below zero"
     known = {limit.type.removeprefix("RLIMIT_").lower() for limit in RLIMITS}
     if unknown := sorted(config.defaults.rlimits.keys() - known):
         return f"key defaults.rlimits: {unknown[0]!r} is none of {', '.join(sorted(known))}"
@@ -272,6 +285,7 @@ def _problem(config: Config) -> str | None:
         },
         "streaming.idle_timeout_s": config.streaming.idle_timeout_s,
         "streaming.creation_timeout_s": config.streaming.creation_timeout_s,
+        "logs.max_files": config.logs.max_files,
         "network.cni_timeout_s": config.network.cni_timeout_s,
         "defaults.shm_bytes": config.defaults.shm_bytes,
         **{f"limits.{name}": getattr(config.limits, name) for name in config.limits.__struct_fields__},

@@ -16,6 +16,7 @@ from cri.api import cri_pb2 as pb
 from cri.container import volumes
 from cri.container.container import Container
 from cri.container.end import UNKNOWN_EXIT, finish, on_exit, settle
+from cri.container.log import on_log
 from cri.container.remove import forget
 from cri.container.start import START_ERROR_EXIT
 from cri.container.update import resume
@@ -161,6 +162,8 @@ async def _compare(node: Node, pod: Pod) -> None:
             finish(node, container, START_ERROR_EXIT, "StartError", why, time.time_ns())
         elif container.state is ContainerState.RUNNING and fact is None:
             finish(node, container, UNKNOWN_EXIT, "Unknown", "the pod's monitor does not know it", time.time_ns())
+        if fact is not None:
+            on_log(node, fact)
         if fact is not None and fact.exited is not None:
             on_exit(node, fact.exited)
     for stranger in facts.values():  # its record is gone: the removal was cut short

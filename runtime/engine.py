@@ -27,6 +27,8 @@ from runtime.pod import (
     Exec,
     ExecExit,
     ExecStart,
+    LogFile,
+    LogLoss,
     Pod,
     PodStart,
     Started,
@@ -38,6 +40,7 @@ from runtime.pod import (
 from runtime.spec import Hook, Spec
 from runtime.volumes import Volumes
 from runtime.zygote.launch import Zygote
+from runtime.zygote.log import open_log
 from runtime.zygote.messages import Kind, close_all
 from runtime.zygote.server import SOCKET_NAME
 
@@ -57,12 +60,15 @@ __all__ = [
     "Exec",
     "ExecExit",
     "ExecStart",
+    "LogFile",
+    "LogLoss",
     "Maps",
     "Namespaces",
     "Pod",
     "PodStart",
     "Started",
     "StepTiming",
+    "open_log",
 ]
 
 

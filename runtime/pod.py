@@ -64,8 +64,21 @@ class PodStart:
 
 
 @dataclass(frozen=True, slots=True)
+class LogFile:
+    """Where a container's output goes: `fd` is what `open_log(path)` gave, and stays the caller's; `size` of the file.
+
+    When it has grown to `max_bytes` that is told by `Pod.on_log`; 0 is no limit.
+    """
+
+    path: str
+    fd: int
+    size: int = 0
+    max_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class ContainerStart:
-    """A container to start. `log_path` None: output is read and dropped. Its directory must exist.
+    """A container to start. `log` None: output is read and dropped.
 
     `stdin`: an attached client can write to it, else it is /dev/null; `stdin_once`: it ends with the first such client.
     `pid_target`: the running container of this pod whose pid namespace it joins, whatever path the spec has for it.
@@ -75,7 +88,7 @@ class ContainerStart:
     spec: Spec
     rootfs: RootFs
     cgroup: Cgroup
-    log_path: str | None = None
+    log: LogFile | None = None
     stdin: bool = False
     stdin_once: bool = False
     pid_target: str = ""
@@ -117,13 +130,24 @@ class ContainerExit:
 
 
 @dataclass(frozen=True, slots=True)
+class LogLoss:
+    """How much of a container's output didn't get into its log, in lines of the log, and why the last of it."""
+
+    lines: int = 0
+    size_bytes: int = 0
+    cause: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class ContainerFact:
-    """What a monitor knows of a container; `exited` None while it runs."""
+    """What a monitor knows of a container; `exited` None while it runs. `log_full`: its log has grown to its limit."""
 
     id: str
     pid: int
     started_ns: int
     exited: ContainerExit | None
+    log_loss: LogLoss = LogLoss()
+    log_full: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,8 +204,9 @@ class Pod:
     """A pod whose monitor is connected.
 
     `netns_fd` and `rtnl` (a NETLINK_ROUTE socket inside) are there after the start of a pod with its own network
-    namespace, until `release_network`. `on_exit` is called once per container that ends, `on_lost` when the monitor
-    is gone without having been asked to end.
+    namespace, until `release_network`. `on_exit` is called once per container that ends, `on_log` with what is
+    known of a container whose log loses output or is full, `on_lost` when the monitor is gone without having been asked
+    to end.
     """
 
     def __init__(self, pod_id: str, channel: Channel, environment: Environment, pidfd: int, pid: int) -> None:
@@ -192,6 +217,7 @@ class Pod:
         self.netns_fd = -1
         self.rtnl: socket | None = None
         self.on_exit: Callable[[ContainerExit], None] | None = None
+        self.on_log: Callable[[ContainerFact], None] | None = None
         self.on_lost: Callable[[], None] | None = None
         self._pidfd = pidfd
         self._channel = channel
@@ -233,11 +259,12 @@ class Pod:
         sent_ns = time.time_ns()
         cgroup = request.cgroup
         memfd = _memfd(start.plan)
+        log = request.log or LogFile("", -1)
         self._starting[request.id] = (request.spec.hooks or Hooks(), state)
         try:
             reply = await self._channel.request(
                 Kind.START,
-                (memfd,),
+                (memfd, log.fd) if request.log else (memfd,),
                 START_TIMEOUT_S,
                 id=request.id,
                 pid="target" if request.pid_target else start.pid,
@@ -247,7 +274,9 @@ class Pod:
                 watches=start.watches,
                 stdin=request.stdin,
                 stdin_once=request.stdin_once,
-                log=request.log_path or "",
+                log=log.path,
+                log_size=log.size,
+                log_max_bytes=log.max_bytes,
                 cgroup=cgroup.path,
                 clone_dir=cgroup.clone_dir,
                 kill_dirs=cgroup.kill_dirs,
@@ -383,9 +412,15 @@ class Pod:
         """SIGKILL for all processes of a container; none is fine."""
         await self.request(Kind.KILL, id=container_id)
 
-    async def reopen_log(self, container_id: str) -> None:
-        """Go on in a new log file. Raises WrongState when the container does not run."""
-        await self.request(Kind.REOPEN, id=container_id)
+    async def reopen_log(self, container_id: str, log: LogFile) -> None:
+        """Go on in a new log file: nothing goes to the old one any more then.
+
+        Raises WrongState when the container does not run, Unavailable where the old file's disk doesn't answer.
+        """
+        reply = await self._channel.request(
+            Kind.REOPEN, (log.fd,), REQUEST_TIMEOUT_S, id=container_id, log_size=log.size
+        )
+        checked(reply)
 
     async def forget(self, container_id: str) -> None:
         """Drop the monitor's record of an exited container."""
@@ -400,14 +435,16 @@ class Pod:
     async def end(self) -> None:
         """Kill whatever is left of the pod and end its monitor, by force where it does not answer.
 
+        A monitor with a log on a disk that doesn't answer is gone but for that: the kernel keeps it until that does.
         Raises DeadlineExceeded when the monitor does not even die.
         """
         self._channel.on_closed = None
+        hung = False
         try:
-            await self._channel.request(Kind.END, (), END_TIMEOUT_S)
+            hung = (await self._channel.request(Kind.END, (), END_TIMEOUT_S)).fields.get("hung", False)
         except (DeadlineExceeded, Unavailable):
             pass
-        if not await gone(self._pidfd, END_TIMEOUT_S / 4):
+        if not hung and not await gone(self._pidfd, END_TIMEOUT_S / 4):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
             if not await gone(self._pidfd, END_TIMEOUT_S):
                 raise DeadlineExceeded(f"pod {self.id}: its monitor (pid {self.monitor_pid}) does not die")
@@ -429,6 +466,8 @@ class Pod:
             task.add_done_callback(self._resumed)
         if kind == Kind.EXITED and self.on_exit:
             self.on_exit(container_exit(fields))
+        elif kind == Kind.LOG and self.on_log:
+            self.on_log(_fact(fields))
         elif kind == Kind.EXEC_EXITED:
             future = self._execs.pop(fields["exec"], None)
             if future and not future.done():
@@ -469,7 +508,8 @@ def checked(reply: Reply) -> dict[str, Any]:
 
 def _fact(fields: Mapping[str, Any]) -> ContainerFact:
     exited = container_exit(fields) if fields["exited_ns"] else None
-    return ContainerFact(fields["id"], fields["pid"], fields["started_ns"], exited)
+    loss = LogLoss(*fields.get("log_lost", ()))
+    return ContainerFact(fields["id"], fields["pid"], fields["started_ns"], exited, loss, fields.get("log_full", False))
 
 
 def _failure(plan: Plan, fields: Mapping[str, Any]) -> Exception:

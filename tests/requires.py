@@ -121,6 +121,14 @@ def _userns() -> str | None:
     return _rooted("unshare --user true")
 
 
+def _loop() -> str | None:
+    """A file system that can be frozen."""
+    return _program("mkfs.ext4", "e2fsprogs")() or _rooted(
+        "d=$(mktemp -d); trap 'umount -l $d/m; rm -rf $d' EXIT; mkdir $d/m; truncate -s 8M $d/i;"
+        " mkfs.ext4 -q $d/i; mount -o loop $d/i $d/m"
+    )
+
+
 def _bridge() -> str | None:
     return _rooted("ip link add br-probe type bridge; ip link add v-probe type veth peer name w-probe")
 
@@ -198,6 +206,7 @@ VOCABULARY: dict[str, Callable[[], str | None]] = {
     "cni-1.1": _cni_1_1,
     "crictl": _program("crictl", "not packaged"),
     "ip": _program("ip", "iproute2"),
+    "loop": _loop,
     "nft": _nft,
     "overlay": _overlay,
     "recordings": _recordings,

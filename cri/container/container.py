@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from cri.api import cri_pb2 as pb
 from cri.state.records import ContainerRecord, ContainerState
-from runtime.engine import ContainerExit
+from runtime.engine import ContainerExit, LogLoss
 from runtime.images import RootFs
 from runtime.spec import Spec
 
@@ -28,6 +28,7 @@ class Container:
 
     `spec` (until its end) and `rootfs` (until its start) are None where they have to be read back.
     `removing`: RemoveContainer has begun. `settled`: its cgroup has been given back.
+    `log_loss`: what of its output its monitor said isn't in its log.
     `exit` is an exit that was told before the start that it belongs to had been recorded.
     """
 
@@ -37,6 +38,7 @@ class Container:
         self.spec: Spec | None = None
         self.rootfs: RootFs | None = None
         self.exit: ContainerExit | None = None
+        self.log_loss = LogLoss()
         self.started = asyncio.Event()
         self.ended = asyncio.Event()
         self.stop_by: float | None = None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
+import os
 import time
 from typing import TYPE_CHECKING, Final
 
@@ -11,6 +13,7 @@ import msgspec
 
 from cri.container import host
 from cri.container.end import finish, take_exit
+from cri.container.log import opened
 from cri.state.records import ContainerState
 from cri.timing import Timing
 from runtime.engine import Cgroup, ContainerStart, Started
@@ -79,20 +82,24 @@ async def _run(node: Node, container: Container, timing: Timing) -> Started:
             spec=spec_of(node, container),
             rootfs=rootfs,
             cgroup=Cgroup.of(node.cgroups, record.cgroup_path),
-            log_path=record.log_path or None,
             stdin=container.config.stdin,
             stdin_once=container.config.stdin_once,
             pid_target=host.target(node, container),
         )
+    log = None
     try:
         async with asyncio.timeout(node.config.limits.start_timeout_s):
-            started = await pod.monitor.start(request)
+            log = await opened(node, container)
+            started = await pod.monitor.start(dataclasses.replace(request, log=log))
     except TimeoutError:
         await node.work(node.cgroups.kill, record.cgroup_path)
         limit_s = node.config.limits.start_timeout_s
         raise DeadlineExceeded(f"{container.title} did not start within {limit_s:g} s") from None
     except OSError as error:
         raise CribError(f"{container.title}: {error}") from error
+    finally:
+        if log:
+            os.close(log.fd)
     at_ns = started.started_ns - sum(step.duration_ns for step in started.timeline)
     for step in started.timeline:
         timing.add(step.phase, step.text, at_ns, step.duration_ns)

@@ -82,7 +82,7 @@ def status(container: Container) -> pb.ContainerStatus:
 
 def info(node: Node, container: Container) -> dict[str, str]:
     """The verbose part of ContainerStatus: one JSON object, without values of environment variables."""
-    record = container.record
+    record, loss = container.record, container.log_loss
     config = json_format.MessageToDict(container.config, preserving_proto_field_name=True)
     for variable in config.get("envs", ()):
         variable["value"] = HIDDEN
@@ -94,6 +94,7 @@ def info(node: Node, container: Container) -> dict[str, str]:
         "snapshotter": "overlay",
         "snapshotKey": container.id,
         "cgroupPath": record.cgroup_path,
+        "logLoss": {"lines": loss.lines, "bytes": loss.size_bytes, "cause": loss.cause},
         "config": config,
     }
     try:

@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING
 
 from cri.container.end import UNKNOWN_EXIT, finish, on_exit, take_exit
+from cri.container.log import on_log
 from cri.sandbox.release import release
 from cri.state.records import SandboxState
 
@@ -24,6 +25,7 @@ def watch(node: Node, pod: Pod) -> None:
         return
     loop = asyncio.get_running_loop()
     pod.running.on_exit = lambda fact: on_exit(node, fact)
+    pod.running.on_log = lambda fact: on_log(node, fact)
     pod.running.on_lost = lambda: node.spawn(loop.create_task(lost(node, pod)))
 
 

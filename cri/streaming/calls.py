@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from cri.api import cri_pb2 as pb
 from cri.container.container import Container
 from cri.container.exec import exec_start
+from cri.container.log import reopen
 from cri.daemon import log
 from cri.node import Node
 from cri.rpc import Call, Handler
@@ -68,7 +69,7 @@ class StreamingCalls:
     async def reopen_log(self, request: pb.ReopenContainerLogRequest, call: Call) -> pb.ReopenContainerLogResponse:
         """Answered once every later byte goes to a new file. Raises WrongState, and makes no file, unless it runs."""
         container = self._running(request.container_id)
-        await container.pod.monitor.reopen_log(container.id)
+        await reopen(self._node, container)
         return pb.ReopenContainerLogResponse()
 
 

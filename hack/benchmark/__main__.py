@@ -20,7 +20,7 @@ from typing import Any
 import grpc
 from rich.console import Console
 
-from hack.benchmark import account, measure, report, streams
+from hack.benchmark import account, logs, measure, report, streams
 from hack.benchmark.client import CallFailed, Endpoint
 from hack.benchmark.floor import Floor
 
@@ -49,6 +49,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     add("--rounds", type=int, default=5, help="rounds of concurrent starts (%(default)s)")
     add("--idle", type=int, default=100, help="idle pods for memory (%(default)s; 0: none)")
     add("--idle-starts", type=int, default=20, help="starts measured among them (%(default)s)")
+    add("--logs", type=int, default=0, metavar="ROUNDS", help="containers' output into logs, this often (none)")
     add("--time-limit", type=float, default=600, metavar="SECONDS", help="phases end early after it (%(default)s)")
     add("--host-network", action="store_true", help="pods without a network namespace of their own")
     add("--no-floor", action="store_true", help="leave the C program out")
@@ -108,11 +109,11 @@ def _prepare(endpoint: Endpoint, warm_up: int, stack: contextlib.ExitStack) -> a
 
 def _run(options: argparse.Namespace, console: Console, stack: contextlib.ExitStack) -> dict[str, Any]:
     limit = measure.Deadline(options.time_limit)
-    logs = stack.enter_context(tempfile.TemporaryDirectory(prefix="crib-bench-logs-"))
+    directory = stack.enter_context(tempfile.TemporaryDirectory(prefix="crib-bench-logs-"))
     run = f"{os.getpid()}-{int(time.time())}"
     endpoints = []
     for name, target in options.endpoint.items():
-        endpoint = Endpoint(name, target, options.image, run, logs, options.host_network)
+        endpoint = Endpoint(name, target, options.image, run, directory, options.host_network)
         stack.callback(endpoint.close)
         endpoints.append(endpoint)
     facts = _versions(endpoints)
@@ -148,10 +149,19 @@ def _run(options: argparse.Namespace, console: Console, stack: contextlib.ExitSt
         with console.status(f"idle pods of {endpoint.name}"):
             meter, result = meters[endpoint.name], results[endpoint.name]
             measure.idle(endpoint, meter, floor, result, options.idle, options.idle_starts, limit)
-    report.tables(console, results, cycles)
+    written: dict[str, dict[str, logs.Stream]] = {}
+    if options.logs:
+        with console.status("logs"):
+            written = logs.streams(endpoints, meters, options.logs, limit)
+    if options.iterations:
+        report.tables(console, results, cycles)
+    if written:
+        report.logs(console, written)
     for cut in limit.cut:
         console.print(f"cut short by the time limit: {cut}", style="yellow")
-    plain = {name: dataclasses.asdict(result) for name, result in results.items()}
+    plain: dict[str, Any] = {name: dataclasses.asdict(result) for name, result in results.items()}
+    for name, shapes in written.items():
+        plain[name]["logs"] = {shape: dataclasses.asdict(stream) for shape, stream in shapes.items()}
     if cycles:
         bare = report.floor_result(cycles)
         plain[report.FLOOR] = {

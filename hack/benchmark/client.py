@@ -139,13 +139,13 @@ class Endpoint:
             ),
         )
 
-    def _container(self, feature: str = "") -> api.ContainerConfig:
+    def _container(self, feature: str = "", command: tuple[str, ...] = SLEEP) -> api.ContainerConfig:
         profile = api.SecurityProfile.RuntimeDefault if feature in ("", SECCOMP) else api.SecurityProfile.Unconfined
         return api.ContainerConfig(
             mounts=self._mounts() if feature == MOUNTS else (),
             metadata=api.ContainerMetadata(name="c"),
             image=api.ImageSpec(image=self.image),
-            command=SLEEP,
+            command=command,
             log_path=f"{self._serial}.log",
             labels={LABEL: self.run},
             linux=api.LinuxContainerConfig(
@@ -162,9 +162,9 @@ class Endpoint:
             ),
         )
 
-    def start(self, feature: str = "") -> Pod:
+    def start(self, feature: str = "", command: tuple[str, ...] = SLEEP) -> Pod:
         """RunPodSandbox, CreateContainer and StartContainer of a new pod."""
-        sandbox, container = self._sandbox(feature), self._container(feature)
+        sandbox, container = self._sandbox(feature), self._container(feature, command)
         begin = time.perf_counter()
         sandbox_id = self.call("RunPodSandbox", config=sandbox).pod_sandbox_id
         container_id = self.call(

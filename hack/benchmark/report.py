@@ -11,6 +11,7 @@ from rich.table import Table
 
 from hack.benchmark.client import FEATURES, PLAIN
 from hack.benchmark.floor import Cycle
+from hack.benchmark.logs import Stream
 from hack.benchmark.measure import Result, Summary
 
 FLOOR = "floor (C)"
@@ -97,4 +98,16 @@ def tables(console: Console, results: dict[str, Result], cycles: list[Cycle]) ->
         row("pod inits' MiB per pod", lambda r: _mib(r.idle.pod_init_per_pod_bytes) if r.idle else "-")
         row("daemon MiB", lambda r: _mib(r.idle.daemon_bytes) if r.idle else "-")
         row("idle, % of one core", lambda r: f"{r.idle.core_percent:.2f}" if r.idle else "-")
+    console.print(table)
+
+
+def logs(console: Console, found: dict[str, dict[str, Stream]]) -> None:
+    table = Table("output into a log", *found, title="median / best", title_justify="left")
+    for shape in dict.fromkeys(shape for shapes in found.values() for shape in shapes):
+        of = [shapes.get(shape) for shapes in found.values()]
+        line_bytes = next(stream.line_bytes for stream in of if stream)
+        rates = [f"{s.rate.median:.0f} / {s.rate.p99:.0f}" if s else "-" for s in of]
+        table.add_row(f"MB/s, lines of {line_bytes} bytes", *rates)
+        costs = [f"{s.cpu_ms.median:.0f} / {s.cpu_ms.best:.0f}" if s else "-" for s in of]
+        table.add_row("  CPU ms per 100 MB", *costs)
     console.print(table)

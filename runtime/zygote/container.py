@@ -10,7 +10,7 @@ import struct
 import termios
 import time
 
-from runtime.zygote.log import Log, Stream
+from runtime.zygote.log import Stream
 from runtime.zygote.packets import STDERR, STDOUT
 
 TYPE_CHECKING = False  # typing costs a monitor memory
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from typing import Any, Final
 
     from runtime.zygote.attach import Client
+    from runtime.zygote.spool import Log
 
 _READ_BYTES: Final = 65536
 _DRAIN_BYTES: Final = 16 << 20
@@ -144,7 +145,7 @@ class Container(Process):
         os.set_blocking(fd, False)
         if name == b"stderr":
             self.stderr = fd
-        self.streams[fd] = Stream(self.log, name) if self.log else None
+        self.streams[fd] = Stream(self.log.write, name) if self.log else None
 
     def read_stream(self, fd: int) -> bool:
         """Log one read of `fd`; False at its end."""
@@ -200,4 +201,6 @@ class Container(Process):
             "code": self.code,
             "exited_ns": self.exited_ns,
             "oom_killed": self.oom_killed,
+            "log_lost": (self.log.lost_lines, self.log.lost_bytes, self.log.lost_why) if self.log else (0, 0, ""),
+            "log_full": self.log is not None and self.log.full,
         }

@@ -1,7 +1,7 @@
-"""A container's log file in the CRI format: `TIME stdout|stderr F|P TEXT`, one line per line of output.
+"""A container's output in the CRI's log format: `TIME stdout|stderr F|P TEXT`, one line per line of output.
 
 A line longer than 16 KiB is split into P parts; output that ends without a newline ends with a P part, so that
-every byte can be told. Times are those of the read. A write that fails drops its lines and counts them.
+every byte can be told. Times are those of the read.
 """
 
 from __future__ import annotations
@@ -11,73 +11,58 @@ import time
 
 TYPE_CHECKING = False  # typing costs a monitor memory
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Final
 
 LINE_BYTES: Final = 16 * 1024
-_FLAGS: Final = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+_FLAGS: Final = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
 
 
-class Log:
-    """One log file, fed by one or two streams."""
+def open_log(path: str) -> int:
+    """A descriptor to append to the file, which is made (0640) if there is none. Raises OSError."""
+    return os.open(path, _FLAGS, 0o640)
 
-    __slots__ = ("_fd", "_second", "_second_text", "dropped_bytes", "path")
 
-    def __init__(self, path: str) -> None:
-        """Open (or make, 0640) the file. Raises OSError."""
-        self.path = path
-        self._fd = self._open()
-        self.dropped_bytes = 0
+class Clock:
+    """Tells the time as the log's lines have it."""
+
+    __slots__ = ("_second", "_text")
+
+    def __init__(self) -> None:
         self._second = -1
-        self._second_text = ""
-
-    def _open(self) -> int:
-        return os.open(self.path, _FLAGS, 0o640)
-
-    def reopen(self) -> None:
-        """Go on in a new file at the same path; nothing goes to the old one any more. Raises OSError."""
-        fd = self._open()
-        os.close(self._fd)
-        self._fd = fd
-
-    def close(self) -> None:
-        os.close(self._fd)
+        self._text = ""
 
     def now(self) -> bytes:
         """RFC 3339 with nanoseconds, UTC."""
         second, rest = divmod(time.time_ns(), 1_000_000_000)
         if second != self._second:
             self._second = second
-            self._second_text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
-        return f"{self._second_text}.{rest:09d}Z".encode("ascii")
+            self._text = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+        return f"{self._text}.{rest:09d}Z".encode("ascii")
 
-    def write(self, data: bytes) -> None:
-        """Append formatted lines."""
-        view = memoryview(data)
-        try:
-            while view:
-                view = view[os.write(self._fd, view) :]
-        except OSError:
-            self.dropped_bytes += len(view)
+
+clock: Final = Clock()
 
 
 class Stream:
     """Turns one stream's bytes into log lines; keeps an unfinished line for its next bytes."""
 
-    __slots__ = ("_log", "_name", "_rest")
+    __slots__ = ("_name", "_rest", "_write")
 
-    def __init__(self, log: Log, name: bytes) -> None:
-        self._log = log
+    def __init__(self, write: Callable[[bytes], None], name: bytes) -> None:
+        self._write = write
         self._name = name
         self._rest = b""
 
     def feed(self, data: bytes) -> None:
         """Log what is complete."""
-        self._log.write(self.format(data, self._log.now()))
+        if lines := self.format(data, clock.now()):
+            self._write(lines)
 
     def finish(self) -> None:
         """The stream has ended: log the unfinished line as a P part."""
         if self._rest:
-            self._log.write(b"%b %b P %b\n" % (self._log.now(), self._name, self._rest))
+            self._write(b"%b %b P %b\n" % (clock.now(), self._name, self._rest))
             self._rest = b""
 
     def format(self, data: bytes, now: bytes) -> bytes:

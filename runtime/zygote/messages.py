@@ -51,7 +51,7 @@ class Kind:
     SIGNAL = "signal"
     KILL = "kill"  # kill a whole container, or an exec's process
     RESIZE = "resize"
-    REOPEN = "reopen"
+    REOPEN = "reopen"  # cribd → monitor: go on with a log in a new file; fd: that
     PAUSED = "paused"  # monitor → cribd: a start waits for hooks
     RESUME = "resume"  # cribd → monitor: it may go on, or `detail` is wrong
     FORGET = "forget"  # drop the record of an exited container
@@ -61,6 +61,7 @@ class Kind:
     FAILED = "failed"
     EXITED = "exited"  # monitor → cribd: a container ended
     EXEC_EXITED = "exec-exited"
+    LOG = "log"  # monitor → cribd: a container's log loses output, or has grown to its limit
 
 
 KINDS: Final = frozenset(value for name, value in vars(Kind).items() if name.isupper())

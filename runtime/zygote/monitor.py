@@ -14,20 +14,23 @@ import socket
 
 from runtime.cgroup import files as cgroup_files
 from runtime.linux.lib import SyscallError
-from runtime.linux.process import PR_SET_CHILD_SUBREAPER, prctl, set_title
+from runtime.linux.process import PR_SET_CHILD_SUBREAPER, close_range, prctl, set_title
 from runtime.zygote.attach import attach, detach_all
 from runtime.zygote.child import become
 from runtime.zygote.container import Container, Process
 from runtime.zygote.hold import Holds
-from runtime.zygote.log import Log
+from runtime.zygote.log import open_log
 from runtime.zygote.messages import Kind, close_all, read_plan
 from runtime.zygote.podspace import NEWPID, BadSysctl, PodSpace
 from runtime.zygote.server import SOCKET_NAME, Server
+from runtime.zygote.spool import Log, Spool
 from runtime.zygote.tree import kill_tree
 
 TYPE_CHECKING = False  # typing costs a monitor memory
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, Final
+
+_LAST_FD: Final = 0xFFFFFFFF
 
 
 class Monitor:
@@ -39,6 +42,7 @@ class Monitor:
         self._server = Server(self._directory, self._request)
         self._space = PodSpace()
         self._holds = Holds()
+        self._spool = Spool(self._tell_log)
         self._containers: dict[str, Container] = {}
         self._execs: dict[str, Process] = {}
         self._exec_of: dict[str, str] = {}
@@ -68,7 +72,8 @@ class Monitor:
 
     def turn(self) -> None:
         """Wait until something happens, and handle it."""
-        self._server.turn(self._holds.expire())
+        holds_s, logs_s = self._holds.expire(), self._spool.expire()
+        self._server.turn(max(holds_s, logs_s) if holds_s < 0 or logs_s < 0 else min(holds_s, logs_s))
 
     def close(self) -> None:
         """Let go of everything without ending anything: for the zygote's warm-up."""
@@ -107,6 +112,8 @@ class Monitor:
             self._exec(connection, fields, fds)
         elif kind == Kind.SOCKET:
             self._socket(connection, n, fields["family"])
+        elif kind == Kind.REOPEN:
+            self._reopen(connection, n, fields, fds)
         elif kind == Kind.END:
             self._end(connection, n)
         else:
@@ -117,8 +124,6 @@ class Monitor:
                 self._kill(fields)
             elif kind == Kind.RESIZE:
                 self._process(fields).resize(fields["rows"], fields["columns"])
-            elif kind == Kind.REOPEN:
-                self._reopen(fields["id"])
             elif kind == Kind.RESUME:
                 self._resume(fields["id"], fields["detail"])
             elif kind == Kind.FORGET:
@@ -145,7 +150,6 @@ class Monitor:
             pid_ns = os.dup(self._running(fields["pid_ns"]).pidfd)
         elif fields["pid_ns"]:
             pid_ns = os.open(fields["pid_ns"], os.O_RDONLY | os.O_CLOEXEC)
-        log = Log(fields["log"]) if fields["log"] else None
         mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         ends = [os.pipe2(os.O_CLOEXEC) for _ in range(0 if fields["terminal"] else 2)]
         stdin = os.pipe2(os.O_CLOEXEC) if fields["stdin"] and not fields["terminal"] else None
@@ -153,6 +157,8 @@ class Monitor:
         child |= {"stdout": ends[0][1], "stderr": ends[1][1]} if ends else {}
         child |= {"shm": self._space.shm} if self._space.shm >= 0 else {}
         plan = read_plan(fds[0])
+        if fields["log"] and len(fds) == 1:  # older cribds leave that to the monitor
+            fds.append(open_log(fields["log"]))
         flags = NEWPID if fields["pid"] == "new" else 0
         inherited = pid_ns
         if self._space.user >= 0:  # what it clones after joining the user namespace is what enters the pid namespace
@@ -166,14 +172,14 @@ class Monitor:
         except SyscallError:
             mine.close()
             close_all([end[0] for end in ends] + ([stdin[1]] if stdin else []))
-            if log:
-                log.close()
             raise
         finally:
             theirs.close()
             close_all([end[1] for end in ends] + ([stdin[0]] if stdin else []) + ([pid_ns] if pid_ns >= 0 else []))
         container = Container(fields["n"], pid, pidfd, mine, fields)
-        container.log = log
+        if fields["log"]:
+            size, limit = fields.get("log_size", 0), fields.get("log_max_bytes", 0)
+            container.log = Log(self._spool, container.id, fields["log"], fds.pop(), size, limit)
         container.staged = self._space.user >= 0
         self._holds.add(container, held, ())
         if stdin:
@@ -263,11 +269,23 @@ class Monitor:
             self._server.send(connection, Kind.OK, (made.fileno(),), re=n)
 
     def _watch_stream(self, container: Container, fd: int) -> None:
+        waits = False
+
         def readable() -> None:
-            if not container.read_stream(fd):
+            nonlocal waits
+            if container.log and not waits and container.log.crowded(resume):
+                waits = True  # what is told of it now is that it has ended: then it is read
+                self._server.rewatch(fd, 0)
+            elif not container.read_stream(fd):
                 self._server.unwatch(fd)
                 os.close(fd)
                 del container.streams[fd]
+
+        def resume() -> None:
+            nonlocal waits
+            if waits and self._server.watched(fd, readable):
+                waits = False
+                self._server.rewatch(fd, select.EPOLLIN)
 
         self._server.watch(fd, readable)
 
@@ -334,12 +352,19 @@ class Monitor:
             self._announce(container)
 
     def _announce(self, container: Container) -> None:
-        """Record a container's end on disk, then tell it."""
+        """Record a container's end on disk, then tell it: when its last words are in its log, if that can be."""
         container.drain()
         detach_all(container)
         container.oom_killed = _oom_killed(container.memory_events) and container.code != 0
         self._record(container)
-        self._server.tell(Kind.EXITED, **container.fact())
+
+        def tell(_: int) -> None:
+            self._server.tell(Kind.EXITED, **container.fact())
+
+        if container.log:
+            container.log.flush(tell)
+        else:
+            tell(0)
 
     def _record(self, container: Container) -> None:
         name = f"exit-{container.id}.json"
@@ -389,10 +414,24 @@ class Monitor:
             container.paused = False
             container.sync.send(f"{detail}\0".encode())
 
-    def _reopen(self, container_id: str) -> None:
-        log = self._running(container_id).log
+    def _reopen(self, connection: socket.socket, n: int, fields: dict[str, Any], fds: list[int]) -> None:
+        def reopened(errno: int) -> None:
+            if errno:
+                detail = f"{log.path if log else ''}: the disk of the old file does not answer"
+                self._server.send(connection, Kind.FAILED, re=n, errno=errno, detail=detail)
+            else:
+                self._server.send(connection, Kind.OK, re=n)
+
+        log = self._running(fields["id"]).log
         if log:
-            log.reopen()
+            log.reopen(fds.pop() if fds else open_log(log.path), fields.get("log_size", 0), reopened)
+        else:
+            reopened(0)
+
+    def _tell_log(self, container_id: str) -> None:
+        """Say what is new of a container's log."""
+        if container := self._containers.get(container_id):
+            self._server.tell(Kind.LOG, **container.fact())
 
     def _forget(self, container_id: str) -> None:
         container = self._containers.get(container_id)
@@ -442,9 +481,18 @@ class Monitor:
         assert self._ending is not None
         for container in self._containers.values():
             container.drain()
+            if container.log:
+                container.log.flush(lambda _: None)
+        while not self._spool.idle:
+            self.turn()
+        hung = self._spool.end()
         os.unlink(SOCKET_NAME, dir_fd=self._directory)
         connection, n = self._ending
-        self._server.send(connection, Kind.OK, re=n)
+        self._server.send(connection, Kind.OK, re=n, hung=hung)
+        if hung:  # this process goes when the disk answers, but not what it holds
+            self._space.disconnect()
+            close_range(0, _LAST_FD)
+            os._exit(0)
 
 
 def _oom_killed(memory_events: str) -> bool:

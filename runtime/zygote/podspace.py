@@ -6,9 +6,11 @@ that shares or leaves the pid namespace needs more: its process is cloned into i
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
+import struct
 
 from runtime.cgroup.files import write
 from runtime.linux import mount, namespaces
@@ -31,6 +33,7 @@ _NEWIPC: Final = int(CLONE.NEWIPC)
 _NEWUTS: Final = int(CLONE.NEWUTS)
 NEWPID: Final = int(CLONE.NEWPID)
 _SHM_ATTRIBUTES: Final = int(mount.MountAttr.NOSUID | mount.MountAttr.NODEV | mount.MountAttr.NOEXEC)
+_SIOCSIFFLAGS: Final = 0x8914
 # What the next cribd is told of how the pod was made.
 _MADE: Final = ("net", "ipc", "pid", "uids", "gids", "hostname", "shm_bytes", "shm_path")
 _SYSCTL_PATH: Final = str.maketrans("./", "/.")  # as sysctl(8): "eth0/1" in a dotted name is the file eth0.1
@@ -139,6 +142,13 @@ class PodSpace:
     def kill_init(self) -> None:
         if self._init:
             signal.pidfd_send_signal(self._init[1], signal.SIGKILL)
+
+    def disconnect(self) -> None:
+        """Take the pod's own network down: this process may keep it in being for longer than the pod lives."""
+        if self.made["net"]:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+                for _, name in socket.if_nameindex():
+                    fcntl.ioctl(sock, _SIOCSIFFLAGS, struct.pack("16sh22x", name.encode(), 0))
 
     def close(self) -> None:
         """Close what a pod without an init or a user namespace holds: for the zygote's warm-up."""

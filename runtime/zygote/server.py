@@ -70,8 +70,9 @@ class Server:
         """As `unwatch`, for one that was closed and so has left epoll by itself."""
         del self._handlers[fd]
 
-    def watched(self, fd: int) -> bool:
-        return fd in self._handlers
+    def watched(self, fd: int, handler: Callable[[], None] | None = None) -> bool:
+        """Whether anybody watches `fd`, or this one does."""
+        return fd in self._handlers and handler in (None, self._handlers[fd])
 
     def handle(self, fd: int) -> None:
         """Call who watches `fd` now: something is known to be there."""

@@ -16,12 +16,15 @@ import signal
 import socket
 import sys
 
+from runtime.linux.aio import Writer
 from runtime.linux.mount import detached
 from runtime.linux.namespaces import setns
 from runtime.linux.process import PR_SET_DUMPABLE, prctl, set_title
 from runtime.zygote.hookrunner import run_stage
+from runtime.zygote.log import Stream, open_log
 from runtime.zygote.messages import Kind, close_all, pack, receive, send
 from runtime.zygote.monitor import Monitor
+from runtime.zygote.spool import Log, Spool
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -50,6 +53,8 @@ _START = {
     "stdin": False,
     "stdin_once": False,
     "log": "/dev/null",
+    "log_size": 0,
+    "log_max_bytes": 0,
     "cgroup": "",
 }
 _WARM_UP: tuple[tuple[str, bool, dict[str, Any]], ...] = (
@@ -144,9 +149,35 @@ def _warm_up() -> None:
     directory = detached("tmpfs", ())
     for _ in range(_WARM_UP_ROUNDS):
         _live(f"/proc/self/fd/{directory}")
+        _log()
     for namespace in before:
         setns(namespace, 0)
     close_all([directory, *before])
+
+
+class _Rehearsal(Writer):
+    """Writes nothing: a forked process must not think that it has the C library's thread."""
+
+    def begin(self, fd: int, data: bytes) -> None:
+        self.data = data
+
+    def result(self) -> int | None:
+        return len(self.data)
+
+
+def _log() -> None:
+    """A container's output on its way to a log, as often as one thing may happen between two others."""
+    spool = Spool(lambda _: None, _Rehearsal)
+    log = Log(spool, "c", "/dev/null", open_log("/dev/null"), 0, 0)
+    stream = Stream(log.write, b"stdout")
+    stream.feed(b"1\n")
+    spool.expire()
+    stream.feed(b"2\n3")
+    stream.feed(b"\n4")
+    log.flush(lambda _: None)
+    spool.expire()
+    spool.expire()
+    log.close()
 
 
 def _live(directory: str) -> None:
@@ -154,11 +185,12 @@ def _live(directory: str) -> None:
     cribd, monitors = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     plan = os.memfd_create("warm-up", os.MFD_CLOEXEC)
     os.write(plan, _FAILING_PLAN)
+    log = open_log("/dev/null")
     with cribd:
         monitor = Monitor("warm-up", directory, monitors)
         wake = monitor.wake_on_signals()
         for kind, fds, fields in _WARM_UP:
-            send(cribd, kind, (plan,) if fds else (), n=1, **fields)
+            send(cribd, kind, (plan, log) if fds else (), n=1, **fields)
             monitor.turn()
             while select.select([cribd], [], [], 0)[0] == []:
                 monitor.turn()
@@ -167,7 +199,7 @@ def _live(directory: str) -> None:
         signal.set_wakeup_fd(-1)
         os.close(wake)
         monitor.close()
-    os.close(plan)
+    close_all([plan, log])
 
 
 def _become_monitor(pod_id: str, directory: str, connection: socket.socket) -> None:

@@ -13,11 +13,12 @@ import pytest
 import pytest_asyncio
 
 from runtime.cgroup import Cgroups, detect
-from runtime.engine import Cgroup, ContainerExit, ContainerStart, Engine, Pod, PodStart, Started
+from runtime.engine import Cgroup, ContainerExit, ContainerStart, Engine, LogFile, Pod, PodStart, Started
 from runtime.images import RootFs
 from runtime.linux.probe import probe
 from runtime.spec import Capabilities, IDMapping, Linux, Mount, Namespace, Process, Resources, Root, Spec, User
 from runtime.zygote.launch import launch
+from runtime.zygote.log import open_log
 from tests.limits import scaled
 
 POD_ID = "a" * 64
@@ -83,9 +84,13 @@ class Bench:
         work.mkdir()
         rootfs = RootFs(base=str(self.layer), lowers=("1",), upper=str(upper), work=str(work))
         cgroup = cgroup or self.cgroup_of(container_id)
-        log = str(self.directory / f"{container_id}.log")
-        request = ContainerStart(container_id, spec, rootfs, cgroup, log, pid_target=pid_target)
-        return await pod.start(request)
+        path = str(self.directory / f"{container_id}.log")
+        fd = open_log(path)
+        try:
+            log = LogFile(path, fd)
+            return await pod.start(ContainerStart(container_id, spec, rootfs, cgroup, log, pid_target=pid_target))
+        finally:
+            os.close(fd)
 
     async def run(self, pod: Pod, container_id: str, spec: Spec, *, pid_target: str = "") -> tuple[ContainerExit, str]:
         """Start a container and wait for its end; how it ended, and what it wrote."""

@@ -14,7 +14,7 @@ import pytest
 import pytest_asyncio
 
 from runtime.cgroup import detect
-from runtime.engine import Cgroup, ContainerStart, Engine, Exec, ExecStart, Pod, Started
+from runtime.engine import Cgroup, ContainerStart, Engine, Exec, ExecStart, LogFile, Pod, Started, open_log
 from runtime.images import RootFs
 from runtime.linux.caps import NAMES
 from runtime.linux.probe import probe
@@ -146,7 +146,11 @@ async def start_at(made: Bench, pod: Pod, spec: Spec, *, log: str) -> Started:
     upper.mkdir()
     work.mkdir()
     rootfs = RootFs(base=str(made.layer), lowers=("1",), upper=str(upper), work=str(work))
-    return await pod.start(ContainerStart("c", spec, rootfs, made.cgroup_of("c"), log))
+    fd = open_log(log)
+    try:
+        return await pod.start(ContainerStart("c", spec, rootfs, made.cgroup_of("c"), LogFile(log, fd)))
+    finally:
+        os.close(fd)
 
 
 def execute(

@@ -101,7 +101,7 @@ async def test_cve_2025_0750(bench: Bench, tmp_path: Path) -> None:
         await logs_outside(bench, tmp_path)
     (tmp_path / "pod/link.log").symlink_to(tmp_path / "outside.log")
     pod = await bench.pod()
-    with pytest.raises(Exception, match="too many levels"):
+    with pytest.raises(Exception, match=r"(?i)too many levels"):
         await start_at(bench, pod, container(pod, "true"), log=str(tmp_path / "pod/link.log"))
     assert not (tmp_path / "outside.log").exists()
 

@@ -1,0 +1,90 @@
+"""A container's log file: opened here, where a disk that hangs holds up one call, and written by the pod's monitor."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from runtime.engine import ContainerFact, LogFile, open_log
+from runtime.errors import CribError, Unavailable
+
+if TYPE_CHECKING:
+    from cri.container.container import Container
+    from cri.node import Node
+
+_ROTATED: Final = re.compile(r"\.\d{8}-\d{6}(\.\d{9})?(\.gz)?")
+_logger = logging.getLogger(__name__)
+
+
+async def opened(node: Node, container: Container) -> LogFile | None:
+    """The container's log, made where there is none; its descriptor is the caller's. None: it has no log.
+
+    Raises CribError.
+    """
+    path = container.record.log_path
+    if not path:
+        return None
+
+    def open_it() -> LogFile:
+        fd = open_log(path)
+        return LogFile(path, fd, os.fstat(fd).st_size, node.config.logs.max_bytes)
+
+    try:
+        return await node.work(open_it)
+    except OSError as error:
+        raise CribError(f"{container.title}: log {path}: {(error.strerror or '').lower()}") from error
+
+
+async def reopen(node: Node, container: Container) -> None:
+    """Have all later output go to a new file at the log's path. Raises CribError, and the old file goes on then."""
+    log = await opened(node, container)
+    if log:
+        try:
+            await container.pod.monitor.reopen_log(container.id, log)
+        finally:
+            os.close(log.fd)
+
+
+def on_log(node: Node, fact: ContainerFact) -> None:
+    """Take a monitor's word that a container's log loses output, or that it has grown to its limit."""
+    container = node.containers.find(fact.id)
+    if container is None:
+        return
+    if (loss := fact.log_loss) != container.log_loss:
+        container.log_loss = loss
+        fields = {"container": fact.id, "lines": loss.lines, "bytes": loss.size_bytes, "cause": loss.cause}
+        _logger.warning("output is missing in the log", extra={"fields": fields})
+    if fact.log_full and container.alive:
+        work = node.flights.join(("rotate", container.id), lambda: _rotate(node, container))
+        node.spawn(asyncio.get_running_loop().create_task(work))
+
+
+async def _rotate(node: Node, container: Container) -> None:
+    """Rename the full log, as the kubelet does, go on in a new one, and remove the oldest."""
+    path = Path(container.record.log_path)
+    now = time.time_ns()
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now // 10**9))
+    renamed = path.with_name(f"{path.name}.{stamp}.{now % 10**9:09d}")
+    try:
+        await node.work(os.rename, path, renamed)
+        try:
+            await reopen(node, container)
+        except Unavailable:
+            await node.work(os.rename, renamed, path)  # what is written goes there still
+            raise
+        await node.work(_prune, path, node.config.logs.max_files)
+    except (OSError, CribError) as error:
+        _logger.warning("rotating a log failed", extra={"fields": {"container": container.id, "error": str(error)}})
+
+
+def _prune(path: Path, keep: int) -> None:
+    """Remove the oldest of a log's renamed files, so that with the present one `keep` are left."""
+    names = os.listdir(path.parent)
+    old = sorted(name for name in names if name.startswith(path.name) and _ROTATED.fullmatch(name, len(path.name)))
+    for name in old[: max(len(old) - keep + 1, 0)]:
+        (path.parent / name).unlink(missing_ok=True)
