@@ -464,10 +464,10 @@ class Pod:
             task = asyncio.create_task(self._resume(fields["id"], fields["pid"]))
             self._tasks.add(task)
             task.add_done_callback(self._resumed)
+        if kind in (Kind.LOG, Kind.EXITED) and self.on_log:
+            self.on_log(_fact(fields))
         if kind == Kind.EXITED and self.on_exit:
             self.on_exit(container_exit(fields))
-        elif kind == Kind.LOG and self.on_log:
-            self.on_log(_fact(fields))
         elif kind == Kind.EXEC_EXITED:
             future = self._execs.pop(fields["exec"], None)
             if future and not future.done():

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from runtime.engine import ContainerFact, LogFile, open_log
-from runtime.errors import CribError, Unavailable
+from runtime.errors import CribError
 
 if TYPE_CHECKING:
     from cri.container.container import Container
@@ -59,7 +59,7 @@ def on_log(node: Node, fact: ContainerFact) -> None:
         container.log_loss = loss
         fields = {"container": fact.id, "lines": loss.lines, "bytes": loss.size_bytes, "cause": loss.cause}
         _logger.warning("output is missing in the log", extra={"fields": fields})
-    if fact.log_full and container.alive:
+    if fact.log_full and fact.exited is None and container.alive:
         work = node.flights.join(("rotate", container.id), lambda: _rotate(node, container))
         node.spawn(asyncio.get_running_loop().create_task(work))
 
@@ -74,7 +74,7 @@ async def _rotate(node: Node, container: Container) -> None:
         await node.work(os.rename, path, renamed)
         try:
             await reopen(node, container)
-        except Unavailable:
+        except CribError:
             await node.work(os.rename, renamed, path)  # what is written goes there still
             raise
         await node.work(_prune, path, node.config.logs.max_files)

@@ -10,7 +10,7 @@ import re
 import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -46,18 +46,30 @@ def frozen(directory: Path) -> Iterator[None]:
         os.close(fd)
 
 
-@pytest_asyncio.fixture
-async def disk(real: Real, tmp_path: Path) -> AsyncIterator[Path]:
-    """A disk of 64 MiB for the logs alone."""
-    image = tmp_path / "disk"
-    subprocess.run(["truncate", "-s", "64M", image], check=True)
-    subprocess.run(["mkfs.ext4", "-q", image], check=True)
+@asynccontextmanager
+async def mounted(real: Real, *arguments: str) -> AsyncIterator[Path]:
+    """A file system of their own for the logs."""
     real.logs.mkdir(exist_ok=True)
-    subprocess.run(["mount", "-o", "loop", image, real.logs], check=True)
+    subprocess.run(["mount", *arguments, real.logs], check=True)
     yield real.logs
     for item in (await real.client.ListPodSandbox(pb.ListPodSandboxRequest())).items:
         await real.remove(item.id)
     subprocess.run(["umount", real.logs], check=True)
+
+
+@pytest_asyncio.fixture
+async def disk(real: Real, tmp_path: Path) -> AsyncIterator[Path]:
+    image = tmp_path / "disk"
+    subprocess.run(["truncate", "-s", "64M", image], check=True)
+    subprocess.run(["mkfs.ext4", "-q", image], check=True)
+    async with mounted(real, "-o", "loop", str(image)) as directory:
+        yield directory
+
+
+@pytest_asyncio.fixture
+async def small(real: Real) -> AsyncIterator[Path]:
+    async with mounted(real, "-t", "tmpfs", "-o", "size=256k", "none") as directory:
+        yield directory
 
 
 @contextmanager
@@ -160,31 +172,25 @@ def _hangs(monitor: int) -> bool:
     return "D" in states
 
 
-async def test_a_full_disk(real: Real) -> None:
-    real.logs.mkdir(exist_ok=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "none", real.logs], check=True)
-    try:
-        (real.logs / "filler").write_bytes(bytes(128 << 10))
-        pod = await real.pod(real.pod_config(network=False))
-        script = "n() { i=0; while [ $i -lt $1 ]; do i=$((i+1)); echo $2 $i; done; }; n 5000 a; read -r _; n 100 b"
-        container = await real.run(pod, "sh", "-c", script, stdin=True)
-        async with asyncio.timeout(scaled(30)):
-            while (await loss(real, container))[0] == 0:  # noqa: ASYNC110
-                await asyncio.sleep(0.05)
-        (real.logs / "filler").unlink()
-        async with spdy(await attach_url(real, container, stdin=True)) as client:
-            streams = await client.command("stdin", "stdout", "stderr")
-            await streams["stdin"].write(b"\n")
-            assert (await real.ended(container)).exit_code == 0
-        data = (real.logs / "c.log").read_bytes()
-        lines, _, cause = await loss(real, container)
-        assert cause == "no space left on device"
-        assert notes(data)[0] == lines
-        assert len(texts(data)) + lines == 5100
-        assert texts(data)[-100:] == [b"b %d" % number for number in range(1, 101)]
-        await real.remove(pod)
-    finally:
-        subprocess.run(["umount", real.logs], check=True)
+async def test_a_full_disk(real: Real, small: Path) -> None:
+    (small / "filler").write_bytes(bytes(128 << 10))
+    pod = await real.pod(real.pod_config(network=False))
+    script = "n() { i=0; while [ $i -lt $1 ]; do i=$((i+1)); echo $2 $i; done; }; n 5000 a; read -r _; n 100 b"
+    container = await real.run(pod, "sh", "-c", script, stdin=True)
+    async with asyncio.timeout(scaled(30)):
+        while (await loss(real, container))[0] == 0:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    (small / "filler").unlink()
+    async with spdy(await attach_url(real, container, stdin=True)) as client:
+        streams = await client.command("stdin", "stdout", "stderr")
+        await streams["stdin"].write(b"\n")
+        assert (await real.ended(container)).exit_code == 0
+    data = (small / "c.log").read_bytes()
+    lines, _, cause = await loss(real, container)
+    assert cause == "no space left on device"
+    assert notes(data)[0] == lines
+    assert len(texts(data)) + lines == 5100
+    assert texts(data)[-100:] == [b"b %d" % number for number in range(1, 101)]
 
 
 _COUNTER = r"""
