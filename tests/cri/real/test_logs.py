@@ -247,16 +247,18 @@ async def test_rotation_by_cribd(real: Real) -> None:
     container = await real.run(pod, "sh", "-c", _COUNTER)
     await until(lambda: len(list(real.logs.iterdir())) > _ROUNDS, timeout_s=60)
     real.daemon.kill()  # it grows on meanwhile
-    await until(lambda: (real.logs / "c.log").stat().st_size > 200_000, timeout_s=30)
+    log = real.logs / "c.log"
+    await until(lambda: log.exists() and log.stat().st_size > 200_000, timeout_s=30)
     await real.client.close()
     real.daemon.start()
     real.client = real.daemon.client()
-    await until(lambda: (real.logs / "c.log").stat().st_size < 200_000, timeout_s=30)
+    files = len(list(real.logs.iterdir()))
+    await until(lambda: len(list(real.logs.iterdir())) > files, timeout_s=30)
     await real.sh(container, "touch /stop")
     assert (await real.ended(container)).exit_code == 0
-    files = sorted(path for path in real.logs.iterdir() if path.name != "c.log")
-    assert all(re.fullmatch(r"c\.log\.\d{8}-\d{6}\.\d{9}", path.name) for path in files)
-    _whole([path.read_bytes() for path in [*files, real.logs / "c.log"]])
+    olds = sorted(path for path in real.logs.iterdir() if path != log)
+    assert all(re.fullmatch(r"c\.log\.\d{8}-\d{6}\.\d{9}", path.name) for path in olds)
+    _whole([path.read_bytes() for path in [*olds, log]])
 
     real.daemon.stop()
     real.daemon.config.write_text("[logs]\nmax_bytes = 10000\nmax_files = 3\n")
