@@ -126,8 +126,10 @@ def run(registry: str | None, log_level: str = "info", log: Path | None = None) 
             process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
         try:
             _wait_ready(process, notify, log)
-            yield Cribd(process.pid, endpoint, root / "data", state / "run", log)
-            remove_pods(endpoint)
+            try:
+                yield Cribd(process.pid, endpoint, root / "data", state / "run", log)
+            finally:
+                remove_pods(endpoint)
         finally:
             process.terminate()
             try:
