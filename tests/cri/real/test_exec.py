@@ -231,6 +231,21 @@ async def test_websocket(real: Real, pod: str, protocol: str) -> None:
         assert client.closed_with == 1000
 
 
+@pytest.mark.parametrize("protocol", ["channel.k8s.io", "base64.channel.k8s.io", ""])
+async def test_the_first_websocket_protocols(real: Real, pod: str, protocol: str) -> None:
+    """Without a status document: the error channel has a text, and nothing for success."""
+    container = await sleeper(real, pod)
+    url = await exec_url(real, container, "sh", "-c", "read l; echo $l; exit 5", stdin=True)
+    async with channels(url, protocol) as one:
+        one.send(0, b"it\n")
+        assert await one.until(1, b"\n") == b"it\n"
+        assert b"exit code 5" in await one.read(3)
+        await one.task
+    async with channels(await exec_url(real, container, "echo", "x"), protocol) as other:
+        assert await other.got(1) == b"x\n"
+        assert 3 not in other.queues
+
+
 async def test_version_5_can_end_the_input(real: Real, pod: str) -> None:
     container = await sleeper(real, pod)
     body = os.urandom(2 << 20)

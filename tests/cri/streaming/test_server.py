@@ -400,3 +400,56 @@ async def test_a_client_that_closes_while_it_is_stopped(served: Served, how: str
             await made.task
             duplicate.close()
             await until(lambda: not served.server._links)
+
+
+def _bombs() -> dict[str, bytes]:
+    """What a client sends once it is connected, and must not."""
+    compressor = frames.Compressor()
+    blown = frames.Compressor().syn_stream(1, {"streamtype": "x" * (1 << 20)})
+    twice = [compressor.syn_stream(1, {"streamtype": "error", "port": "1"}) for _ in range(2)]
+    # Each block alone is small: the third is made of what the shared dictionary remembers of the first two.
+    shared = frames.Compressor()
+    remembered = [shared.syn_stream(2 * n + 1, {f"h{n}": "y" * 60_000, "z": "w" * 9_000}) for n in range(3)]
+    return {
+        "a control frame without an end": frames.control(frames.SYN_STREAM, b"")[:5] + b"\xff\xff\xff",
+        "an oversized control frame": frames.control(frames.SETTINGS, bytes(40_000)),
+        "headers that blow up": blown,
+        "headers that blow up by what was before": b"".join(remembered),
+        "headers that are no zlib": frames.control(frames.SYN_STREAM, bytes(10) + b"garbage"),
+        "data on a stream that never was": frames.data(77, b"x"),
+        "a stream twice": b"".join(twice),
+        "settings that lie": frames.control(frames.SETTINGS, b"\0\0\0\x09" + bytes(8)),
+        "a window without an end": frames.window_update(0, 0x7FFFFFFF) * 2,
+        "a stream with an even number": frames.Compressor().syn_stream(2, {}),
+        "a reply to nothing": frames.control(frames.SYN_REPLY, bytes(8)),
+        "version 2": b"\x80\x02" + frames.ping(1)[2:],
+        "a request again": b"GET / HTTP/1.1\r\n\r\n" * 10_000,
+    }
+
+
+@pytest.mark.parametrize("what", list(_bombs()))
+async def test_a_client_that_breaks_the_rules_breaks_its_own_connection(served: Served, what: str) -> None:
+    good = await Spdy().connect(served.url(), _PROTOCOL)
+    bad = await Spdy().connect(served.url(), _PROTOCOL)
+    bad.send(_bombs()[what])
+    bad.send(frames.ping(99))
+    if what == "a stream twice":
+        stream = bad.streams[1] = Stream(bad, 1)
+        await stream.got()
+        assert stream.reset
+    else:
+        await bad.closed()
+    assert await Forwarded(good, served.port).echoes(os.urandom(100_000))
+    await bad.close()
+    await good.close()
+
+
+@pytest.mark.parametrize(
+    "message", [b"\x82\x7f" + b"\xff" * 8, b"\xf2\x85mask", b"\x82\x01x", b"\x89\xfe\x10\x00" + bytes(5000)]
+)
+async def test_websocket_frames_that_are_none(served: Served, message: bytes) -> None:
+    bad = await Channels("v4.channel.k8s.io").connect(served.url(served.port))
+    bad.writer.write(message)
+    async with asyncio.timeout(scaled(10)):
+        await bad.task
+    await bad.close()
