@@ -32,7 +32,7 @@ from runtime.linux.seccomp import Filter
 _KEEP = caps.mask(
     ("CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID", "CAP_MKNOD", "CAP_SETFCAP", "CAP_SYS_ADMIN")
 )
-_MEMORY_LIMIT_BYTES = 1 << 30
+_MEMORY_LIMIT_BYTES = 512 << 20
 
 
 @dataclass(frozen=True, slots=True)

@@ -137,7 +137,7 @@ from types import SimpleNamespace
 from runtime.plan.mounts import MountOverlay
 from tests.runtime.images.test_care import listing
 base, upper, work, at, *lowers = sys.argv[1:]
-MountOverlay(base, tuple(lowers), upper, work, at).run(SimpleNamespace())
+MountOverlay(base, tuple(lowers), upper, work, at, "").run(SimpleNamespace())
 print(listing(Path(at)))
 """
 

@@ -425,7 +425,7 @@ import os, sys
 from types import SimpleNamespace
 from runtime.plan.mounts import MountOverlay
 base, rootfs, at, *lowers = sys.argv[1:]
-MountOverlay(base, tuple(lowers), f"{rootfs}/upper", f"{rootfs}/work", at).run(SimpleNamespace())
+MountOverlay(base, tuple(lowers), f"{rootfs}/upper", f"{rootfs}/work", at, "").run(SimpleNamespace())
 print(*os.listdir(at))
 """
 
@@ -441,5 +441,5 @@ def test_as_many_layers_as_the_kernel_takes(run_dir: Path) -> None:
         (base / name).mkdir()
         (base / name / f"f{number}").touch()
     command = ["unshare", "--mount", sys.executable, "-c", STACK, str(base), str(rootfs), str(at), *names]
-    shown = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    shown = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
     assert set(shown.split()) == {f"f{number}" for number in range(LAYERS_LIMIT)}
