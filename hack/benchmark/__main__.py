@@ -153,7 +153,7 @@ def _run(options: argparse.Namespace, console: Console, stack: contextlib.ExitSt
     if options.logs:
         with console.status("logs"):
             written = logs.streams(endpoints, meters, options.logs, limit)
-    if options.iterations:
+    if options.iterations or options.streams:
         report.tables(console, results, cycles)
     if written:
         report.logs(console, written)

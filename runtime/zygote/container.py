@@ -31,6 +31,7 @@ class Process:
     """
 
     __slots__ = (
+        "asker",
         "code",
         "exited_ns",
         "failure",
@@ -48,13 +49,14 @@ class Process:
         "terminal",
     )
 
-    def __init__(self, n: int, pid: int, pidfd: int, sync: socket.socket) -> None:
+    def __init__(self, asker: socket.socket, n: int, pid: int, pidfd: int, sync: socket.socket) -> None:
         self.staged = False
         self.held: list[Container] = []  # who is frozen until this has become its program, or ended
         self.hold_until = 0.0
         self.join_files: tuple[str, ...] = ()
         self.paused = False
-        self.n = n  # the request that waits for the start
+        self.asker = asker  # who waits for the start,
+        self.n = n  # and the number of the request
         self.pid = pid
         self.pidfd = pidfd
         self.sync: socket.socket | None = sync
@@ -122,8 +124,10 @@ class Container(Process):
         "stdin", "stdin_once", "stdin_open", "streams", "watches",
     )  # fmt: skip
 
-    def __init__(self, n: int, pid: int, pidfd: int, sync: socket.socket, fields: dict[str, Any]) -> None:
-        super().__init__(n, pid, pidfd, sync)
+    def __init__(
+        self, asker: socket.socket, n: int, pid: int, pidfd: int, sync: socket.socket, fields: dict[str, Any]
+    ) -> None:
+        super().__init__(asker, n, pid, pidfd, sync)
         self.id: str = fields["id"]
         self.own_pid: bool = fields["own_pid"]
         self.watches: bool = fields["watches"]

@@ -176,7 +176,7 @@ class Monitor:
         finally:
             theirs.close()
             close_all([end[1] for end in ends] + ([stdin[0]] if stdin else []) + ([pid_ns] if pid_ns >= 0 else []))
-        container = Container(fields["n"], pid, pidfd, mine, fields)
+        container = Container(connection, fields["n"], pid, pidfd, mine, fields)
         if fields["log"]:
             size, limit = fields.get("log_size", 0), fields.get("log_max_bytes", 0)
             container.log = Log(self._spool, container.id, fields["log"], fds.pop(), size, limit)
@@ -188,7 +188,7 @@ class Monitor:
         for (fd, _), name in zip(ends, (b"stdout", b"stderr"), strict=False):
             container.add_stream(fd, name)
         self._containers[container.id] = container
-        self._server.watch(mine.fileno(), lambda: self._started(connection, container, mine.fileno()))
+        self._server.watch(mine.fileno(), lambda: self._started(container, mine.fileno()))
 
     def _exec(self, connection: socket.socket, fields: dict[str, Any], fds: list[int]) -> None:
         container = self._running(fields["id"])
@@ -212,13 +212,11 @@ class Monitor:
             raise
         finally:
             theirs.close()
-        process = Process(fields["n"], pid, pidfd, mine)
+        process = Process(connection, fields["n"], pid, pidfd, mine)
         self._holds.add(process, held, join_files)
         self._execs[fields["exec"]] = process
         self._exec_of[fields["exec"]] = container.id
-        self._server.watch(
-            mine.fileno(), lambda: self._exec_started(connection, fields["exec"], process, mine.fileno())
-        )
+        self._server.watch(mine.fileno(), lambda: self._exec_started(fields["exec"], process, mine.fileno()))
 
     def _watchers(self, entered: Container | None) -> list[Container]:
         """Who could take over a child that enters a container's pid namespace, or with None the pod's."""
@@ -226,7 +224,7 @@ class Monitor:
         running = (each for each in self._containers.values() if each.watches and not each.ended)
         return [each for each in running if each is entered or not (own and each.own_pid)]
 
-    def _started(self, connection: socket.socket, container: Container, fd: int) -> None:
+    def _started(self, container: Container, fd: int) -> None:
         self._server.rewatch(fd, 0)  # silent while this decides; a closed descriptor leaves epoll by itself
         if not container.read_sync():
             self._server.rewatch(fd, select.EPOLLIN)
@@ -243,13 +241,13 @@ class Monitor:
         for stream in container.streams:
             self._watch_stream(container, stream)
         self._server.send(
-            connection, Kind.OK, re=container.n, pid=container.pid, started_ns=container.report["s"],
+            container.asker, Kind.OK, re=container.n, pid=container.pid, started_ns=container.report["s"],
             running_ns=container.started_ns, durations_ns=container.report["d"], warnings=container.report["w"],
         )  # fmt: skip
         if container.ended:
             self._announce(container)
 
-    def _exec_started(self, connection: socket.socket, exec_id: str, process: Process, fd: int) -> None:
+    def _exec_started(self, exec_id: str, process: Process, fd: int) -> None:
         self._server.rewatch(fd, 0)  # silent while this decides; a closed descriptor leaves epoll by itself
         if not process.read_sync():
             self._server.rewatch(fd, select.EPOLLIN)
@@ -257,7 +255,7 @@ class Monitor:
         self._server.forget(fd)
         if process.failure is None:
             terminal = (process.terminal,) if process.terminal >= 0 else ()
-            self._server.send(connection, Kind.OK, terminal, re=process.n, pid=process.pid)
+            self._server.send(process.asker, Kind.OK, terminal, re=process.n, pid=process.pid)
             close_all(list(terminal))
             process.terminal = -1
             if process.ended:
@@ -326,7 +324,7 @@ class Monitor:
                 while process.sync:
                     self._server.handle(process.sync.fileno())
                 if process.failure is not None:
-                    self._server.tell(Kind.FAILED, re=process.n, **process.failure)
+                    self._server.send(process.asker, Kind.FAILED, re=process.n, **process.failure)
                     self._drop_exec(exec_id)
                 else:
                     self._announce_exec(exec_id, process)
@@ -343,9 +341,9 @@ class Monitor:
         if container.failure is not None:
             if container.failure["failed"] < 0 and _oom_killed(container.memory_events):
                 container.failure["detail"] = "killed for memory: its limit is too low to start with"
-            self._server.tell(
-                Kind.FAILED, re=container.n, durations_ns=container.report.get("d", []), **container.failure,
-                warnings=container.report.get("w", []),
+            self._server.send(
+                container.asker, Kind.FAILED, re=container.n, durations_ns=container.report.get("d", []),
+                warnings=container.report.get("w", []), **container.failure,
             )  # fmt: skip
             self._forget(container.id)
         else:

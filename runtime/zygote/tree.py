@@ -21,51 +21,54 @@ def kill_tree(root: int, directories: tuple[str, ...]) -> None:
     and a parent that is dead can't be told any more. What daemonized before still has the session, unless it made a
     new one and its parent has gone.
     """
-    known: dict[int, tuple[int, int]] = {}
+    known: dict[int, int] = {}
     tree = {root}
     for _ in range(_PASSES):
         members = _members(directories)
-        for pid, (parent, session) in members.items():
+        for pid, (parent, session, _) in members.items():
             if parent in tree or session in tree:
                 tree.add(pid)
         fresh = [pid for pid in members if pid in tree and pid not in known]
         for pid in fresh:
-            known[pid] = members[pid]
-            _signal(pid, members[pid], signal.SIGSTOP)
+            known[pid] = members[pid][2]
+            _signal(pid, known[pid], signal.SIGSTOP)
         if not fresh:
             break
-    for pid, seen in known.items():
-        _signal(pid, seen, signal.SIGKILL)
+    for pid, born in known.items():
+        _signal(pid, born, signal.SIGKILL)
 
 
-def _members(directories: tuple[str, ...]) -> dict[int, tuple[int, int]]:
-    """(parent, session) by pid of the container's live processes, parents before children as far as pids tell."""
+def _members(directories: tuple[str, ...]) -> dict[int, tuple[int, int, int]]:
+    """(parent, session, time of birth) by pid of the container's live processes, parents first as far as pids tell."""
     found = {}
     for pid in sorted(procs(directories[0])) if directories else ():
         stat = _stat(pid)
         if stat and stat[0] != "Z":
-            found[pid] = (stat[1], stat[2])
+            found[pid] = stat[1:]
     return found
 
 
-def _stat(pid: int) -> tuple[str, int, int] | None:
+def _stat(pid: int) -> tuple[str, int, int, int] | None:
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
-            state, parent, _, session = file.read().rpartition(b")")[2].split()[:4]
+            fields = file.read().rpartition(b")")[2].split()
     except OSError:
         return None
-    return state.decode(), int(parent), int(session)
+    return fields[0].decode(), int(fields[1]), int(fields[3]), int(fields[19])
 
 
-def _signal(pid: int, seen: tuple[int, int], number: int) -> None:
-    """Signal by pidfd, checked to be the process that was seen: a pid may have been used again."""
+def _signal(pid: int, born: int, number: int) -> None:
+    """Signal by pidfd, checked to be the process that was seen: a pid may have been used again.
+
+    Its birth tells: its session and its parent may be others by now.
+    """
     try:
         pidfd = os.pidfd_open(pid)
     except ProcessLookupError:
         return
     try:
         stat = _stat(pid)
-        if stat and stat[2] == seen[1]:
+        if stat and stat[3] == born:
             signal.pidfd_send_signal(pidfd, number)
     except ProcessLookupError:
         pass

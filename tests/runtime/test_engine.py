@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,6 +21,7 @@ from runtime.errors import StepFailed, Unavailable, WrongState
 from runtime.linux.probe import probe
 from runtime.spec import Device, Linux, Mount, Process, User
 from runtime.zygote.launch import interpreter, launch
+from runtime.zygote.messages import Kind, receive
 from tests.requires import requires
 from tests.runtime.conftest import POD_ID, TIMEOUT_S, Bench, container
 
@@ -130,6 +132,25 @@ async def test_exec_of_what_does_not_run(bench: Bench, null: int) -> None:
     await bench.start(pod, "c", container(pod, "sleep", "100"))
     with pytest.raises(StepFailed, match="executable file not found"):
         await execute(bench, pod, 2, null, "nope").wait()
+
+
+async def test_a_failure_is_told_to_who_asked(bench: Bench, state_dir: Path, null: int) -> None:
+    """Two cribds may number their requests alike."""
+    pod = await bench.pod()
+    await bench.start(pod, "c", container(pod, "sleep", "100"))
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as other:
+        directory = os.open(state_dir / "pods" / POD_ID, os.O_PATH)
+        other.connect(f"/proc/self/fd/{directory}/monitor.sock")
+        os.close(directory)
+        with pytest.raises(StepFailed):
+            await execute(bench, pod, 1, null, "nope").wait()
+        with pytest.raises(StepFailed):
+            await bench.start(pod, "d", container(pod, "nope"))
+        assert (await execute(bench, pod, 2, null, "true").wait()).code == 0
+        other.settimeout(TIMEOUT_S)
+        message = receive(other)
+        assert message
+        assert message[0] == Kind.EXEC_EXITED, "that is told to all"
 
 
 async def test_two_containers_share_shm_and_hostname_but_not_processes(bench: Bench) -> None:
@@ -300,6 +321,21 @@ async def test_exec_kill_takes_what_it_left_behind(bench: Bench, null: int) -> N
     await running.kill()
     assert (await asyncio.wait_for(running.wait(), TIMEOUT_S)).code == 137
     os.close(read)
+
+
+async def test_exec_kill_takes_what_makes_a_session_of_its_own_meanwhile(bench: Bench, null: int) -> None:
+    pod = await bench.pod()
+    await bench.start(pod, "c", container(pod, "sleep", "100"))
+    for number in range(15):
+        read, write = os.pipe()
+        command = "for i in 1 2 3 4; do setsid sleep 50 & done; echo ready; sleep 60"
+        running = execute(bench, pod, number, null, "sh", "-c", command, stdout=write)
+        os.close(write)
+        assert await asyncio.to_thread(os.read, read, 99) == b"ready\n"
+        await running.kill()
+        assert (await asyncio.wait_for(running.wait(), TIMEOUT_S)).code == 137
+        await asyncio.wait_for(asyncio.to_thread(os.read, read, 1), TIMEOUT_S)  # the end: nobody holds it any more
+        os.close(read)
 
 
 async def test_a_container_can_join_anothers_pid_namespace_while_that_runs(bench: Bench) -> None:
