@@ -124,7 +124,7 @@ class Adopted:
 
     @property
     def _cgroup(self) -> Path:
-        return _root() / f"crib-bench-daemon-{self.name}"
+        return _root() / f"bench-pulls-{self.name}"
 
     def __enter__(self) -> Adopted:
         self._cgroup.mkdir(exist_ok=True)

@@ -244,6 +244,7 @@ def _measure(
     seconds: dict[str, list[float]] = {endpoint.name: [] for endpoint in endpoints}
     cpu: dict[str, list[float]] = {endpoint.name: [] for endpoint in endpoints}
     peaks = dict.fromkeys(seconds, 0)
+    _remove(images, endpoints)  # what an interrupted run has left
     pairs = list(zip(endpoints, accounts, strict=True))
     for number, image in enumerate(images):
         for endpoint, account in pairs[number % len(pairs) :] + pairs[: number % len(pairs)]:
@@ -254,10 +255,14 @@ def _measure(
                 seconds[endpoint.name].append(time.perf_counter() - began)
             cpu[endpoint.name].append(account.cpu_s() - used)
             peaks[endpoint.name] = max(peaks[endpoint.name], memory.peak)
+    _remove(images, endpoints)
+    return {"shape": shape, "seconds": seconds, "cpu_seconds": cpu, "peak_bytes": peaks}
+
+
+def _remove(images: list[str], endpoints: list[Endpoint]) -> None:
     for endpoint in endpoints:
         for image in images:
             endpoint.call("RemoveImage", image=api.ImageSpec(image=image))
-    return {"shape": shape, "seconds": seconds, "cpu_seconds": cpu, "peak_bytes": peaks}
 
 
 def _line(result: dict[str, object]) -> str:

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 _REPORT_EVERY_S = 0.1
 _SYNC_TIMEOUT_S = 600.0
-_SYNC_EVERY_S = 1.0
+_SYNC_EVERY_S = 3.0
 # What a layer that can't stand alone has below it when it is the lowest.
 _NOTHING_BELOW = "none"
 
