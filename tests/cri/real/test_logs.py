@@ -112,10 +112,10 @@ async def test_a_disk_that_does_not_answer(real: Real, disk: Path) -> None:
     quiet = await real.run(pod, "sh", "-c", 'while read -r word; do echo "got $word"; done', name="q", stdin=True)
     brief = await real.run(pod, "sh", "-c", "echo begin; while [ ! -e /go ]; do sleep 0.02; done; echo end", name="b")
     other = await real.create(pod, "sleep", "1000", name="o", log_path="")
+    monitor = await monitor_of(real, pod)
     await until(lambda: b"begin" in (disk / "b.log").read_bytes())
     with frozen(disk):
-        flooding = await real.pid(flood)
-        await until(lambda: "pipe" in Path(f"/proc/{flooding}/wchan").read_text(), timeout_s=30)
+        await until(lambda: _hangs(monitor), timeout_s=30)
         with at_once("exec"):
             assert (await real.sh(quiet, "echo here")).stdout == b"here\n"
         with at_once("attach"):
