@@ -134,12 +134,15 @@ class StreamingSection(_Section, frozen=True):
 
 
 class HandlerSection(_Section, frozen=True):
-    """A RuntimeClass handler: the built-in engine with options of its own.
+    """A RuntimeClass handler: the built-in engine, or the OCI runtime whose program is at `path`.
 
+    `args` come before the runtime's own command.
     `annotations` are patterns, as for a shell, of those annotations of pods and containers that reach the OCI spec and
     so hooks. `writable_cgroup`: containers may write to their cgroup. `privileged_without_host_devices`: what it says.
     """
 
+    path: str = ""
+    args: tuple[str, ...] = ()
     annotations: tuple[str, ...] = ()
     privileged_without_host_devices: bool = False
     writable_cgroup: bool = False
@@ -260,6 +263,11 @@ def _problem(config: Config) -> str | None:
     for name in config.handlers:
         if not _HANDLER.fullmatch(name):
             return f"key handlers: {name!r} is not the name of a handler (a DNS label)"
+    for name, handler in config.handlers.items():
+        if handler.path and not handler.path.startswith("/"):
+            return f"key handlers.{name}.path: {handler.path!r} is not an absolute path"
+        if handler.args and not handler.path:
+            return f"key handlers.{name}.args: the built-in engine takes none"
     if config.cgroup.parent and not config.cgroup.parent.startswith("/"):
         return f"key cgroup.parent: {config.cgroup.parent!r} is not an absolute path"
     if ".." in config.cgroup.parent.split("/"):

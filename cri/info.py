@@ -62,13 +62,20 @@ class InfoCalls:
                 type="NetworkReady", status=network.ready, reason=network.reason, message=network.message
             ),
         ]
-        features = pb.RuntimeHandlerFeatures(
-            recursive_read_only_mounts=node.host.recursive_read_only,
-            user_namespaces=node.host.user_namespaces,
-        )
+        await node.work(node.handlers.refresh)
         return pb.StatusResponse(
             status=pb.RuntimeStatus(conditions=conditions),
-            runtime_handlers=[pb.RuntimeHandler(name=name, features=features) for name in sorted(node.handlers)],
+            runtime_handlers=[
+                pb.RuntimeHandler(
+                    name=name,
+                    features=pb.RuntimeHandlerFeatures(
+                        recursive_read_only_mounts=host.recursive_read_only,
+                        user_namespaces=host.user_namespaces,
+                    ),
+                )
+                for name in node.handlers
+                for host in [node.handlers.host(name)]
+            ],
             features=pb.RuntimeFeatures(
                 supplemental_groups_policy=True,
                 mount_options=True,

@@ -19,11 +19,12 @@ from cri.config import Config
 from cri.container.container import Container
 from cri.events import Events
 from cri.flights import Flights
+from cri.handlers import Handlers
 from cri.sandbox.pod import Pod
 from cri.state.index import Index, Names
 from cri.state.records import ContainerRecord, SandboxRecord, Timeline
 from cri.state.store import Store
-from cri.translate.defaults import Handler, Host
+from cri.translate.defaults import Host
 from net import Network
 from net.netns import Pins
 from runtime.cgroup import Cgroups
@@ -65,8 +66,7 @@ class Node:
         self.boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         self.defaults = config.defaults.translated()
         self.host = host
-        own = {name: section.translated() for name, section in config.handlers.items()}
-        self.handlers = {"": Handler(), **own}
+        self.handlers = Handlers(config.handlers, host)
         self.cgroup_parent = config.cgroup.parent or cgroups.default_parent(config.instance)
         self._workers = ThreadPoolExecutor(config.limits.workers, "work")
         self._pullers = ThreadPoolExecutor(config.limits.pulls, "pull")

@@ -7,6 +7,7 @@ brought in order now stays in the records, as a pod that isn't ready and can be 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
@@ -158,6 +159,8 @@ async def _compare(node: Node, pod: Pod) -> None:
         if container.state is ContainerState.STARTING and fact is not None and fact.started_ns:
             node.save_container(container, state=ContainerState.RUNNING, pid=fact.pid, started_ns=fact.started_ns)
         elif container.state is ContainerState.STARTING:
+            with contextlib.suppress(CribError):  # a start that goes on would make what nobody knows of
+                await pod.monitor.kill(container.id)
             why = "cribd ended while the container was being started"
             finish(node, container, START_ERROR_EXIT, "StartError", why, time.time_ns())
         elif container.state is ContainerState.RUNNING and fact is None:

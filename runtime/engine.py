@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import os
+import resource
 import shutil
 import signal
 from collections.abc import Mapping
@@ -15,27 +16,23 @@ from typing import Any, Final
 from runtime import hooks
 from runtime.channel import Channel
 from runtime.errors import AlreadyExists, CribError, DeadlineExceeded, Unavailable
-from runtime.linux.caps import last_cap
+from runtime.external import Bundle, Runtime
+from runtime.linux.caps import NUMBERS, last_cap
 from runtime.linux.probe import Probes
 from runtime.plan.compile import Cgroup, Environment, Maps, Namespaces
-from runtime.pod import (
-    END_TIMEOUT_S,
-    REQUEST_TIMEOUT_S,
+from runtime.plan.identity import RLIMIT_NAMES
+from runtime.pod import END_TIMEOUT_S, REQUEST_TIMEOUT_S, Exec, Pod, checked, container_exit, gone
+from runtime.request import (
     ContainerExit,
     ContainerFact,
     ContainerStart,
-    Exec,
     ExecExit,
     ExecStart,
     LogFile,
     LogLoss,
-    Pod,
     PodStart,
     Started,
     StepTiming,
-    checked,
-    container_exit,
-    gone,
 )
 from runtime.spec import Hook, Spec
 from runtime.volumes import Volumes
@@ -66,6 +63,7 @@ __all__ = [
     "Namespaces",
     "Pod",
     "PodStart",
+    "Runtime",
     "Started",
     "StepTiming",
     "open_log",
@@ -79,6 +77,7 @@ class Engine:
         self._state = state
         self._probes = probes
         self._last_cap = last_cap()
+        self._hard_limits = _hard_limits()
         self._staging = str(state / "rootfs")
         self._pods: dict[str, Pod] = {}
         os.makedirs(self._staging, 0o700, exist_ok=True)
@@ -230,11 +229,14 @@ class Engine:
         if reply.kind == Kind.FAILED:
             raise CribError(str(reply.fields["detail"]))
 
-    async def stopped(self, pod_id: str, container_id: str, spec: Spec) -> None:
+    async def stopped(self, pod_id: str, container_id: str, spec: Spec, runtime: Runtime | None = None) -> None:
         """Run the poststop hooks of a container that had been started and is gone, and remove its bundle.
 
         Needs no monitor. Raises CribError; nothing is run for a container without a bundle.
         """
+        if runtime:
+            await Bundle(runtime, str(self.directory(pod_id)), container_id).delete()
+            return
         bundle = self.directory(pod_id) / f"bundle-{container_id}"
         if not spec.hooks or not bundle.is_dir():
             return
@@ -350,6 +352,7 @@ class Engine:
             self._last_cap,
             str(self.directory(pod_id)),
             self._probes.overlay_of_descriptors,
+            self._hard_limits,
         )
         pod = Pod(pod_id, channel, environment, pidfd, pid)
         pod.init_pid = facts["init_pid"]
@@ -362,3 +365,12 @@ class Engine:
         self.drop(pod_id)
         await self.stop_pod(pod_id)
         (self.directory(pod_id) / SOCKET_NAME).unlink(missing_ok=True)
+
+
+def _hard_limits() -> tuple[int, ...]:
+    """What resource limits can't be raised above here, by number; () for a process that may raise them."""
+    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+        effective = next(int(line.split()[1], 16) for line in file if line.startswith("CapEff:"))
+    if effective >> NUMBERS["CAP_SYS_RESOURCE"] & 1:
+        return ()
+    return tuple(resource.getrlimit(number)[1] % (1 << 64) for number in range(len(RLIMIT_NAMES)))

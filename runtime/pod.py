@@ -4,8 +4,8 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from socket import AF_UNIX, SOCK_SEQPACKET, SOL_SOCKET, socket, socketpair
 from typing import Any, Final
 
@@ -15,21 +15,31 @@ from msgspec.structs import replace
 from runtime import hooks
 from runtime.channel import Channel, Reply
 from runtime.errors import CribError, DeadlineExceeded, InvalidSpec, StepFailed, Unavailable, WrongState
-from runtime.images import RootFs
+from runtime.external import Bundle, Call
 from runtime.linux.userns import mapped
 from runtime.plan.compile import (
     HOOKS_ROOT,
-    Cgroup,
     Environment,
-    Maps,
     Namespaces,
+    Start,
     compile_exec,
     compile_start,
     id_maps,
     watches,
 )
 from runtime.plan.plan import Plan, encode
-from runtime.spec import Hooks, Linux, Process, Spec
+from runtime.request import (
+    ContainerExit,
+    ContainerFact,
+    ContainerStart,
+    ExecExit,
+    ExecStart,
+    LogFile,
+    LogLoss,
+    Started,
+    StepTiming,
+)
+from runtime.spec import Hooks, Linux
 from runtime.zygote.messages import Kind
 
 START_TIMEOUT_S: Final = 60.0
@@ -39,133 +49,6 @@ _SO_SNDBUFFORCE: Final = 32  # include/uapi/asm-generic/socket.h; the socket mod
 ATTACH_BUFFER_BYTES: Final = 4 << 20
 """What a client that is attached may lag behind the container's output before it loses some; taken only as it does."""
 _ESRCH: Final = 3
-
-
-@dataclass(frozen=True, slots=True)
-class PodStart:
-    """What a pod's monitor is asked to make. `hostname` None, `net` and `ipc` False: the host's namespace.
-
-    `pid`: a pid namespace shared by the pod's containers, whose init joins `init_cgroup`. `shm_bytes`: size of the
-    pod's own /dev/shm, 0 for none. `uids` and `gids`: the mapping of a user namespace that owns the others.
-    `mount_label`: the SELinux label of /dev/shm.
-    """
-
-    id: str
-    hostname: str | None = None
-    net: bool = True
-    ipc: bool = True
-    pid: bool = False
-    shm_bytes: int = 64 << 20
-    sysctls: Mapping[str, str] = field(default_factory=dict)
-    init_cgroup: tuple[str, ...] = ()
-    uids: Maps = ()
-    gids: Maps = ()
-    mount_label: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class LogFile:
-    """Where a container's output goes: `fd` is what `open_log(path)` gave, and stays the caller's; `size` of the file.
-
-    When it has grown to `max_bytes` that is told by `Pod.on_log`; 0 is no limit.
-    """
-
-    path: str
-    fd: int
-    size: int = 0
-    max_bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class ContainerStart:
-    """A container to start. `log` None: output is read and dropped.
-
-    `stdin`: an attached client can write to it, else it is /dev/null; `stdin_once`: it ends with the first such client.
-    `pid_target`: the running container of this pod whose pid namespace it joins, whatever path the spec has for it.
-    """
-
-    id: str
-    spec: Spec
-    rootfs: RootFs
-    cgroup: Cgroup
-    log: LogFile | None = None
-    stdin: bool = False
-    stdin_once: bool = False
-    pid_target: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class StepTiming:
-    """One part of a start as it went; each began when the one before it ended.
-
-    The first two are the compilation of the plan and the making of the process; the last one's time is until the kernel
-    has closed the old program's files.
-    """
-
-    phase: str
-    text: str
-    duration_ns: int
-
-
-@dataclass(frozen=True, slots=True)
-class Started:
-    """A container whose process has become its program. `warnings`: what the kernel refused and was done without."""
-
-    pid: int
-    started_ns: int
-    timeline: tuple[StepTiming, ...]
-    warnings: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ContainerExit:
-    """How a container ended: `code` is 128 and the signal for one that was killed."""
-
-    id: str
-    pid: int
-    code: int
-    started_ns: int
-    exited_ns: int
-    oom_killed: bool
-
-
-@dataclass(frozen=True, slots=True)
-class LogLoss:
-    """How much of a container's output didn't get into its log, in lines of the log, and why the last of it."""
-
-    lines: int = 0
-    size_bytes: int = 0
-    cause: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class ContainerFact:
-    """What a monitor knows of a container; `exited` None while it runs. `log_full`: its log has grown to its limit."""
-
-    id: str
-    pid: int
-    started_ns: int
-    exited: ContainerExit | None
-    log_loss: LogLoss = LogLoss()
-    log_full: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class ExecStart:
-    """A process to run in a running container: `linux` gives its seccomp filter."""
-
-    id: str
-    container_id: str
-    process: Process
-    linux: Linux
-    join_files: tuple[str, ...]
-    clone_dir: str
-
-
-@dataclass(frozen=True, slots=True)
-class ExecExit:
-    code: int
-    exited_ns: int
 
 
 class Exec:
@@ -223,7 +106,7 @@ class Pod:
         self._channel = channel
         self._execs: dict[str, asyncio.Future[ExecExit]] = {}
         self.run_hooks: hooks.Run = hooks.none
-        self._starting: dict[str, tuple[Hooks, dict[str, object]]] = {}
+        self._starting: dict[str, Callable[[int], Awaitable[None]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         channel.on_event = self._event
         channel.on_closed = self._lost
@@ -253,23 +136,33 @@ class Pod:
     async def start(self, request: ContainerStart) -> Started:
         """Start a container. Raises StepFailed, with the cause, after which nothing of it is left in the monitor."""
         begun_ns = time.time_ns()
-        bundle = self._bundle(request) if request.spec.hooks else ""
-        state = hooks.state(request.id, "creating", bundle, request.spec.annotations)
-        start = compile_start(request.spec, request.rootfs, request.cgroup, self.environment, state)
+        cgroup, target = request.cgroup, request.pid_target
+        found = request.spec.hooks or Hooks()
+        external: Bundle | None = None
+        call: Call | None = None
+        if request.runtime:
+            external = Bundle(request.runtime, self.environment.directory, request.id)
+            call = external.create(request.spec, request.rootfs, self.environment)
+            start = Start(call.plan, "host", "", request.spec.process.terminal)
+            target, state, created = "", {}, external.start  # the runtime joins what paths lead to
+        else:
+            bundle = self._bundle(request) if request.spec.hooks else ""
+            state = hooks.state(request.id, "creating", bundle, request.spec.annotations)
+            start = compile_start(request.spec, request.rootfs, cgroup, self.environment, state)
+            created = partial(self._created, found, state)
         sent_ns = time.time_ns()
-        cgroup = request.cgroup
         memfd = _memfd(start.plan)
         log = request.log or LogFile("", -1)
-        self._starting[request.id] = (request.spec.hooks or Hooks(), state)
+        self._starting[request.id] = created
         try:
             reply = await self._channel.request(
                 Kind.START,
-                (memfd, log.fd) if request.log else (memfd,),
+                (memfd, *(call.descriptors if call else ()), *((log.fd,) if request.log else ())),
                 START_TIMEOUT_S,
                 id=request.id,
-                pid="target" if request.pid_target else start.pid,
-                pid_ns=request.pid_target or start.pid_ns,
-                own_pid=start.pid == "new" and not request.pid_target,
+                pid="target" if target else start.pid,
+                pid_ns=target or start.pid_ns,
+                own_pid=start.pid == "new" and not target,
                 terminal=start.terminal,
                 watches=start.watches,
                 stdin=request.stdin,
@@ -278,9 +171,10 @@ class Pod:
                 log_size=log.size,
                 log_max_bytes=log.max_bytes,
                 cgroup=cgroup.path,
-                clone_dir=cgroup.clone_dir,
+                clone_dir="" if call else cgroup.clone_dir,
                 kill_dirs=cgroup.kill_dirs,
                 memory_events=cgroup.memory_events,
+                adopt=call.adopt if call else "",
             )
         except DeadlineExceeded:
             await self.kill(request.id)
@@ -288,8 +182,10 @@ class Pod:
         finally:
             self._starting.pop(request.id, None)
             os.close(memfd)
+            if call:
+                call.close()
         if reply.kind == Kind.FAILED:
-            raise _failure(start.plan, reply.fields)
+            raise _failure(start.plan, reply.fields, external, "create")
         fields = reply.fields
         durations = fields["durations_ns"]
         last = fields["running_ns"] - fields["started_ns"] - sum(durations)
@@ -299,11 +195,9 @@ class Pod:
             *(StepTiming(at.phase, at.describe(), ns) for at, ns in zip(start.plan, [*durations, last], strict=True)),
         )
         warnings = tuple(fields["warnings"])
-        if request.spec.hooks and request.spec.hooks.poststart:
+        if found.poststart and not call:
             try:
-                await self.run_hooks(
-                    "poststart", request.spec.hooks.poststart, state | {"status": "running", "pid": fields["pid"]}
-                )
+                await self.run_hooks("poststart", found.poststart, state | {"status": "running", "pid": fields["pid"]})
             except CribError as error:
                 warnings = (*warnings, str(error))
         return Started(fields["pid"], fields["running_ns"], timeline, warnings)
@@ -324,13 +218,17 @@ class Pod:
             os.fchown(file.fileno(), *owner)
         return bundle
 
+    async def _created(self, wanted: Hooks, state: Mapping[str, object], pid: int) -> None:
+        """A start has come to where its createRuntime hooks are run. Raises CribError."""
+        await self.run_hooks("prestart", wanted.prestart, {**state, "pid": pid})
+        await self.run_hooks("createRuntime", wanted.create_runtime, {**state, "pid": pid})
+
     async def _resume(self, container_id: str, pid: int) -> None:
-        """A start has come to where its createRuntime hooks are run."""
-        wanted, state = self._starting.get(container_id, (Hooks(), {}))
+        """A container is made, and waits to be started."""
         detail = ""
         try:
-            await self.run_hooks("prestart", wanted.prestart, state | {"pid": pid})
-            await self.run_hooks("createRuntime", wanted.create_runtime, state | {"pid": pid})
+            if created := self._starting.get(container_id):
+                await created(pid)
         except CribError as error:
             detail = str(error)
         await self.request(Kind.RESUME, id=container_id, detail=detail)
@@ -341,9 +239,16 @@ class Pod:
 
         A failure to start is what `Exec.wait` raises. Raises Unavailable when the monitor is gone.
         """
-        plan = compile_exec(
-            request.process, request.linux, request.join_files, request.clone_dir, self.environment.last_cap
-        )
+        external: Bundle | None = None
+        call: Call | None = None
+        if request.runtime:
+            external = Bundle(request.runtime, self.environment.directory, request.container_id)
+            call = external.exec(request.id, request.process, self.environment)
+            plan, held = call.plan, False
+        else:
+            last_cap = self.environment.last_cap
+            plan = compile_exec(request.process, request.linux, request.join_files, request.clone_dir, last_cap)
+            held = watches(request.process, request.linux)
         loop = asyncio.get_running_loop()
         started: asyncio.Future[int] = loop.create_future()
         exited: asyncio.Future[ExecExit] = loop.create_future()
@@ -352,25 +257,30 @@ class Pod:
         def replied(reply: Reply) -> None:
             if reply.kind != Kind.FAILED:
                 started.set_result(reply.fds[0] if reply.fds else -1)
-                return
-            self._execs.pop(request.id, None)
-            if not exited.done():
-                exited.set_exception(_failure(plan, reply.fields))
+            else:
+                self._execs.pop(request.id, None)
+                if not exited.done():
+                    exited.set_exception(_failure(plan, reply.fields, external, request.id))
+            if external:
+                external.discard(request.id)
 
-        held = watches(request.process, request.linux)
         memfd = _memfd(plan)
+        streams = () if request.process.terminal else (stdin, stdout, stderr)
         try:
             self._channel.post(
                 Kind.EXEC,
-                (memfd,) if request.process.terminal else (memfd, stdin, stdout, stderr),
+                (memfd, *(call.descriptors if call else ()), *streams),
                 replied,
                 id=request.container_id,
                 exec=request.id,
-                clone_dir="" if held else request.clone_dir,
+                clone_dir="" if held or call else request.clone_dir,
                 join_files=request.join_files if held else (),
+                adopt=call.adopt if call else "",
             )
         finally:
             os.close(memfd)
+            if call:
+                call.close()
         self._execs[request.id] = exited
         return Exec(self, request.id, started, exited)
 
@@ -512,13 +422,15 @@ def _fact(fields: Mapping[str, Any]) -> ContainerFact:
     return ContainerFact(fields["id"], fields["pid"], fields["started_ns"], exited, loss, fields.get("log_full", False))
 
 
-def _failure(plan: Plan, fields: Mapping[str, Any]) -> Exception:
-    """What a FAILED answer to a plan means; `failed` is there when a step failed."""
+def _failure(plan: Plan, fields: Mapping[str, Any], external: Bundle | None, command: str) -> Exception:
+    """What a FAILED answer to a plan means; `failed` is there when a step failed, -1 for a runtime's command."""
     index, detail, errno = fields.get("failed"), fields.get("detail", ""), fields.get("errno", 0)
     if fields.get("lost"):
         return Unavailable(detail)
     if errno == _ESRCH and index is None:
         return WrongState(detail)
+    if external and index == -1:
+        return StepFailed(external.title, len(plan), len(plan), errno, external.complaint(command, detail))
     if index is None or not 0 <= index < len(plan):
         return StepFailed("make the process", 0, len(plan), errno, detail)
     return StepFailed(plan[index].describe(), index + 1, len(plan), errno, detail)

@@ -134,7 +134,7 @@ def _given(
 ) -> ContainerInput:
     """What the translation needs to know."""
     pod, config = container.pod, container.config
-    handler = node.handlers[pod.record.handler]
+    handler = node.handlers.options(pod.record.handler)
     security = config.linux.security_context
     directory = node.directory(pod.id)
     return ContainerInput(
@@ -154,7 +154,7 @@ def _given(
         cgroup_path=container.record.cgroup_path,
         cgroup_version=node.cgroups.version,
         defaults=node.defaults,
-        host=host.now(node.host),
+        host=host.now(node.handlers.host(pod.record.handler)),
         handler=handler,
         pod=pod.plan,
         target_pid=host.target_pid(node, container),

@@ -164,4 +164,5 @@ def exec_start(node: Node, container: Container, command: list[str], *, terminal
         linux=spec.linux or Linux(),
         join_files=node.cgroups.join_files(container.record.cgroup_path),
         clone_dir=node.cgroups.clone_dir(container.record.cgroup_path) or "",
+        runtime=container.pod.record.runtime,
     )

@@ -37,13 +37,14 @@ async def _remove(node: Node, container: Container) -> None:
 
 
 async def _poststop(node: Node, container: Container) -> None:
-    """Run what hooks there are. One that fails is logged: the container is gone whatever it says."""
+    """Tell hooks and runtime. What fails is logged: the container is gone whatever they say."""
+    pod = container.pod
     try:
-        await node.engine.stopped(container.pod.id, container.id, spec_of(node, container))
+        await node.engine.stopped(pod.id, container.id, spec_of(node, container), pod.record.runtime)
     except NotFound:  # no spec: it was never made
         pass
     except CribError as error:
-        _logger.warning("hook failed", extra={"fields": {"container": container.id, "error": str(error)}})
+        _logger.warning("hook or runtime failed", extra={"fields": {"container": container.id, "error": str(error)}})
 
 
 def forget(node: Node, container: Container) -> None:

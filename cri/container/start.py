@@ -85,6 +85,7 @@ async def _run(node: Node, container: Container, timing: Timing) -> Started:
             stdin=container.config.stdin,
             stdin_once=container.config.stdin_once,
             pid_target=host.target(node, container),
+            runtime=pod.record.runtime,
         )
     log = None
     try:

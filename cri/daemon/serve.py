@@ -88,6 +88,7 @@ async def _serve(config: Config, cgroups: Cgroups, zygote: Zygote) -> int:
         if node.host.apparmor:
             default = await node.work(apparmor.load_default)
             node.defaults = dataclasses.replace(node.defaults, apparmor_default=default)
+        await node.work(node.handlers.refresh)
         await node.work(network.setup)
         await recover(node)
         streaming = StreamingServer(node)

@@ -23,7 +23,7 @@ from net import netns as pins
 from runtime import selinux
 from runtime.cgroup import Cgroups
 from runtime.engine import Maps, PodStart
-from runtime.errors import AlreadyExists, InvalidSpec
+from runtime.errors import AlreadyExists
 from runtime.spec import IDMapping
 
 if TYPE_CHECKING:
@@ -39,8 +39,6 @@ async def run(node: Node, config: pb.PodSandboxConfig, handler: str) -> Pod:
     another pod's, InvalidSpec for a bad request.
     """
     timing = Timing()
-    if handler not in node.handlers:
-        raise InvalidSpec(f"runtime_handler {handler!r}: this node has {', '.join(map(repr, node.handlers))}")
     pod = _reserve(node, config, handler)
     if pod.record.state is SandboxState.MAKING:
         await node.flights.join(("run", pod.id), lambda: _make(node, pod, timing))
@@ -49,11 +47,12 @@ async def run(node: Node, config: pb.PodSandboxConfig, handler: str) -> Pod:
 
 def _reserve(node: Node, config: pb.PodSandboxConfig, handler: str) -> Pod:
     """The pod of this name: the existing one if it is what is asked for, else a new one, with its name reserved."""
+    runtime = node.handlers.runtime(handler)
     level = ""
     if node.host.selinux:
         taken = {pod.record.selinux_level for pod in (*node.pods, *node.making.values())}
         level = new_level(taken, secrets.randbelow)
-    plan = sandbox_to_pod(config, defaults=node.defaults, host=node.host, level=level)
+    plan = sandbox_to_pod(config, defaults=node.defaults, host=node.handlers.host(handler), level=level)
     if plan.selinux.process:
         selinux.check(plan.selinux.process)
     holder = node.names.holder(("sandbox", plan.name_key))
@@ -81,6 +80,7 @@ def _reserve(node: Node, config: pb.PodSandboxConfig, handler: str) -> Pod:
         id=id,
         config=config.SerializeToString(deterministic=True),
         handler=handler,
+        runtime=runtime,
         state=SandboxState.MAKING,
         created_ns=node.now_ns(),
         boot_id=node.boot_id,

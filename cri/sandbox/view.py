@@ -59,7 +59,7 @@ def info(node: Node, pod: Pod) -> dict[str, str]:
         "pid": pod.running.monitor_pid if pod.running else 0,
         "initPid": pod.running.init_pid if pod.running else 0,
         "runtimeHandler": pod.record.handler,
-        "runtimeType": "crib",
+        "runtimeType": pod.record.runtime.path if pod.record.runtime else "crib",
         "netns": pod.record.netns_path,
         "cgroupPath": pod.record.cgroup_path,
         "owes": list(pod.record.owes),

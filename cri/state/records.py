@@ -11,6 +11,8 @@ from typing import NewType
 
 import msgspec
 
+from runtime.external import Runtime
+
 SandboxId = NewType("SandboxId", str)
 ContainerId = NewType("ContainerId", str)
 
@@ -48,6 +50,8 @@ class SandboxRecord(_Record, frozen=True):
     shares a pid namespace. `owes` names what teardown has still to give back, and is empty once all of it is gone.
     `resources` is the last UpdatePodSandboxResourcesRequest, if there was one. `images` are those mounted for the pod.
     `selinux_level` was chosen for it, where SELinux is on.
+    `runtime`: who runs its containers for as long as it lives, whatever the configuration says by then; None for the
+    built-in engine.
     """
 
     id: SandboxId
@@ -68,6 +72,7 @@ class SandboxRecord(_Record, frozen=True):
     resources: bytes = b""
     images: tuple[PodImage, ...] = ()
     selinux_level: str = ""
+    runtime: Runtime | None = None
 
 
 class UserRecord(_Record, frozen=True):

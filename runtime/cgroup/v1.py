@@ -184,7 +184,9 @@ class V1(Direct):
 
     def remove(self, path: str) -> bool:
         path = tree.checked(path)
-        gone = [tree.remove(hierarchy.mount + path) for hierarchy in self._hierarchies]
+        # Beside version 2 (hybrid), runc makes one of that version, too.
+        mounts = (*(hierarchy.mount for hierarchy in self._hierarchies), f"{self._root}/unified")
+        gone = [tree.remove(mount + path) for mount in mounts]
         return all(gone)
 
     def stats(self, path: str) -> Stats:

@@ -362,7 +362,7 @@ class Execute(Step):
     label: str
 
     def run(self, context: Context) -> None:
-        self._standard_streams(context)
+        self.standard_streams(context)
         execve = Exec(context.executable, tuple(self.args), tuple(self.env))
         program = Filter(binascii.a2b_base64(self.seccomp)) if self.seccomp else None
         close_range(3, 0xFFFFFFFF, CLOSE_RANGE_CLOEXEC)
@@ -387,7 +387,7 @@ class Execute(Step):
         raise SyscallError(f'exec: "{self.args[0]}"', errno)
 
     @staticmethod
-    def _standard_streams(context: Context) -> None:
+    def standard_streams(context: Context) -> None:
         # Each above 2 first, so that no dup2 overwrites the source of a later one.
         raised = [fcntl.fcntl(context.fds[name], fcntl.F_DUPFD_CLOEXEC, 3) for name in ("stdin", "stdout", "stderr")]
         for number, fd in enumerate(raised):

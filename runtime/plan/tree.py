@@ -85,7 +85,7 @@ class Environment:
 
     `staging` is an empty directory that root file systems are mounted over; `shm_path` stands for the pod's /dev/shm,
     and is a real mount only where `shm_attached`. `directory` is the pod's, for bundles. `overlay_of_descriptors`: what
-    the kernel's overlay can.
+    the kernel's overlay can. `hard_limits`: what no resource limit can be raised above, by number; () for no bounds.
     """
 
     staging: str
@@ -95,6 +95,7 @@ class Environment:
     last_cap: int
     directory: str = ""
     overlay_of_descriptors: bool = True
+    hard_limits: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)

@@ -17,7 +17,7 @@ import os
 import socket
 
 from runtime.linux.process import close_all_but
-from runtime.plan import hooks, identity, layers, mounts, user  # noqa: F401 - the kinds of steps that a plan can name
+from runtime.plan import external, hooks, identity, layers, mounts, user  # noqa: F401 - the kinds of steps that a plan can name
 from runtime.plan.plan import Context, Outcome, decode, run
 from runtime.zygote.messages import pack
 

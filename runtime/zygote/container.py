@@ -17,6 +17,7 @@ TYPE_CHECKING = False  # typing costs a monitor memory
 if TYPE_CHECKING:
     from typing import Any, Final
 
+    from runtime.zygote.adoption import Adoption
     from runtime.zygote.attach import Client
     from runtime.zygote.spool import Log
 
@@ -28,9 +29,11 @@ class Process:
     """One child of the monitor. `sync` is open until the child has become its program or failed.
 
     `staged`: `pid` is a process that will be replaced by one which it clones. `paused`: it waits for a word to go on.
+    `adoption`: it is made by an OCI runtime's command, which `pid` is until there is the process itself.
     """
 
     __slots__ = (
+        "adoption",
         "asker",
         "code",
         "exited_ns",
@@ -51,6 +54,7 @@ class Process:
 
     def __init__(self, asker: socket.socket, n: int, pid: int, pidfd: int, sync: socket.socket) -> None:
         self.staged = False
+        self.adoption: Adoption | None = None
         self.held: list[Container] = []  # who is frozen until this has become its program, or ended
         self.hold_until = 0.0
         self.join_files: tuple[str, ...] = ()
@@ -92,7 +96,7 @@ class Process:
                 self.report = message
                 return False
         elif self.report and self.failure is None:
-            self.started_ns = time.time_ns()
+            self.started_ns = 0 if self.adoption else time.time_ns()
         elif self.failure is None:
             self.failure = {"failed": -1, "errno": 0, "detail": "the process died before it could start"}
         self.sync.close()

@@ -11,10 +11,12 @@ import os
 import select
 import signal
 import socket
+import time
 
 from runtime.cgroup import files as cgroup_files
 from runtime.linux.lib import SyscallError
 from runtime.linux.process import PR_SET_CHILD_SUBREAPER, close_range, prctl, set_title
+from runtime.zygote.adoption import Adoption
 from runtime.zygote.attach import attach, detach_all
 from runtime.zygote.child import become
 from runtime.zygote.container import Container, Process
@@ -46,6 +48,7 @@ class Monitor:
         self._containers: dict[str, Container] = {}
         self._execs: dict[str, Process] = {}
         self._exec_of: dict[str, str] = {}
+        self._adopting: list[Process] = []
         self._null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
         self._wake = -1
         self._ending: tuple[socket.socket, int] | None = None
@@ -153,10 +156,10 @@ class Monitor:
         mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         ends = [os.pipe2(os.O_CLOEXEC) for _ in range(0 if fields["terminal"] else 2)]
         stdin = os.pipe2(os.O_CLOEXEC) if fields["stdin"] and not fields["terminal"] else None
-        child = {"stdin": stdin[0] if stdin else self._null}
+        child = {"stdin": stdin[0] if stdin else self._null, "stdout": self._null, "stderr": self._null}
         child |= {"stdout": ends[0][1], "stderr": ends[1][1]} if ends else {}
         child |= {"shm": self._space.shm} if self._space.shm >= 0 else {}
-        plan = read_plan(fds[0])
+        plan, adopt = read_plan(fds[0]), fields.get("adopt", "")
         if fields["log"] and len(fds) == 1:  # older cribds leave that to the monitor
             fds.append(open_log(fields["log"]))
         flags = NEWPID if fields["pid"] == "new" else 0
@@ -180,8 +183,9 @@ class Monitor:
         if fields["log"]:
             size, limit = fields.get("log_size", 0), fields.get("log_max_bytes", 0)
             container.log = Log(self._spool, container.id, fields["log"], fds.pop(), size, limit)
-        container.staged = self._space.user >= 0
+        container.staged = self._space.user >= 0 and not adopt
         self._holds.add(container, held, ())
+        self._adopt(container, adopt, fds[1:])
         if stdin:
             os.set_blocking(stdin[1], False)
             container.stdin = stdin[1]
@@ -194,9 +198,12 @@ class Monitor:
         container = self._running(fields["id"])
         mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         plan = read_plan(fds[0])
-        child = dict(zip(("stdin", "stdout", "stderr"), fds[1:], strict=False))
+        silent = [self._null] * 3
+        streams = fds[-3:] if len(fds) > 3 else silent
+        child = dict(zip(("stdin", "stdout", "stderr"), streams, strict=True))
         child["container"] = container.pidfd
-        held = self._watchers(container)
+        adopt = fields.get("adopt", "")
+        held = [] if adopt else self._watchers(container)
         clone_dir, join_files = fields["clone_dir"], tuple(fields["join_files"])
         if clone_dir:
             clone_dir = cgroup_files.leaf(clone_dir, container.cgroup, container.pid)
@@ -204,7 +211,7 @@ class Monitor:
             leaf = cgroup_files.leaf(join_files[0].rpartition("/")[0], container.cgroup, container.pid)
             join_files = (f"{leaf}/cgroup.procs",)
         try:
-            pid, pidfd = self._holds.clone(self._space, held, container.pidfd, 0, clone_dir)
+            pid, pidfd = self._holds.clone(self._space, held, -1 if adopt else container.pidfd, 0, clone_dir)
             if pid == 0:
                 become(plan, child, theirs)
         except SyscallError:
@@ -214,9 +221,17 @@ class Monitor:
             theirs.close()
         process = Process(connection, fields["n"], pid, pidfd, mine)
         self._holds.add(process, held, join_files)
+        self._adopt(process, adopt, fds[1:2] if streams is silent else [])
         self._execs[fields["exec"]] = process
         self._exec_of[fields["exec"]] = container.id
         self._server.watch(mine.fileno(), lambda: self._exec_started(fields["exec"], process, mine.fileno()))
+
+    def _adopt(self, process: Process, pid_file: str, listener: list[int]) -> None:
+        """With a `pid_file`: the process is the command that makes it, and sends its terminal to the listener."""
+        if pid_file:
+            listening = os.dup(listener[0]) if listener else -1
+            process.adoption = Adoption(process.pid, self._directory, pid_file, listening)
+            self._adopting.append(process)
 
     def _watchers(self, entered: Container | None) -> list[Container]:
         """Who could take over a child that enters a container's pid namespace, or with None the pod's."""
@@ -232,8 +247,11 @@ class Monitor:
                 self._server.tell(Kind.PAUSED, id=container.id, pid=container.pid)
             return
         self._server.forget(fd)
-        if container.failure is not None:
-            return  # told when the child has been reaped
+        if container.failure is None and not container.adoption:  # a failure is told when the child has been reaped
+            self._runs(container)
+
+    def _runs(self, container: Container) -> None:
+        """A container has become its program: tell so, and read what it writes."""
         if container.terminal >= 0:
             container.add_stream(container.terminal, b"stdout")
             if container.stdin_open:
@@ -253,13 +271,16 @@ class Monitor:
             self._server.rewatch(fd, select.EPOLLIN)
             return
         self._server.forget(fd)
-        if process.failure is None:
-            terminal = (process.terminal,) if process.terminal >= 0 else ()
-            self._server.send(process.asker, Kind.OK, terminal, re=process.n, pid=process.pid)
-            close_all(list(terminal))
-            process.terminal = -1
-            if process.ended:
-                self._announce_exec(exec_id, process)
+        if process.failure is None and not process.adoption:
+            self._exec_runs(exec_id, process)
+
+    def _exec_runs(self, exec_id: str, process: Process) -> None:
+        terminal = (process.terminal,) if process.terminal >= 0 else ()
+        self._server.send(process.asker, Kind.OK, terminal, re=process.n, pid=process.pid)
+        close_all(list(terminal))
+        process.terminal = -1
+        if process.ended:
+            self._announce_exec(exec_id, process)
 
     def _socket(self, connection: socket.socket, n: int, family: int) -> None:
         """A socket belongs to the network namespace it was made in: cribd connects it without entering that."""
@@ -295,12 +316,18 @@ class Monitor:
         except BlockingIOError:
             pass
         while True:
+            look = os.WNOWAIT if self._adopting else 0
             try:
-                info = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG)
+                info = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | look)
             except ChildProcessError:
                 return
             if info is None:
                 return
+            if look:
+                for process in self._adopting:
+                    if process.adoption:
+                        process.adoption.take(process)
+                os.waitid(os.P_PID, info.si_pid, os.WEXITED)
             if info.si_code == os.CLD_TRAPPED:
                 self._holds.stopped(info.si_pid, info.si_status)
             else:
@@ -311,6 +338,10 @@ class Monitor:
             # The news of the process that takes another's place comes before either of the two can end.
             while container.staged and container.sync and select.select([container.sync], [], [], 0)[0]:
                 self._server.handle(container.sync.fileno())
+        for made in self._adopting:
+            if made.adoption and made.adoption.command == info.si_pid:
+                self._made(made, made.adoption, info)
+                return
         for container in self._containers.values():
             if container.pid == info.si_pid and not container.ended:
                 container.end(info)
@@ -321,16 +352,45 @@ class Monitor:
             if process.pid == info.si_pid:
                 process.end(info)
                 self._holds.release(process)
-                while process.sync:
-                    self._server.handle(process.sync.fileno())
-                if process.failure is not None:
-                    self._server.send(process.asker, Kind.FAILED, re=process.n, **process.failure)
-                    self._drop_exec(exec_id)
-                else:
-                    self._announce_exec(exec_id, process)
+                self._exec_ended(exec_id, process)
                 return
         if self._space.init_pid == info.si_pid:
             self._space.init_ended()
+
+    def _made(self, process: Process, adoption: Adoption, info: Any) -> None:
+        """A runtime's command has ended: the process is there, or won't be."""
+        self._adopting.remove(process)
+        while process.sync:
+            self._server.handle(process.sync.fileno())
+        adoption.finish(process, info)
+        exec_id = next((exec_id for exec_id, one in self._execs.items() if one is process), "")
+        if process.failure is not None and not process.ended:
+            if process.pid != adoption.command:
+                signal.pidfd_send_signal(process.pidfd, signal.SIGKILL)
+            process.end(info)
+        if exec_id:
+            process.adoption = None
+            if process.failure is None:
+                self._exec_runs(exec_id, process)
+            else:
+                self._exec_ended(exec_id, process)
+        elif isinstance(process, Container):
+            if process.failure is None:
+                process.paused = True
+                self._server.tell(Kind.PAUSED, id=process.id, pid=process.pid)
+            else:
+                self._container_ended(process)
+
+    def _exec_ended(self, exec_id: str, process: Process) -> None:
+        if process in self._adopting:
+            return  # told when the command that made it has ended
+        while process.sync:
+            self._server.handle(process.sync.fileno())
+        if process.failure is not None:
+            self._server.send(process.asker, Kind.FAILED, re=process.n, **process.failure)
+            self._drop_exec(exec_id)
+        else:
+            self._announce_exec(exec_id, process)
 
     def _container_ended(self, container: Container) -> None:
         if not container.own_pid:
@@ -346,7 +406,7 @@ class Monitor:
                 warnings=container.report.get("w", []), **container.failure,
             )  # fmt: skip
             self._forget(container.id)
-        else:
+        elif container.started_ns:
             self._announce(container)
 
     def _announce(self, container: Container) -> None:
@@ -386,7 +446,7 @@ class Monitor:
 
     def _running(self, container_id: str) -> Container:
         container = self._containers.get(container_id)
-        if container is None or container.ended or container.sync:
+        if container is None or container.ended or not container.started_ns:
             raise SyscallError("container is not running", 3)  # ESRCH
         return container
 
@@ -408,9 +468,22 @@ class Monitor:
 
     def _resume(self, container_id: str, detail: str) -> None:
         container = self._containers[container_id]
-        if container.paused and container.sync:
-            container.paused = False
+        if not container.paused:
+            return
+        container.paused = False
+        if container.sync:
             container.sync.send(f"{detail}\0".encode())
+        elif not container.adoption:
+            return
+        elif not detail:
+            container.started_ns = time.time_ns()
+            self._runs(container)
+        else:
+            container.failure = {"failed": -1, "errno": 0, "detail": detail}
+            if container.ended:
+                self._container_ended(container)
+            else:
+                signal.pidfd_send_signal(container.pidfd, signal.SIGKILL)
 
     def _reopen(self, connection: socket.socket, n: int, fields: dict[str, Any], fds: list[int]) -> None:
         def reopened(errno: int) -> None:
@@ -459,7 +532,7 @@ class Monitor:
             "init_pid": self._space.init_pid,
             "pod": self._space.made,
             "user": self._space.user,
-            "containers": [container.fact() for container in self._containers.values() if not container.sync],
+            "containers": [container.fact() for container in self._containers.values() if container.started_ns],
         }
 
     # The pod's end

@@ -17,6 +17,8 @@ TIMEOUT_S = scaled(30)
 IMAGE = "localhost/crib/busybox:latest"
 BUILTIN = '[network]\nplugin = "builtin"\n'  # whatever the machine has in /etc/cni
 REPOSITORY = Path(__file__).resolve().parents[3]
+RUNTIME = os.environ.get("CRIB_TEST_RUNTIME", "")
+"""An OCI runtime's program that runs all containers, in place of the built-in engine: to test the tests."""
 
 
 class Daemon:
@@ -31,7 +33,8 @@ class Daemon:
         self.state = directory / "state"
         self.listen = f"unix://{directory}/s"
         self.config = directory / "config.toml"
-        self.config.write_text(config)
+        handler = f'\n[handlers.""]\npath = "{RUNTIME}"\n' if RUNTIME else ""
+        self.config.write_text(config + handler)
         self.prefix = prefix
         self.process: subprocess.Popen[bytes] | None = None
 
