@@ -133,16 +133,21 @@ def _critest(program: str, endpoint: str, extra: list[str], verbose: bool, conso
         return found
 
 
+def _cribd(registry: str | None, options: argparse.Namespace) -> contextlib.AbstractContextManager[cribd.Cribd]:
+    return cribd.run(registry, options.log_level, options.daemon_log, options.runtime)
+
+
 def _run(options: argparse.Namespace, program: str, console: Console) -> int:
     images = os.environ.get("CRIB_TEST_IMAGES")
     with contextlib.ExitStack() as stack:
         endpoint = options.endpoint
         if endpoint is None:
             registry = stack.enter_context(serve(Path(images))) if images else None
-            endpoint = stack.enter_context(cribd.run(registry, options.log_level, options.daemon_log)).endpoint
+            endpoint = stack.enter_context(_cribd(registry, options)).endpoint
         version = cribd.call(endpoint, "Version")
         console.print(f"{version.runtime_name} {version.runtime_version} at {endpoint}", markup=False)
-        extra = [*(WEBSOCKET if options.websocket else ()), *options.critest]
+        handler = ("-runtime-handler", cribd.HANDLER) if options.runtime else ()
+        extra = [*(WEBSOCKET if options.websocket else ()), *handler, *options.critest]
         report = _critest(program, endpoint, extra, options.verbose, console)
         if options.report:
             options.report.write_text(json.dumps(report))
@@ -163,6 +168,7 @@ def main() -> int:
     )
     parser.add_argument("--endpoint", metavar="unix:///SOCKET", help="test what listens there instead of a cribd")
     parser.add_argument("--websocket", action="store_true", help="exec, attach, port-forward by it instead of SPDY")
+    parser.add_argument("--runtime", metavar="PROGRAM", default="", help="an OCI runtime's, to run the containers by")
     parser.add_argument("--log-level", default="info", help="cribd's (%(default)s)")
     parser.add_argument("--daemon-log", type=Path, metavar="FILE", help="keep cribd's log there")
     parser.add_argument("--report", type=Path, metavar="FILE", help="keep ginkgo's JSON report there")

@@ -24,6 +24,7 @@ from e2e.registry import SetupError
 from net import NetworkConfig, open_network
 from runtime.cgroup import detect
 
+HANDLER = "oci"
 _START_S = 60
 _STOP_S = 60
 _CALL_S = 60
@@ -102,15 +103,18 @@ def _take_away(settings: Path, root: Path) -> None:
 
 
 @contextlib.contextmanager
-def run(registry: str | None, log_level: str = "info", log: Path | None = None) -> Iterator[Cribd]:
+def run(registry: str | None, log_level: str = "info", log: Path | None = None, runtime: str = "") -> Iterator[Cribd]:
     """A running cribd; with `registry`, all images come from it. Its pods, files and itself are gone afterwards.
 
-    `log` is where its log is kept. Raises SetupError, with the log's end.
+    `log` is where its log is kept. `runtime` is the program of the handler `HANDLER`, if there is to be one. Raises
+    SetupError, with the log's end.
     """
     root = Path(tempfile.mkdtemp(prefix="crib-e2e-", dir="/var/tmp"))
     state = Path(tempfile.mkdtemp(prefix="crib-e2e-", dir="/run"))
     settings, log = root / "config.toml", log or root / "cribd.log"
     settings.write_text(f'[images]\nhosts_dir = "{root / "certs.d"}"\n[network]\nplugin = "builtin"\n')
+    if runtime:
+        settings.write_text(f"{settings.read_text()}[handlers.{HANDLER}]\npath = '{runtime}'\n")
     if registry is not None:
         _mirrors(root / "certs.d", registry)
     endpoint = f"unix://{state / 'crib.sock'}"

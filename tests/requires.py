@@ -212,6 +212,7 @@ VOCABULARY: dict[str, Callable[[], str | None]] = {
     "recordings": _recordings,
     "registry": _program("docker-registry", "docker-registry"),
     "root": _root,
+    "runc": lambda: None if os.environ.get("CRIB_TEST_RUNTIME") else _program("runc", "runc")(),
     "sctp": _sctp,
     "seccomp": _seccomp,
     "tbf": _tbf,

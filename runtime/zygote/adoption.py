@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 
 TYPE_CHECKING = False  # typing costs a monitor memory
@@ -21,10 +22,11 @@ if TYPE_CHECKING:
 class Adoption:
     """A command that runs. `pid_file` is below the open directory `directory`; `listener`, or -1, is the adoption's."""
 
-    __slots__ = ("_directory", "_listener", "_pid_file", "command", "connection")
+    __slots__ = ("_directory", "_listener", "_pid_file", "command", "connection", "runs")
 
     def __init__(self, command: int, directory: int, pid_file: str, listener: int) -> None:
         self.command = command
+        self.runs = True
         self._directory = directory
         self._pid_file = pid_file
         self._listener = listener
@@ -46,8 +48,17 @@ class Adoption:
         process.pid, process.pidfd = pid, pidfd
         return True
 
+    def kill(self) -> None:
+        """End the command, with what it has started and not put elsewhere."""
+        if self.runs:
+            try:
+                os.killpg(self.command, signal.SIGKILL)
+            except ProcessLookupError:  # it has no session of its own yet, and nothing started
+                pass
+
     def finish(self, process: Process, info: Any) -> None:
         """The command has ended, and left a process or a failure."""
+        self.runs = False
         code = info.si_status if info.si_code == os.CLD_EXITED else info.si_status + 128
         if (code or not self.take(process)) and process.failure is None:
             process.failure = {"failed": -1, "errno": 0, "detail": f"exit code {code}"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import marshal
 import os
+import signal
 import socket
 import struct
 import termios
@@ -102,6 +103,12 @@ class Process:
         self.sync.close()
         self.sync = None
         return True
+
+    def kill(self) -> None:
+        """SIGKILL, also for a runtime that is about to make it."""
+        if self.adoption:
+            self.adoption.kill()
+        signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
     def end(self, info: Any) -> None:
         """Note the exit that waitid(2) told: the code, or 128 and the signal."""

@@ -366,7 +366,7 @@ class Monitor:
         exec_id = next((exec_id for exec_id, one in self._execs.items() if one is process), "")
         if process.failure is not None and not process.ended:
             if process.pid != adoption.command:
-                signal.pidfd_send_signal(process.pidfd, signal.SIGKILL)
+                process.kill()
             process.end(info)
         if exec_id:
             process.adoption = None
@@ -459,11 +459,11 @@ class Monitor:
             if process and not process.ended:
                 container = self._containers[self._exec_of[fields["exec"]]]
                 kill_tree(process.pid, container.kill_dirs)
-                signal.pidfd_send_signal(process.pidfd, signal.SIGKILL)  # it may not be in its cgroup yet
+                process.kill()  # it may not be in its cgroup yet
         else:
             container = self._containers[fields["id"]]
             if not container.ended:
-                signal.pidfd_send_signal(container.pidfd, signal.SIGKILL)  # it may not be in its cgroup yet
+                container.kill()  # it may not be in its cgroup yet
                 cgroup_files.kill(container.kill_dirs)
 
     def _resume(self, container_id: str, detail: str) -> None:
@@ -483,7 +483,7 @@ class Monitor:
             if container.ended:
                 self._container_ended(container)
             else:
-                signal.pidfd_send_signal(container.pidfd, signal.SIGKILL)
+                container.kill()
 
     def _reopen(self, connection: socket.socket, n: int, fields: dict[str, Any], fds: list[int]) -> None:
         def reopened(errno: int) -> None:
@@ -544,7 +544,7 @@ class Monitor:
         for container in self._containers.values():
             if not container.ended:
                 cgroup_files.kill(container.kill_dirs)
-                signal.pidfd_send_signal(container.pidfd, signal.SIGKILL)
+                container.kill()
         self._space.kill_init()
         self._ending = (connection, n)
 

@@ -309,7 +309,7 @@ class FakeEngine:
         await asyncio.sleep(0)
         self.world.monitors.pop(pod_id, None)
 
-    async def stopped(self, pod_id: str, container_id: str, spec: Spec) -> None:
+    async def stopped(self, pod_id: str, container_id: str, spec: Spec, runtime: object = None) -> None:
         pass
 
     def drop(self, pod_id: str) -> None:
