@@ -136,13 +136,14 @@ class StreamingSection(_Section, frozen=True):
 class HandlerSection(_Section, frozen=True):
     """A RuntimeClass handler: the built-in engine, or the OCI runtime whose program is at `path`.
 
-    `args` come before the runtime's own command.
+    `args` come before the runtime's own command. `cni_conf_dir`: where its pods' network is configured, if elsewhere.
     `annotations` are patterns, as for a shell, of those annotations of pods and containers that reach the OCI spec and
     so hooks. `writable_cgroup`: containers may write to their cgroup. `privileged_without_host_devices`: what it says.
     """
 
     path: str = ""
     args: tuple[str, ...] = ()
+    cni_conf_dir: str = ""
     annotations: tuple[str, ...] = ()
     privileged_without_host_devices: bool = False
     writable_cgroup: bool = False
@@ -264,8 +265,9 @@ def _problem(config: Config) -> str | None:
         if not _HANDLER.fullmatch(name):
             return f"key handlers: {name!r} is not the name of a handler (a DNS label)"
     for name, handler in config.handlers.items():
-        if handler.path and not handler.path.startswith("/"):
-            return f"key handlers.{name}.path: {handler.path!r} is not an absolute path"
+        for key, value in (("path", handler.path), ("cni_conf_dir", handler.cni_conf_dir)):
+            if value and not value.startswith("/"):
+                return f"key handlers.{name}.{key}: {value!r} is not an absolute path"
         if handler.args and not handler.path:
             return f"key handlers.{name}.args: the built-in engine takes none"
     if config.cgroup.parent and not config.cgroup.parent.startswith("/"):

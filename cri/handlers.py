@@ -32,6 +32,10 @@ class Handlers:
         """Raises InvalidSpec for a handler that isn't configured, or not any more."""
         return self._section(name).translated()
 
+    def cni_conf_dir(self, name: str) -> str:
+        """Where the network of its pods is configured, "" for the node's. Raises InvalidSpec as `options` does."""
+        return self._section(name).cni_conf_dir
+
     def runtime(self, name: str) -> Runtime | None:
         """The external runtime of new pods, None for the built-in engine.
 

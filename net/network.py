@@ -46,7 +46,7 @@ class Wants:
     """What a pod asks of its network beyond an address. Rates in bits per second, 0 for no limit.
 
     The built-in network heeds host ports and rates; the rest is for CNI plugins that declare the capability.
-    `annotations` are the pod's own, all of them.
+    `annotations` are the pod's own, all of them. `conf_dir`: where its CNI configuration is, "" for the node's network.
     """
 
     host_ports: tuple[HostPort, ...] = ()
@@ -58,6 +58,7 @@ class Wants:
     dns: Dns = Dns()
     cgroup_path: str = ""
     annotations: Mapping[str, str] = field(default_factory=dict)
+    conf_dir: str = ""
 
 
 NOTHING: Final = Wants()

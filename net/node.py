@@ -68,7 +68,7 @@ class NodeNetwork:
             self.bridge.setup()
 
     def attach(self, pod: PodIdentity, netns: NetNs, wants: Wants = NOTHING) -> Attachment:
-        current = self._current
+        current = self.cni if wants.conf_dir else self._current
         if current is self.bridge:
             self._bridge_idle = False
         return current.attach(pod, netns, wants)

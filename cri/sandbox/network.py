@@ -31,8 +31,8 @@ _MAC: Final = re.compile(r"[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}")
 _GUID: Final = re.compile(r"[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){7}")
 
 
-def wants(pod: Pod) -> Wants:
-    """What the pod asks for. Raises InvalidSpec, naming the annotation."""
+def wants(pod: Pod, conf_dir: str = "") -> Wants:
+    """What the pod asks for; `conf_dir` is what its handler adds. Raises InvalidSpec, naming the annotation."""
     config = pod.config
     annotations = dict(config.annotations)
     dns = config.dns_config
@@ -48,6 +48,7 @@ def wants(pod: Pod) -> Wants:
         dns=Dns(servers=tuple(dns.servers), searches=tuple(dns.searches), options=tuple(dns.options)),
         cgroup_path=config.linux.cgroup_parent,
         annotations=annotations,
+        conf_dir=conf_dir,
     )
 
 

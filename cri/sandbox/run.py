@@ -189,7 +189,7 @@ def _connect(node: Node, pod: Pod, timing: Timing) -> tuple[str, ...]:
     identity = PodIdentity(sandbox_id=pod.id, name=meta.name, namespace=meta.namespace, uid=meta.uid)
     with timing.step("network", "attach to the pod network"):
         netns = NetNs(path=path, fd=pod.monitor.netns_fd, rtnl=pod.monitor.rtnl)
-        attachment = node.network.attach(identity, netns, wants(pod))
+        attachment = node.network.attach(identity, netns, wants(pod, node.handlers.cni_conf_dir(pod.record.handler)))
     with timing.step("files", "write hosts"):
         files.add_hosts(node.directory(pod.id), pod.plan.hostname or node.defaults.node_name, attachment.ips)
         if user := pod.plan.user:

@@ -52,6 +52,7 @@ class CniNetwork:
         self._owner = instance
         self._config = config
         self._directory = Directory(Path(config.conf_dir))
+        self._others: dict[str, Directory] = {}
         self._chain = Chain(config.plugin_dirs, config.timeout_s)
         self._cache = Cache(Path(config.cache_dir))
         self._gate = _Gate()
@@ -85,7 +86,7 @@ class CniNetwork:
     # One pod
 
     def attach(self, pod: PodIdentity, netns: NetNs, wants: Wants = NOTHING) -> Attachment:
-        conf = self._usable()
+        conf = self._usable(wants.conf_dir)
         title = f"pod {pod.namespace}/{pod.name}: network {conf.name}"
         args = (
             ("IgnoreUnknown", "1"),
@@ -124,14 +125,13 @@ class CniNetwork:
                 raise
         return found
 
-    def _usable(self) -> NetworkConf:
+    def _usable(self, conf_dir: str = "") -> NetworkConf:
         """The configuration, if its plugins are there and speak its version."""
-        found = self._directory.look()
+        directory = self._others.setdefault(conf_dir, Directory(Path(conf_dir))) if conf_dir else self._directory
+        found = directory.look()
         if not found.conf:
             problems = "; ".join(found.problems)
-            raise Unavailable(
-                f"no usable CNI configuration in {self._directory.path}{': ' if problems else ''}{problems}"
-            )
+            raise Unavailable(f"no usable CNI configuration in {directory.path}{': ' if problems else ''}{problems}")
         self._chain.validate(found.conf, _STATUS_TIMEOUT_S)
         return found.conf
 

@@ -601,6 +601,26 @@ def test_the_built_in_network_makes_way(
 
 
 @requires("root", "bridge", "ip")
+def test_a_pod_with_a_network_of_its_handlers(
+    host: Host, node: NodeNetwork, new_namespace: NewNamespace, tmp_path: Path
+) -> None:
+    own, lacking = tmp_path / "own.d", tmp_path / "lacking.d"
+    own.mkdir()
+    plugin = {"type": "one", "log": str(tmp_path / "log")}
+    (own / "1.conf").write_text(json.dumps({"cniVersion": "1.0.0", "name": "own", **plugin}))
+    node.setup()
+    first, second = new_namespace(), new_namespace()
+    assert node.attach(pod(1), first.netns(), Wants(conf_dir=str(own))).ips == ("192.0.2.7",)
+    assert node.attach(pod(2), second.netns()).gateway, "others keep the node's network"
+    with pytest.raises(Unavailable, match=f"no usable CNI configuration in {lacking}"):
+        node.attach(pod(3), second.netns(), Wants(conf_dir=str(lacking)))
+    node.detach(pod(1).sandbox_id, None)
+    assert [call["command"] for call in host.calls("ADD", "DEL")] == ["ADD", "DEL"]
+    assert host.cached() == []
+    node.detach(pod(2).sandbox_id, None)
+
+
+@requires("root", "bridge", "ip")
 def test_the_kubelets_pod_cidr(node: NodeNetwork, new_namespace: NewNamespace, host: Host) -> None:
     node.setup()
     first, second = new_namespace(), new_namespace()
