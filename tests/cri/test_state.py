@@ -203,6 +203,9 @@ def test_the_configuration(tmp_path: Path) -> None:
         ("[defaults.rlimits]\nfiles = [1, 1]", "defaults.rlimits"),
         ("[handlers.Gvisor]\nannotations = []", "handlers: 'Gvisor'"),
         ("[handlers.x]\nbinary = 'runc'", "handlers.*binary"),
+        ("[handlers.x]\npath = 'runc'", "handlers.x.path: 'runc' is not an absolute path"),
+        ("[handlers.x]\ncni_conf_dir = 'net.d'", "handlers.x.cni_conf_dir: 'net.d' is not an absolute path"),
+        ("[handlers.x]\nargs = ['--debug']", "handlers.x.args: the built-in engine takes none"),
         ("not toml", "config.toml"),
     ],
 )
