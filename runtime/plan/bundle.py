@@ -22,6 +22,8 @@ from runtime.spec import Linux, Mount, Process, Resources, Root, Spec
 
 ENVIRONMENT: Final = ("PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",)
 _NUMBERS: Final = {f"RLIMIT_{name}": number for number, name in enumerate(identity.RLIMIT_NAMES)}
+_OF_A_SANDBOX: Final = "io.kubernetes.cri.container-type"
+"""Has runsc look for a sandbox of its own making to put the container into; without it each is one by itself."""
 _MAPPED_ROOT: Final = "/sys/fs/bpf"
 """Where the root of a user namespace may look up a path, whatever the modes of the state directory's parents are: in
 sysfs, which it may mount itself only where nothing hides a part of it, a directory that is there to be mounted on."""
@@ -90,6 +92,7 @@ def compile_bundle(
         process=handed_process(spec.process, environment),
         root=Root(path=root, readonly=spec.root.readonly),
         mounts=tuple(found.handed),
+        annotations={key: value for key, value in spec.annotations.items() if key != _OF_A_SANDBOX},
         linux=replace(linux, namespaces=namespaces, resources=limits),
     )
     return Bundle(handed, pod.user, tuple(plan))
