@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Adoption:
     """A command that runs. `pid_file` is below the open directory `directory`; `listener`, or -1, is the adoption's."""
 
-    __slots__ = ("_directory", "_listener", "_pid_file", "command", "connection", "runs")
+    __slots__ = ("_directory", "_listener", "_pid_file", "command", "runs")
 
     def __init__(self, command: int, directory: int, pid_file: str, listener: int) -> None:
         self.command = command
