@@ -177,6 +177,13 @@ class LimitsSection(_Section, frozen=True):
     exec_drain_s: float = 1.0
 
 
+class MetricsSection(_Section, frozen=True):
+    """Where Prometheus finds cribd's figures. `port` 0: nowhere. `address` must be this machine's own."""
+
+    address: str = "127.0.0.1"
+    port: int = 0
+
+
 class Config(_Section, frozen=True):
     """`hooks_dirs`: directories of OCI hooks (oci-hooks(5)), of which a later one wins. `handlers`: by the name that a
     RuntimeClass has; "" is what a pod without one gets. `selinux`: whether containers are
@@ -195,6 +202,7 @@ class Config(_Section, frozen=True):
     defaults: DefaultsSection = DefaultsSection()
     streaming: StreamingSection = StreamingSection()
     logs: LogsSection = LogsSection()
+    metrics: MetricsSection = MetricsSection()
     limits: LimitsSection = LimitsSection()
     handlers: dict[str, HandlerSection] = {}
 
@@ -282,6 +290,10 @@ def _problem(config: Config) -> str | None:
         return f"key streaming.address: {config.streaming.address!r} is not an IP address"
     if bool(config.streaming.tls_cert) != bool(config.streaming.tls_key):
         return "keys streaming.tls_cert and streaming.tls_key: one without the other"
+    if not 0 <= config.metrics.port <= 65535:
+        return f"key metrics.port: {config.metrics.port} is not a port"
+    if not _is_loopback(config.metrics.address):
+        return f"key metrics.address: {config.metrics.address!r} is not a loopback address, and who asks needs no token"
     if config.logs.max_bytes < 0:
         return f"key logs.max_bytes: {config.logs.max_bytes} is below zero"
     known = {limit.type.removeprefix("RLIMIT_").lower() for limit in RLIMITS}
@@ -304,3 +316,10 @@ def _problem(config: Config) -> str | None:
         if number <= 0:
             return f"key {key}: {number} is not above zero"
     return None
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False

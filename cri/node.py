@@ -20,6 +20,7 @@ from cri.container.container import Container
 from cri.events import Events
 from cri.flights import Flights
 from cri.handlers import Handlers
+from cri.metrics import Metrics
 from cri.sandbox.pod import Pod
 from cri.state.index import Index, Names
 from cri.state.records import ContainerRecord, SandboxRecord, Timeline
@@ -63,6 +64,7 @@ class Node:
         self.names = Names()
         self.flights = Flights()
         self.events = Events()
+        self.metrics = Metrics(self) if config.metrics.port else None
         self.boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         self.defaults = config.defaults.translated()
         self.host = host

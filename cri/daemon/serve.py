@@ -93,6 +93,9 @@ async def _serve(config: Config, cgroups: Cgroups, zygote: Zygote) -> int:
         await recover(node)
         streaming = StreamingServer(node)
         await streaming.start()
+        if node.metrics:
+            node.metrics.serve(config.metrics.address, config.metrics.port)
+            stack.callback(node.metrics.close)
         stack.push_async_callback(streaming.close)
         server = make_server(node, probes, streaming)
         await listen(server, config)
@@ -143,6 +146,7 @@ def make_server(node: Node, probes: Probes, streaming: StreamingServer) -> grpc.
         ]
     )
     services = pb.DESCRIPTOR.services_by_name
+    on_call = node.metrics.call if node.metrics else None
     runtime = {
         **InfoCalls(node).handlers(),
         **SandboxCalls(node).handlers(),
@@ -154,8 +158,8 @@ def make_server(node: Node, probes: Probes, streaming: StreamingServer) -> grpc.
     }
     server.add_generic_rpc_handlers(
         (
-            generic_handler(services["RuntimeService"], runtime),
-            generic_handler(services["ImageService"], ImageCalls(node).handlers()),
+            generic_handler(services["RuntimeService"], runtime, on_call),
+            generic_handler(services["ImageService"], ImageCalls(node).handlers(), on_call),
             generic_handler(crib_pb2.DESCRIPTOR.services_by_name["Crib"], CribCalls(node, probes).handlers()),
         )
     )

@@ -38,10 +38,13 @@ async def pull(node: Node, reference: str, auth: Auth | None, progress: Callable
     began_s, told_s = time.monotonic(), time.monotonic()
     layers: dict[str, Progress] = {}
     loop, cancelled = asyncio.get_running_loop(), threading.Event()
+    shared, outcome = node.metrics.pull() if node.metrics else None, "cancelled"
 
     def tell(news: Progress) -> None:
         nonlocal told_s
         layers[news.digest] = news
+        if shared:
+            shared.news(news)
         if time.monotonic() - told_s > _SLOW_S:
             told_s = time.monotonic()
             _log(reference, "pulling", began_s, layers)
@@ -52,6 +55,12 @@ async def pull(node: Node, reference: str, auth: Auth | None, progress: Callable
         image = await node.pull(node.images.pull, reference, auth=auth, progress=tell, cancelled=cancelled)
         if time.monotonic() - began_s > _SLOW_S:
             _log(reference, "pulled", began_s, layers)
+        outcome = "done"
         return image
+    except Exception:
+        outcome = "failed"
+        raise
     finally:
         cancelled.set()
+        if shared:
+            shared.end(outcome)

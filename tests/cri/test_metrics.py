@@ -1,8 +1,15 @@
-"""The table of metrics."""
+"""The table of containers' metrics, and cribd's own figures."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any, cast
+from urllib.request import urlopen
+
+from cri.metrics import Metrics
 from cri.stats import metrics
+from runtime.images import Progress
+from tests.runtime.images.given import free_port
 
 # What critest wants described: cAdvisor's names, without "container_".
 WANTED = (
@@ -26,3 +33,36 @@ def test_every_name_is_described_once() -> None:
     names = [one.name for one in metrics.descriptors()]
     assert sorted(names) == sorted(f"container_{name}" for name in WANTED)
     assert all(one.help and tuple(one.label_keys[: len(metrics.BASE)]) == metrics.BASE for one in metrics.descriptors())
+
+
+def figures(port: int) -> dict[str, float]:
+    with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        lines = [line for line in answer.read().decode().splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
+
+
+def test_pulls_and_calls_are_counted() -> None:
+    node = SimpleNamespace(pods=[SimpleNamespace(ready=True)], containers=[])
+    made = Metrics(cast(Any, node))
+    port = free_port()
+    made.serve("127.0.0.1", port)
+    try:
+        pull = made.pull()
+        pull.news(Progress("a", "exists", 100, 100))
+        pull.news(Progress("b", "downloading", 30, 100))
+        found = figures(port)
+        assert (found["crib_pull_bytes_total"], found["crib_pulls_running"]) == (30, 1)
+        assert found["crib_pulls_missing_bytes"] == 70
+        pull.news(Progress("b", "downloading", 10, 100))  # begun again: what was received was received
+        pull.news(Progress("b", "done", 100, 100))
+        pull.news(Progress("c", "waiting", 0, 50))
+        pull.end("failed")
+        made.call("Version", "OK", 0.001)
+        found = figures(port)
+        assert (found["crib_pull_bytes_total"], found["crib_pulls_running"]) == (100, 0)
+        assert found["crib_pulls_missing_bytes"] == 0
+        assert found['crib_pull_seconds_count{outcome="failed"}'] == 1
+        assert found['crib_call_seconds_count{code="OK",method="Version"}'] == 1
+        assert (found['crib_pods{ready="true"}'], found['crib_containers{running="true"}']) == (1, 0)
+    finally:
+        made.close()

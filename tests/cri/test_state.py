@@ -206,6 +206,8 @@ def test_the_configuration(tmp_path: Path) -> None:
         ("[handlers.x]\npath = 'runc'", "handlers.x.path: 'runc' is not an absolute path"),
         ("[handlers.x]\ncni_conf_dir = 'net.d'", "handlers.x.cni_conf_dir: 'net.d' is not an absolute path"),
         ("[handlers.x]\nargs = ['--debug']", "handlers.x.args: the built-in engine takes none"),
+        ("[metrics]\naddress = '0.0.0.0'", "metrics.address: '0.0.0.0' is not a loopback address"),
+        ("[metrics]\nport = 65536", "metrics.port"),
         ("not toml", "config.toml"),
     ],
 )

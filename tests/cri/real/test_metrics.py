@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+from pathlib import Path
+
+import grpc
 import pytest
 
 from cri.api import cri_pb2 as pb
 from tests.cri.real.conftest import Real
+from tests.cri.real.daemon import BUILTIN, Daemon
+from tests.cri.test_metrics import figures
 from tests.requires import requires
+from tests.runtime.images.given import free_port
 
 pytestmark = [pytest.mark.asyncio, requires("root", "busybox", "bridge", "overlay", "nft")]
 
@@ -73,3 +80,21 @@ async def test_a_metric_has_the_labels_that_were_described(real: Real) -> None:
     assert "container_start_time_seconds" in {metric.name for metric in own.metrics}
     stream = real.client.StreamPodSandboxMetrics(pb.StreamPodSandboxMetricsRequest())
     assert [one.pod_sandbox_id async for part in stream for one in part.pod_sandbox_metrics] == [pod]
+
+
+async def test_cribds_own_figures(run_dir: Path) -> None:
+    port = free_port()
+    daemon = Daemon(run_dir, f"{BUILTIN}[metrics]\nport = {port}\n")
+    daemon.start()
+    client = daemon.client()
+    try:
+        await client.Version(pb.VersionRequest())
+        with pytest.raises(grpc.aio.AioRpcError):
+            await client.PullImage(pb.PullImageRequest(image=pb.ImageSpec(image="127.0.0.1:1/x")))
+        found = await asyncio.to_thread(figures, port)
+        assert found['crib_call_seconds_count{code="OK",method="Version"}'] == 1
+        assert found['crib_pull_seconds_count{outcome="failed"}'] == 1
+        assert found["crib_pulls_running"] == 0
+    finally:
+        await client.close()
+        assert daemon.stop() == 0, daemon.log()
