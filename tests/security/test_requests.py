@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import stat
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+from urllib.request import urlopen
 
 import grpc
 import pytest
 
 from cri.api import cri_pb2 as pb
+from cri.config import ConfigError, load
+from cri.metrics import Metrics
 from cri.translate import Handler
 from cri.translate.logs import log_path
 from cri.translate.sysctls import pod_sysctls
 from runtime.engine import PodStart
 from runtime.errors import InvalidSpec
 from tests.cri.real.conftest import Real
+from tests.cri.real.daemon import BUILTIN, Daemon, load_image
 from tests.cri.translate import given
 from tests.requires import requires
 from tests.runtime.conftest import POD_ID, TIMEOUT_S, Bench, container
+from tests.runtime.images.given import free_port
 from tests.security.conftest import start_at
 from tests.security.defects import NOTHING_TO_GUARD, attack
 
@@ -353,6 +361,56 @@ async def test_streaming_control_with_a_token(real: Real) -> None:
     assert await status_of(url) == 404
 
 
+async def asked_by_a_pod(real: Real, port: int) -> str:
+    """What a pod is told of cribd's figures at the node's address that it can reach."""
+    running = await real.run(await real.pod(), "sleep", "1000")
+    gateway = "$(ip route | sed -n 's/default via \\([^ ]*\\).*/\\1/p')"
+    answer = await real.sh(running, f"ping -c 1 -W 5 {gateway} && wget -T 5 -qO- http://{gateway}:{port}/metrics")
+    said = answer.stdout.decode()
+    assert "1 packets received" in said
+    return said
+
+
+@attack(
+    "metrics from a pod",
+    sentence="A pod asks for cribd's own figures at the node's address",
+    guard="they are served on a loopback address alone, and the configuration takes no other",
+    control="test_metrics_control_any_address",
+)
+@pytest.mark.asyncio
+@requires("root", "busybox", "overlay", "bridge", "nft")
+async def test_metrics_are_not_for_pods(run_dir: Path, archive: bytes, tmp_path: Path) -> None:
+    port = free_port()
+    daemon = Daemon(run_dir, f"{BUILTIN}[metrics]\nport = {port}\n")
+    daemon.start()
+    client = daemon.client()
+    made = Real(daemon, client, tmp_path / "logs")
+    try:
+        await load_image(client, archive)
+        assert "crib_" not in await asked_by_a_pod(made, port)
+        assert b"crib_pods" in await asyncio.to_thread(lambda: urlopen(f"http://127.0.0.1:{port}/metrics").read())
+    finally:
+        for item in (await client.ListPodSandbox(pb.ListPodSandboxRequest())).items:
+            await made.remove(item.id)
+        await client.close()
+        assert daemon.stop() == 0, daemon.log()
+    (tmp_path / "open.toml").write_text("[metrics]\naddress = '0.0.0.0'\n")
+    with pytest.raises(ConfigError, match="not a loopback address"):
+        load(tmp_path / "open.toml")
+
+
+@pytest.mark.asyncio
+@requires("root", "busybox", "overlay", "bridge", "nft")
+async def test_metrics_control_any_address(real: Real) -> None:
+    metrics = Metrics(cast(Any, SimpleNamespace(pods=[], containers=[])))
+    port = free_port()
+    metrics.serve("0.0.0.0", port)
+    try:
+        assert "crib_pods" in await asked_by_a_pod(real, port)
+    finally:
+        metrics.close()
+
+
 async def exec_url(real: Real) -> str:
     pod = await real.pod(real.pod_config(network=False))
     running = await real.run(pod, "sleep", "1000")
@@ -362,7 +420,6 @@ async def exec_url(real: Real) -> str:
 
 async def status_of(url: str) -> int:
     """The HTTP status of an upgrade to SPDY."""
-    import asyncio
     from urllib.parse import urlsplit
 
     parts = urlsplit(url)
