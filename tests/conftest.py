@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tests import enclosure, leaks, requires
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "requires(*names): set by tests.requires.requires")
     requires.promised()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # what nohup ignores, the programs under test would inherit
     if os.geteuid() == 0 and not config.option.collectonly:
         enclosure.enter()
 
