@@ -80,6 +80,7 @@ class Streams:
             elif self._stdin:
                 self._end_input()
             self._resize()
+            self._handle()  # what came with the server's consent: only now is the terminal ready for it
             while not self._over:
                 self._turn(woken)
         return None if self._detached else self._code()
@@ -156,7 +157,6 @@ class Streams:
             self._frames.receive_data(data)
             for event in self._frames.events():
                 if isinstance(event, AcceptConnection):
-                    self._handle()
                     return
                 if isinstance(event, RejectData):
                     refusal += event.data

@@ -365,7 +365,8 @@ async def asked_by_a_pod(real: Real, port: int) -> str:
     """What a pod is told of cribd's figures at the node's address that it can reach."""
     running = await real.run(await real.pod(), "sleep", "1000")
     gateway = "$(ip route | sed -n 's/default via \\([^ ]*\\).*/\\1/p')"
-    answer = await real.sh(running, f"ping -c 1 -W 5 {gateway} && wget -T 5 -qO- http://{gateway}:{port}/metrics")
+    ask = f"printf 'GET /metrics HTTP/1.0\\r\\n\\r\\n' | nc -w 5 {gateway} {port}"
+    answer = await real.sh(running, f"ping -c 1 -W 5 {gateway} && {ask}")
     said = answer.stdout.decode()
     assert "1 packets received" in said
     return said
