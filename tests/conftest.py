@@ -17,7 +17,10 @@ from tests import enclosure, leaks, requires
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "requires(*names): set by tests.requires.requires")
     requires.promised()
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # what nohup ignores, the programs under test would inherit
+    # What nohup or a shell's & ignores, the programs under test would inherit.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
     if os.geteuid() == 0 and not config.option.collectonly:
         enclosure.enter()
 
