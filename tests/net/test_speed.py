@@ -40,7 +40,7 @@ def test_attach_is_flat(
     for name, value in figures.items():
         record_property(name, round(value, 2))
     assert statistics.median(cpu_ms) < 2 * SLOW, figures
-    assert last < 1.5 * first, figures
+    assert last <= 1.5 * first, figures  # nothing at all, by the clock of the test machine
 
     began_cpu = time.thread_time()
     for number in range(PODS):
