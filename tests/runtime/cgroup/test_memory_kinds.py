@@ -51,6 +51,8 @@ def huge_place(request: pytest.FixtureRequest, huge_pages: None, run_dir: Path) 
     if request.param == "v1":
         hierarchy, mount = root / "hugetlb", ["-t", "cgroup", "-o", "hugetlb", "cgroup"]
         hierarchy.mkdir()
+    if request.param == "v1" and not os.environ.get("CRIB_LEND_HUGETLB"):
+        pytest.skip("CRIB_LEND_HUGETLB is not set: a busy machine may keep a v1 hierarchy after its unmounting")
     before = _hierarchy()
     if before and request.param == "v1":
         pytest.skip("hugetlb is mounted already")
