@@ -11,8 +11,7 @@ from cri.container import view
 from cri.rpc import Call, Handler, streamed
 from cri.state.records import ContainerState
 from cri.stats import usage
-from net.errors import CribError as NetError
-from net.statistics import counters
+from cri.stats.interfaces import interfaces
 from runtime.cgroup.stats import Stats
 from runtime.errors import CribError, NotFound
 
@@ -105,13 +104,9 @@ class StatsCalls:
         return pb.PodSandboxStats(attributes=attributes, linux=linux)
 
     def _network(self, pod: Pod, now_ns: int) -> pb.NetworkUsage | None:
-        """Blocks. None for a pod in the host's network, whose interfaces aren't the pod's, and one that has ended."""
-        if not pod.record.netns_path:
-            return None
-        try:
-            return usage.network(counters(pod.record.netns_path), now_ns)
-        except NetError:
-            return None
+        """Blocks."""
+        found = interfaces(pod)
+        return None if found is None else usage.network(found, now_ns)
 
     def _read(self, containers: list[Container]) -> list[pb.ContainerStats]:
         """Blocks. The figures of those that run; one that ends meanwhile is left out."""

@@ -12,8 +12,7 @@ from cri.api import cri_pb2 as pb
 from cri.rpc import Call, Handler, streamed
 from cri.state.records import ContainerState
 from cri.stats import metrics
-from net.errors import CribError as NetError
-from net.statistics import counters
+from cri.stats.interfaces import interfaces
 from runtime.cgroup.processes import look
 from runtime.errors import CribError
 
@@ -59,14 +58,8 @@ class MetricsCalls:
         ]
 
     def _of_pod(self, pod: Pod) -> Sequence[pb.Metric]:
-        if not pod.record.netns_path:  # the host's network is not the pod's
-            return []
-        try:
-            found = counters(pod.record.netns_path)
-        except NetError:
-            return []
         base = _base(pod, _OWN, pod.record.cgroup_path, "", pod.id)
-        return metrics.of_pod(base, found, time.time_ns())
+        return metrics.of_pod(base, interfaces(pod) or (), time.time_ns())
 
     def _of_containers(self, pod: Pod) -> Sequence[pb.ContainerMetrics]:
         found = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 
 from tests.cri.cli.fake import IMAGE, Fake
+from tests.cri.real.daemon import REPOSITORY, Daemon
 from tests.limits import scaled
 
 LIMIT_S = scaled(60)
@@ -96,6 +98,21 @@ def fake(tmp_path: Path) -> Iterator[Fake]:
     server = Fake(tmp_path / "crib.sock")
     yield server
     server.close()
+
+
+@contextmanager
+def loaded(name: str, scratch: Path) -> Iterator[Daemon]:
+    """A cribd for a module's tests, with the busybox image; its archive is made in `scratch`."""
+    directory = Path(f"/run/crib-test-{os.getpid()}-{name}")
+    directory.mkdir(mode=0o700)
+    daemon = Daemon(directory)
+    daemon.start()
+    archive = scratch / "busybox.tar"
+    subprocess.run([sys.executable, REPOSITORY / "hack/busybox-image", archive, "--name", IMAGE], check=True)
+    Crib(daemon.listen, directory)("load", str(archive))
+    yield daemon
+    assert daemon.stop() == 0, daemon.log()
+    shutil.rmtree(directory)
 
 
 @pytest.fixture

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.cri.cli.conftest import Crib
+from tests.cri.cli.conftest import Crib, loaded
 from tests.cri.cli.fake import IMAGE
-from tests.cri.real.daemon import REPOSITORY, Daemon
+from tests.cri.real.daemon import Daemon
 from tests.requires import requires
 
 pytestmark = requires("root", "bridge", "busybox", "overlay", "seccomp", "nft")
@@ -21,16 +17,8 @@ pytestmark = requires("root", "bridge", "busybox", "overlay", "seccomp", "nft")
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    directory = Path(f"/run/crib-test-{os.getpid()}-net")
-    directory.mkdir(mode=0o700)
-    daemon = Daemon(directory)
-    daemon.start()
-    archive = tmp_path_factory.mktemp("image") / "busybox.tar"
-    subprocess.run([sys.executable, REPOSITORY / "hack/busybox-image", archive, "--name", IMAGE], check=True)
-    Crib(daemon.listen, directory)("load", str(archive))
-    yield daemon
-    assert daemon.stop() == 0, daemon.log()
-    shutil.rmtree(directory)
+    with loaded("net", tmp_path_factory.mktemp("image")) as daemon:
+        yield daemon
 
 
 @pytest.fixture

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,9 +11,9 @@ import pytest
 
 from cri.api import cri_pb2
 from cri.cli.client import Client
-from tests.cri.cli.conftest import Crib
+from tests.cri.cli.conftest import Crib, loaded
 from tests.cri.cli.fake import IMAGE
-from tests.cri.real.daemon import REPOSITORY, Daemon
+from tests.cri.real.daemon import Daemon
 from tests.requires import requires
 
 pytestmark = requires("root", "bridge", "busybox", "overlay", "seccomp")
@@ -25,16 +21,8 @@ pytestmark = requires("root", "bridge", "busybox", "overlay", "seccomp")
 
 @pytest.fixture(scope="module")
 def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    directory = Path(f"/run/crib-test-{os.getpid()}-storage")
-    directory.mkdir(mode=0o700)
-    daemon = Daemon(directory)
-    daemon.start()
-    archive = tmp_path_factory.mktemp("image") / "busybox.tar"
-    subprocess.run([sys.executable, REPOSITORY / "hack/busybox-image", archive, "--name", IMAGE], check=True)
-    Crib(daemon.listen, directory)("load", str(archive))
-    yield daemon
-    assert daemon.stop() == 0, daemon.log()
-    shutil.rmtree(directory)
+    with loaded("storage", tmp_path_factory.mktemp("image")) as daemon:
+        yield daemon
 
 
 @pytest.fixture
