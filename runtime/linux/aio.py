@@ -1,7 +1,11 @@
 """Writing in the background: aio(7), whose writes are made by a thread of the C library's that runs no Python code.
 
-That thread blocks all signals, takes no lock that a child cloned meanwhile would need (it doesn't allocate), and ends
-a second after its last write. A write that hangs keeps the process from going away, even when it is killed.
+That thread blocks all signals and ends a second after its last write. A child cloned meanwhile inherits its traces: a
+place in the library's list of threads, and whatever locks it held. Those are aio's own and the list's, for it doesn't
+allocate; so such a child must not call what looks at that list: no function that makes threads, and none that changes
+users or groups (`runtime.linux.process.set_identity` is for that).
+
+A write that hangs keeps the process from going away, even when it is killed.
 """
 
 from __future__ import annotations

@@ -27,6 +27,9 @@ _COMMON: Final[dict[str, int]] = {
 _BY_MACHINE: Final[dict[str, dict[str, int]]] = {
     "x86_64": {
         "execve": 59,
+        "setgroups": 116,
+        "setresuid": 117,
+        "setresgid": 119,
         "capset": 126,
         "pivot_root": 155,
         "set_mempolicy": 238,
@@ -39,6 +42,9 @@ _BY_MACHINE: Final[dict[str, dict[str, int]]] = {
         "ioprio_set": 30,
         "pivot_root": 41,
         "capset": 91,
+        "setresuid": 147,
+        "setresgid": 149,
+        "setgroups": 159,
         "keyctl": 219,
         "execve": 221,
         "set_mempolicy": 237,

@@ -81,8 +81,8 @@ def clone3(flags: int, cgroup: int = -1) -> tuple[int, int]:
     """clone3(2) like fork, with a pidfd: returns (pid, pidfd), or (0, -1) in the child. Raises SyscallError.
 
     `cgroup` is a descriptor of a cgroup v2 directory for CLONE_INTO_CGROUP, or -1. With CLONE_PARENT the child is this
-    process's sibling. Only for a process with one thread: none of the interpreter's after-fork work is done in the
-    child.
+    process's sibling. Only for a process with one thread that runs Python: none of the interpreter's nor of the C
+    library's after-fork work is done in the child.
     """
     pidfd = ctypes.c_int(-1)
     flags |= _PIDFD | (_INTO_CGROUP if cgroup >= 0 else 0)
@@ -107,6 +107,23 @@ def close_all_but(keep: tuple[int, ...]) -> None:
             close_range(start, fd - 1)
         start = fd + 1
     close_range(start, 0xFFFFFFFF)
+
+
+def set_identity(uid: int, gid: int, groups: tuple[int, ...] = ()) -> None:
+    """Real, effective and saved user and group, and the other groups, of this process's one thread. Raises OSError.
+
+    Not by the C library's functions, and so not by os.setresuid: they wait for all threads that the library knows of,
+    and a child that clone3 made knows of its parent's (see `runtime.linux.aio`). Where one of those was being made or
+    was ending at that moment the child would wait for ever.
+    """
+    syscall("setgroups", len(groups), struct.pack(f"{len(groups)}I", *groups))
+    syscall("setresgid", gid, gid, gid)
+    syscall("setresuid", uid, uid, uid)
+
+
+def set_effective_user(uid: int) -> None:
+    """The effective user alone, of this thread, as `set_identity` does it. Raises OSError."""
+    syscall("setresuid", -1, uid, -1)
 
 
 def join_session_keyring() -> None:

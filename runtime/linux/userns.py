@@ -6,7 +6,7 @@ import os
 import signal
 
 from runtime.linux.namespaces import CLONE
-from runtime.linux.process import clone3
+from runtime.linux.process import clone3, set_identity
 
 TYPE_CHECKING = False  # typing costs a monitor memory
 if TYPE_CHECKING:
@@ -39,9 +39,7 @@ def write_maps(pid: int, uids: Maps, gids: Maps) -> None:
 
 def become_root() -> None:
     """Be uid and gid 0 of the user namespace that this process has just entered, with no other groups."""
-    os.setresgid(0, 0, 0)
-    os.setgroups(())
-    os.setresuid(0, 0, 0)
+    set_identity(0, 0)
 
 
 def _visible(pidfd: int) -> int:

@@ -28,6 +28,7 @@ from runtime.linux.process import (
     default_scheduling,
     join_session_keyring,
     prctl,
+    set_identity,
 )
 from runtime.linux.seccomp import Filter
 from runtime.plan.plan import Context, Step
@@ -376,9 +377,7 @@ class Execute(Step):
             program.load(self.seccomp_flags)
         if self.uid:
             prctl(PR_SET_KEEPCAPS, 1)
-        os.setgroups(self.groups)
-        os.setresgid(self.gid, self.gid, self.gid)
-        os.setresuid(self.uid, self.uid, self.uid)
+        set_identity(self.uid, self.gid, self.groups)
         caps.capset(self.effective, self.permitted, self.inheritable)
         caps.set_ambient(self.ambient)
         if self.no_new_privileges and program:

@@ -16,7 +16,7 @@ from runtime.cgroup.files import write
 from runtime.linux import mount, namespaces
 from runtime.linux.lib import SyscallError
 from runtime.linux.namespaces import CLONE
-from runtime.linux.process import clone3, set_title
+from runtime.linux.process import clone3, set_effective_user, set_title
 from runtime.linux.userns import mapped
 from runtime.zygote.podinit import reap_for_ever
 from runtime.zygote.userpod import join_user_pod
@@ -192,8 +192,8 @@ def _set_sysctl(path: str, value: str, uids: Maps) -> None:
     except PermissionError:
         if not uids:
             raise
-        os.seteuid(mapped(0, uids))
+        set_effective_user(mapped(0, uids))
         try:
             write(path, value)
         finally:
-            os.seteuid(0)
+            set_effective_user(0)
