@@ -59,10 +59,11 @@ class Unpacked:
 class Unpacker:
     """The program that unpacks, `runtime.images.unpack.child`: started once for an image, it forks for each layer.
 
-    It ends with the thread that made it, which therefore stays until `close`. Thread-safe.
+    It ends with the thread that made it, which therefore stays until `close`. It and its forks hold `lock`, the
+    store's: nobody else takes the store while one of them can still write to it. Thread-safe.
     """
 
-    def __init__(self, config: ImagesConfig) -> None:
+    def __init__(self, config: ImagesConfig, lock: int) -> None:
         self._config = config
         self._lock = threading.Lock()
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -73,7 +74,7 @@ class Unpacker:
                 [sys.executable, "-I", "-S", "-c", _START, paths, str(theirs.fileno()), str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(),),
+                pass_fds=(theirs.fileno(), lock),
                 cwd="/",
                 # Freed memory is kept: each piece of a layer would else be made of fresh pages.
                 env={

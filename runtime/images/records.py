@@ -250,11 +250,12 @@ class RootFsRecords:
 
 
 def lock(path: Path) -> int:
-    """A descriptor that holds the lock on `path`. Raises WrongState.
+    """A descriptor that holds the lock on `path`, as does whoever inherits it. Raises WrongState.
 
-    A program that a killed cribd was just starting holds the lock until it is executed: that is waited for.
+    The children of a killed cribd that were writing to the store, or were just being started, die a moment after it:
+    that is waited for.
     """
-    fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    fd = os.open(path, os.O_CREAT | os.O_RDONLY | os.O_CLOEXEC, 0o600)
     deadline_s = time.monotonic() + _LOCK_WAIT_S
     while True:
         try:

@@ -1,5 +1,6 @@
 """Containers' root file systems: an upper and a work directory each, and the image's layers below them."""
 
+import contextlib
 import logging
 import os
 import re
@@ -39,13 +40,16 @@ class Roots:
         self._prepared: dict[str, StoredRootFs] = {}
 
     def load(self, layers: Collection[int]) -> list[tuple[int, ...]]:
-        """Read the records; returns the layers of each, to be held. One that lacks a layer is forgotten."""
+        """Read the records; returns the layers of each, to be held. One that lacks a layer, or was about to be made or
+        removed, is forgotten."""
+        present = set(os.listdir(self._directory))
         for rootfs in self._records.all():
-            if all(number in layers for number in rootfs.layers):
+            if rootfs.container in present and all(number in layers for number in rootfs.layers):
                 self._prepared[rootfs.container] = rootfs
-            else:
+                continue
+            if rootfs.container in present:
                 log.error("root file system of %s lacks a layer and is removed", rootfs.container)
-                self._records.remove(rootfs.container)
+            self._records.remove(rootfs.container)
         return [rootfs.layers for rootfs in self._prepared.values()]
 
     def image(self, container_id: str) -> str | None:
@@ -91,28 +95,31 @@ class Roots:
         return rootfs
 
     def _make_directories(self, rootfs: RootFs) -> None:
+        """In full or not at all: they get their name when they are complete."""
+        directory = os.path.dirname(rootfs.upper)
+        made = f"{self._directory}/.{os.path.basename(directory)}.{os.urandom(4).hex()}"
+        upper = f"{made}/upper"
         # The merged root directory looks like the upper one.
         root = os.stat(_root(rootfs))
-        os.mkdir(os.path.dirname(rootfs.upper), 0o700)
-        os.mkdir(rootfs.work, 0o700)
-        os.mkdir(rootfs.upper, 0o700)
+        for path in (made, f"{made}/work", upper):
+            os.mkdir(path, 0o700)
         if root.st_uid or root.st_gid:
-            os.chown(rootfs.upper, root.st_uid, root.st_gid)
-        os.chmod(rootfs.upper, stat.S_IMODE(root.st_mode))
+            os.chown(upper, root.st_uid, root.st_gid)
+        os.chmod(upper, stat.S_IMODE(root.st_mode))
+        os.rename(made, directory)
 
     def discard(self, container_id: str) -> None:
         """Remove the directories, then the record; unknown is fine. Raises Unavailable."""
         if container_id not in self._prepared:
             return
-        directory = self._directory / container_id
-        # The usual one, in which nothing was written, goes without starting a program.
-        for name in ("upper", "work/work", "work/index", "work"):
-            try:
-                os.rmdir(directory / name)
-            except OSError:
-                pass
+        doomed = self._directory / f".{container_id}"
         try:
-            remove_tree(directory)
+            _rename_aside(self._directory / container_id, doomed)
+            # The usual one, in which nothing was written, goes without starting a program.
+            for name in ("upper", "work/work", "work/index", "work"):
+                with contextlib.suppress(OSError):
+                    os.rmdir(doomed / name)
+            remove_tree(doomed)
         except OSError as error:
             raise Unavailable(f"root file system of {container_id}: {error}") from error
         self._records.remove(container_id)
@@ -142,6 +149,17 @@ class Roots:
                     seen.add(status.st_ino)
                     bytes_used += status.st_blocks * 512
         return bytes_used, len(seen)
+
+
+def _rename_aside(directory: Path, doomed: Path) -> None:
+    """What is removed is never half there under its own name. Raises OSError."""
+    try:
+        os.rename(directory, doomed)
+    except FileNotFoundError:
+        pass  # done when its removal was first tried
+    except OSError:
+        remove_tree(doomed)
+        os.rename(directory, doomed)
 
 
 def _root(rootfs: RootFs) -> str:

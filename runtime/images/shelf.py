@@ -23,8 +23,9 @@ _TURN_POLL_S = 0.1
 class Shelf:
     """Thread-safe; its lock is never held across work on the disk."""
 
-    def __init__(self, base: Path, recipes: Path, records: ImageRecords) -> None:
+    def __init__(self, base: Path, recipes: Path, records: ImageRecords, lock: int) -> None:
         self.base = base
+        self.store_lock = lock
         self.recipes = recipes
         self._records = records
         self._lock = threading.Lock()

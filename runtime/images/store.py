@@ -67,7 +67,7 @@ class Images:
         self._records = ImageRecords(self._root)
         self._rootfs_records = RootFsRecords(self._root)
         self._rootfs_records.checkpoint()
-        self._shelf = Shelf(self._base, self._recipes, self._records)
+        self._shelf = Shelf(self._base, self._recipes, self._records, self._lock_file)
         self._roots = Roots(self._containers, self._shelf, self._rootfs_records)
         self._catalogue = Catalogue(self._shelf, self._config.pinned)
         self._load()

@@ -129,7 +129,7 @@ class Transfer:
         for diff_id, (descriptor, _) in wanted.items():
             self._report(descriptor, "waiting" if diff_id in self._numbers else "exists", 0)
         if missing:
-            unpacker = Unpacker(self._config)
+            unpacker = Unpacker(self._config, self._shelf.store_lock)
             try:
                 with self._synchronised_meanwhile():
                     self._in_parallel([(diff_id, *wanted[diff_id], unpacker) for diff_id in missing])

@@ -26,6 +26,9 @@ class Filter:
         self._buffer = ctypes.create_string_buffer(bpf, len(bpf))
         self._program = _Program(len(bpf) // 8, ctypes.addressof(self._buffer))
 
-    def load(self, flags: int = 0) -> None:
-        """seccomp(2) SET_MODE_FILTER: needs no_new_privs or CAP_SYS_ADMIN. Raises SyscallError."""
-        syscall("seccomp", SECCOMP_SET_MODE_FILTER, flags, ctypes.byref(self._program))
+    def load(self, flags: int = 0) -> int:
+        """seccomp(2) SET_MODE_FILTER: needs no_new_privs or CAP_SYS_ADMIN. Returns the listener if `flags` ask for one.
+
+        Raises SyscallError.
+        """
+        return syscall("seccomp", SECCOMP_SET_MODE_FILTER, flags, ctypes.byref(self._program))

@@ -5,8 +5,9 @@ brings the blob, a pipe for the report, one line of JSON, and the file for the l
 pid and pidfd. The blob ends when the pipe does: who gives it up kills the fork first.
 
 Threat model: a layer may try to exploit a decompressor or the reader. The fork that reads it has the layer's directory
-as its root, no descriptor but those three and a path to its root, few capabilities, only the system calls that it
-needs, bounded memory, and dies with this process, which reads nothing but cribd's jobs and dies with cribd.
+as its root, no descriptor but those three, the store's lock (an empty file, to be read) and a path to its root, few
+capabilities, only the system calls that it needs, bounded memory, and dies with this process, which reads nothing but
+cribd's jobs and dies with cribd.
 """
 
 import gc

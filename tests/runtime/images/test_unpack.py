@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from runtime.errors import Cancelled, Exhausted
+from runtime.errors import Cancelled, Exhausted, WrongState
 from runtime.images import Images, ImagesConfig
 from runtime.images.errors import BadImage
 from runtime.images.layers import Unpacked, Unpacker, remove_tree, short_name
 from runtime.images.manifest import LAYERS_LIMIT
+from runtime.images.records import lock
 from tests.requires import requires
 from tests.runtime.images.given import Layer, build, compressed, digest, oci_archive
 
@@ -31,7 +32,8 @@ ROOT = Path(__file__).resolve().parents[3]
 def unpack(target: Path, data: bytes, config: ImagesConfig | None = None) -> Unpacked:
     target.mkdir(exist_ok=True)
     with (
-        closing(Unpacker(config or ImagesConfig())) as unpacker,
+        tempfile.TemporaryFile() as lock,
+        closing(Unpacker(config or ImagesConfig(), lock.fileno())) as unpacker,
         tempfile.TemporaryFile() as recipe,
         closing(unpacker.begin(target, recipe.fileno())) as child,
     ):
@@ -283,14 +285,16 @@ def test_no_archive(target: Path, data: bytes) -> None:
         unpack(target, data)
 
 
-def test_the_child_is_confined(target: Path) -> None:
+def test_the_child_is_confined(target: Path, run_dir: Path) -> None:
     """What the process may do while it waits for bytes, as the kernel tells it."""
     target.mkdir()
+    held = lock(run_dir / "lock")
     with (
-        closing(Unpacker(ImagesConfig())) as unpacker,
+        closing(Unpacker(ImagesConfig(), held)) as unpacker,
         open("/dev/null", "wb") as recipe,
         closing(unpacker.begin(target, recipe.fileno())) as child,
     ):
+        os.close(held)
         status: dict[str, str] = {}
         while status.get("Seccomp") != "2":
             lines = Path(f"/proc/{child.pid}/status").read_text().splitlines()
@@ -302,10 +306,13 @@ def test_the_child_is_confined(target: Path) -> None:
         assert int(status["CapBnd"], 16).bit_count() == 7
         assert status["Seccomp"] == "2"
         names = {os.readlink(path) for path in Path(f"/proc/{child.pid}/fd").iterdir()}
-        assert {name.partition(":")[0] for name in names} <= {"/dev/null", "pipe", str(target)}
+        assert {name.partition(":")[0] for name in names} <= {"/dev/null", "pipe", str(target), str(run_dir / "lock")}
+        with pytest.raises(WrongState, match="in use by another process"):
+            lock(run_dir / "lock")
         child.kill()
         with pytest.raises(Cancelled):
             child.finish()
+    os.close(lock(run_dir / "lock"))
 
 
 ESCAPES = """
