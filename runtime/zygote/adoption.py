@@ -68,6 +68,43 @@ class Adoption:
                     process.terminal = _terminal(listener)
 
 
+class Adoptions:
+    """The processes of one pod whose commands run; pid files are below the open directory `directory`."""
+
+    def __init__(self, directory: int) -> None:
+        self._directory = directory
+        self._processes: list[Process] = []
+
+    def __contains__(self, process: Process) -> bool:
+        return process in self._processes
+
+    def begin(self, process: Process, pid_file: str, listener: list[int]) -> None:
+        """With a `pid_file`: the process is the command that makes it, and sends its terminal to the listener."""
+        if pid_file:
+            listening = os.dup(listener[0]) if listener else -1
+            process.adoption = Adoption(process.pid, self._directory, pid_file, listening)
+            self._processes.append(process)
+
+    def reap(self) -> Any:
+        """A child that has ended or stopped, as waitid(2) tells; None when there is none. Raises ChildProcessError."""
+        look = os.WNOWAIT if self._processes else 0
+        info = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | look)
+        if info and look:
+            for process in self._processes:
+                if process.adoption:
+                    process.adoption.take(process)
+            os.waitid(os.P_PID, info.si_pid, os.WEXITED)
+        return info
+
+    def ended(self, pid: int) -> tuple[Process, Adoption] | None:
+        """Whose command `pid` was, which has ended: the process is there, or won't be."""
+        for process in self._processes:
+            if process.adoption and process.adoption.command == pid:
+                self._processes.remove(process)
+                return process, process.adoption
+        return None
+
+
 def _terminal(listener: socket.socket) -> int:
     """The terminal's master, which the runtime has sent; -1 where it hasn't."""
     try:

@@ -44,12 +44,13 @@ class BadSysctl(SyscallError):
 
 
 class PodSpace:
-    """One pod's. `user` and `shm` are descriptors, -1 where the pod has none of its own."""
+    """One pod's. `user` and `shm` are descriptors, -1 where the pod has none of its own; `null` is one of /dev/null."""
 
     def __init__(self) -> None:
         self.made: dict[str, Any] = {}
         self.user = -1
         self.shm = -1
+        self.null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
         self._own_pid_ns = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
         self._pid_ns = -1
         self._init: tuple[int, int] | None = None  # pid, pidfd
@@ -152,8 +153,8 @@ class PodSpace:
 
     def close(self) -> None:
         """Close what a pod without an init or a user namespace holds: for the zygote's warm-up."""
-        os.close(self._own_pid_ns)
-        os.close(self.shm)
+        for fd in (self._own_pid_ns, self.shm, self.null):
+            os.close(fd)
 
     def _restore_pid_ns(self) -> None:
         # If this fails every later child would be born in a container: better no monitor than that one.

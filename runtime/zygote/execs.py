@@ -1,0 +1,133 @@
+"""The processes exec'd in a pod's containers: starts, ends, and killing one with all that descends from it."""
+
+from __future__ import annotations
+
+import select
+import socket
+
+from runtime.cgroup import files as cgroup_files
+from runtime.linux.lib import SyscallError
+from runtime.zygote.child import become
+from runtime.zygote.container import Process
+from runtime.zygote.messages import Kind, close_all, read_plan
+from runtime.zygote.tree import kill_tree
+
+TYPE_CHECKING = False  # typing costs a monitor memory
+if TYPE_CHECKING:
+    from typing import Any
+
+    from runtime.zygote.adoption import Adoptions
+    from runtime.zygote.containers import Containers
+    from runtime.zygote.hold import Holds
+    from runtime.zygote.podspace import PodSpace
+    from runtime.zygote.server import Server
+
+
+class Execs:
+    """One pod's."""
+
+    def __init__(
+        self, server: Server, space: PodSpace, holds: Holds, adoptions: Adoptions, containers: Containers
+    ) -> None:
+        self._server = server
+        self._space = space
+        self._holds = holds
+        self._adoptions = adoptions
+        self._containers = containers
+        self._execs: dict[str, Process] = {}
+        self._exec_of: dict[str, str] = {}
+
+    def start(self, connection: socket.socket, fields: dict[str, Any], fds: list[int]) -> None:
+        """As the EXEC message asks; it is answered when that is decided. Raises OSError, KeyError or ValueError."""
+        container = self._containers.running(fields["id"])
+        mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        plan = read_plan(fds[0])
+        silent = [self._space.null] * 3
+        streams = fds[-3:] if len(fds) > 3 else silent
+        child = dict(zip(("stdin", "stdout", "stderr"), streams, strict=True))
+        child["container"] = container.pidfd
+        adopt = fields.get("adopt", "")
+        held = [] if adopt else self._containers.watchers(container)
+        clone_dir, join_files = fields["clone_dir"], tuple(fields["join_files"])
+        if clone_dir:
+            clone_dir = cgroup_files.leaf(clone_dir, container.cgroup, container.pid)
+        elif join_files and join_files[0].endswith("/cgroup.procs"):
+            leaf = cgroup_files.leaf(join_files[0].rpartition("/")[0], container.cgroup, container.pid)
+            join_files = (f"{leaf}/cgroup.procs",)
+        try:
+            pid, pidfd = self._holds.clone(self._space, held, -1 if adopt else container.pidfd, 0, clone_dir)
+            if pid == 0:
+                become(plan, child, theirs)
+        except SyscallError:
+            mine.close()
+            raise
+        finally:
+            theirs.close()
+        process = Process(connection, fields["n"], pid, pidfd, mine)
+        self._holds.add(process, held, join_files)
+        self._adoptions.begin(process, adopt, fds[1:2] if streams is silent else [])
+        self._execs[fields["exec"]] = process
+        self._exec_of[fields["exec"]] = container.id
+        self._server.watch(mine.fileno(), lambda: self._started(fields["exec"], process, mine.fileno()))
+
+    def _started(self, exec_id: str, process: Process, fd: int) -> None:
+        self._server.rewatch(fd, 0)  # silent while this decides; a closed descriptor leaves epoll by itself
+        if not process.read_sync():
+            self._server.rewatch(fd, select.EPOLLIN)
+            return
+        self._server.forget(fd)
+        if process.failure is None and not process.adoption:
+            self._runs(exec_id, process)
+
+    def _runs(self, exec_id: str, process: Process) -> None:
+        terminal = (process.terminal,) if process.terminal >= 0 else ()
+        self._server.send(process.asker, Kind.OK, terminal, re=process.n, pid=process.pid)
+        close_all(list(terminal))
+        process.terminal = -1
+        if process.ended:
+            self._announce(exec_id, process)
+
+    def reaped(self, info: Any) -> bool:
+        """A child has ended, as waitid(2) tells; whether it was one of these."""
+        for exec_id, process in list(self._execs.items()):
+            if process.pid == info.si_pid:
+                process.end(info)
+                self._holds.release(process)
+                if process not in self._adoptions:  # else told when the command that made it has ended
+                    self._ended(exec_id, process)
+                return True
+        return False
+
+    def made(self, process: Process) -> None:
+        """A runtime's command has made it, or failed."""
+        exec_id = next(exec_id for exec_id, one in self._execs.items() if one is process)
+        process.adoption = None
+        if process.failure is None:
+            self._runs(exec_id, process)
+        else:
+            self._ended(exec_id, process)
+
+    def kill(self, exec_id: str) -> None:
+        """SIGKILL to the process and its descendants. Raises OSError."""
+        process = self._execs.get(exec_id)
+        if process and not process.ended:
+            kill_tree(process.pid, self._containers.get(self._exec_of[exec_id]).kill_dirs)
+            process.kill()  # it may not be in its cgroup yet
+
+    def _ended(self, exec_id: str, process: Process) -> None:
+        while process.sync:
+            self._server.handle(process.sync.fileno())
+        if process.failure is not None:
+            self._server.send(process.asker, Kind.FAILED, re=process.n, **process.failure)
+            self._drop(exec_id)
+        else:
+            self._announce(exec_id, process)
+
+    def _announce(self, exec_id: str, process: Process) -> None:
+        if exec_id in self._execs:
+            self._server.tell(Kind.EXEC_EXITED, exec=exec_id, code=process.code, exited_ns=process.exited_ns)
+            self._drop(exec_id)
+
+    def _drop(self, exec_id: str) -> None:
+        self._execs.pop(exec_id).close()
+        del self._exec_of[exec_id]
