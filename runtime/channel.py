@@ -8,6 +8,7 @@ from socket import socket
 from typing import Any, Final
 
 from runtime.errors import DeadlineExceeded, Unavailable
+from runtime.linux.waits import waits
 from runtime.zygote.messages import Kind, ProtocolError, close_all, receive, send
 
 _REPLIES: Final = (Kind.OK, Kind.FAILED)
@@ -23,13 +24,17 @@ class Reply:
 
 
 class Channel:
-    """One non-blocking SEQPACKET socket, which it owns. `on_event` gets what is no reply, `on_closed` the end."""
+    """One non-blocking SEQPACKET socket, which it owns. `on_event` gets what is no reply, `on_closed` the end.
+
+    `peer_pid`, where it is known, is whose waits are told when there is no answer.
+    """
 
     def __init__(self, sock: socket) -> None:
         self._sock = sock
         self._loop = asyncio.get_running_loop()
         self._waiting: dict[int, Callable[[Reply], None]] = {}
         self._last = 0
+        self.peer_pid = 0
         self._outbox: list[tuple[str, tuple[int, ...], dict[str, Any]]] = []
         self.on_event: Callable[[str, dict[str, Any]], None] | None = None
         self.on_closed: Callable[[], None] | None = None
@@ -81,7 +86,8 @@ class Channel:
             async with asyncio.timeout(timeout_s):
                 reply = await future
         except TimeoutError:
-            raise DeadlineExceeded(f"no answer to {kind} within {timeout_s:g} s") from None
+            where = waits(self.peer_pid) if self.peer_pid else ""
+            raise DeadlineExceeded(f"no answer to {kind} within {timeout_s:g} s" + (where and f": {where}")) from None
         finally:
             if number in self._waiting:
                 self._waiting[number] = lambda reply: close_all(reply.fds)

@@ -108,6 +108,7 @@ class Pod:
         self.run_hooks: hooks.Run = hooks.none
         self._starting: dict[str, Callable[[int], Awaitable[None]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        channel.peer_pid = pid
         channel.on_event = self._event
         channel.on_closed = self._lost
 

@@ -17,11 +17,12 @@ import pytest
 
 from runtime.cgroup import detect
 from runtime.engine import Cgroup, Engine, Exec, ExecStart, Pod, PodStart
-from runtime.errors import StepFailed, Unavailable, WrongState
+from runtime.errors import DeadlineExceeded, StepFailed, Unavailable, WrongState
 from runtime.linux.probe import probe
-from runtime.spec import Device, Linux, Mount, Process, User
+from runtime.spec import Device, Hook, Hooks, Linux, Mount, Process, User
 from runtime.zygote.launch import interpreter, launch
 from runtime.zygote.messages import Kind, receive
+from tests.limits import scaled
 from tests.requires import requires
 from tests.runtime.conftest import POD_ID, TIMEOUT_S, Bench, container
 
@@ -236,12 +237,29 @@ async def test_a_pod_whose_monitor_hangs_can_be_stopped(bench: Bench, monkeypatc
     pod = await bench.pod()
     await bench.start(pod, "c", container(pod, "sleep", "100"))
     os.kill(pod.monitor_pid, signal.SIGSTOP)
+    with pytest.raises(
+        DeadlineExceeded, match=rf"no answer to facts within 0.1 s: crib-monitor {pod.monitor_pid} T in "
+    ):
+        await pod.request(Kind.FACTS, 0.1)
     await bench.engine.stop_pod(POD_ID)
     try:  # dead: what is left of it, for a moment, is the zygote's to reap
         assert Path(f"/proc/{pod.monitor_pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except FileNotFoundError:
         pass
     await bench.engine.stop_pod(POD_ID)
+
+
+async def test_a_start_that_hangs_says_where(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.pod.START_TIMEOUT_S", scaled(1))
+    pod = await bench.pod()
+
+    async def hang(*_: object) -> None:
+        await asyncio.Event().wait()
+
+    pod.run_hooks = hang
+    spec = msgspec.structs.replace(container(pod, "true"), hooks=Hooks(prestart=(Hook(path="/bin/true"),)))
+    with pytest.raises(DeadlineExceeded, match=r"crib-monitor \d+ S in \w+.*; its child \d+ S in \w+"):
+        await bench.start(pod, "c", spec)
 
 
 async def test_a_lost_monitor_is_told(bench: Bench, null: int) -> None:
