@@ -13,7 +13,7 @@ from cri.container.start import spec_of
 from cri.state.records import ContainerState
 from cri.translate.process import STRING_LIMIT_BYTES, TOTAL_LIMIT_BYTES
 from runtime.engine import Exec, ExecStart
-from runtime.errors import CribError, DeadlineExceeded, InvalidSpec, WrongState
+from runtime.errors import CribError, DeadlineExceeded, InvalidSpec, StepFailed, WrongState
 from runtime.spec import Linux
 
 if TYPE_CHECKING:
@@ -139,6 +139,8 @@ async def kill(process: Exec) -> None:
         await process.kill()
         async with asyncio.timeout(_KILL_WAIT_S):
             await process.wait()
+    except (StepFailed, WrongState):
+        return  # it never became its program
     except (CribError, TimeoutError) as error:
         _logger.warning("killing a command failed", extra={"fields": {"error": str(error) or "it lives on"}})
 

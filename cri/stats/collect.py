@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import os
 import time
@@ -50,9 +51,10 @@ class MetricsCalls:
 
     def _read(self, pods: Sequence[Pod]) -> Sequence[pb.PodSandboxMetrics]:
         """Blocks."""
+        disk = _disk(self._node.layers_dir)
         return [
             pb.PodSandboxMetrics(
-                pod_sandbox_id=pod.id, metrics=self._of_pod(pod), container_metrics=self._of_containers(pod)
+                pod_sandbox_id=pod.id, metrics=self._of_pod(pod), container_metrics=self._of_containers(pod, disk)
             )
             for pod in pods
         ]
@@ -61,13 +63,13 @@ class MetricsCalls:
         base = _base(pod, _OWN, pod.record.cgroup_path, "", pod.id)
         return metrics.of_pod(base, interfaces(pod) or (), time.time_ns())
 
-    def _of_containers(self, pod: Pod) -> Sequence[pb.ContainerMetrics]:
+    def _of_containers(self, pod: Pod, disk: metrics.FileSystem) -> Sequence[pb.ContainerMetrics]:
         found = []
         for container in tuple(pod.containers.values()):
             if container.state is not ContainerState.RUNNING:
                 continue
             try:
-                sample = self._sample(container)
+                sample = self._sample(container, disk)
             except (CribError, OSError):  # it ended meanwhile
                 continue
             record = container.record
@@ -75,25 +77,29 @@ class MetricsCalls:
             found.append(pb.ContainerMetrics(container_id=container.id, metrics=metrics.of_container(base, sample)))
         return found
 
-    def _sample(self, container: Container) -> metrics.Sample:
+    def _sample(self, container: Container, disk: metrics.FileSystem) -> metrics.Sample:
         path = container.record.cgroup_path
         used, _ = self._node.images.upper_usage(container.id)
-        root = self._node.layers_dir
-        disk, device = os.statvfs(root), os.stat(root).st_dev
         return metrics.Sample(
             stats=self._node.cgroups.stats(path),
             processes=look(self._node.cgroups.procs(path)),
-            layer=metrics.FileSystem(
-                device=_device_name(os.major(device), os.minor(device)),
-                used_bytes=used,
-                size_bytes=disk.f_blocks * disk.f_frsize,
-                inodes_free=disk.f_favail,
-                inodes=disk.f_files,
-            ),
+            layer=dataclasses.replace(disk, used_bytes=used),
             resources=container.resources,
             started_ns=container.record.started_ns,
             device_name=_device_name,
         )
+
+
+def _disk(root: str) -> metrics.FileSystem:
+    """The file system of all writable layers, nothing used yet. Blocks."""
+    disk, device = os.statvfs(root), os.stat(root).st_dev
+    return metrics.FileSystem(
+        device=_device_name(os.major(device), os.minor(device)),
+        used_bytes=0,
+        size_bytes=disk.f_blocks * disk.f_frsize,
+        inodes_free=disk.f_favail,
+        inodes=disk.f_files,
+    )
 
 
 def _base(pod: Pod, container: str, path: str, image: str, id: str) -> tuple[str, ...]:

@@ -142,6 +142,16 @@ def _pressure(part: str, line: str) -> Callable[[Sample], Values]:
     return values
 
 
+def _limit(part: str) -> Callable[[Sample], Values]:
+    """A limit in force: 0 where there is none (as cAdvisor tells it), nothing where there is nothing to be limited."""
+
+    def values(sample: Sample) -> Values:
+        found = getattr(sample.stats, part)
+        yield (), None if found is None else found.limit or 0
+
+    return values
+
+
 def _asked(field: str) -> Callable[[Sample], Values]:
     """A limit of the request, where it has one."""
     return lambda sample: [((), getattr(sample.resources, field) or None)]
@@ -197,12 +207,12 @@ _FAMILIES: Final = tuple(
         ("spec_cpu_period", _G, (), _asked("cpu_period"), "CPU period asked for, in microseconds"),
         ("spec_cpu_quota", _G, (), _asked("cpu_quota"), "CPU quota asked for, in microseconds"),
         ("spec_cpu_shares", _G, (), _asked("cpu_shares"), "CPU shares asked for"),
-        ("spec_memory_limit_bytes", _G, (), _at("stats.memory.limit"), "memory limit in force"),
+        ("spec_memory_limit_bytes", _G, (), _limit("memory"), "memory limit in force, 0 for none"),
         ("spec_memory_reservation_limit_bytes", _G, (), _at("stats.memory.reservation"), "memory that is kept free"),
         ("spec_memory_swap_limit_bytes", _G, (), _at("stats.swap.limit"), "swap limit in force"),
         ("start_time_seconds", _G, (), _at("started_ns", _S), "when the container was started, since the epoch"),
         ("threads", _G, (), _at("processes.threads"), "threads"),
-        ("threads_max", _G, (), _at("stats.pids.limit"), "most threads allowed"),
+        ("threads_max", _G, (), _limit("pids"), "most threads allowed, 0 for any number"),
         ("ulimits_soft", _G, ("ulimit",),
          lambda sample: [(("max_open_files",), sample.processes.open_files_limit)], "limit of the first process"),
     )

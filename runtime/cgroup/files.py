@@ -157,6 +157,31 @@ def set_v2_freezer(directory: str, frozen: bool, timeout_s: float) -> bool:
         os.close(events)
 
 
+def take_out(pids: Iterable[int], directories: Sequence[str]) -> None:
+    """Let processes with a SIGKILL on its way die where somebody has frozen their v1 cgroup, and leave the rest to him.
+
+    They are moved to the nearest cgroup above that isn't frozen; with v2 nothing has to be done. Raises OSError.
+    """
+    for directory in directories:
+        above = directory
+        while _is_frozen(above):
+            above = os.path.dirname(above)
+        for pid in pids if above != directory else ():
+            try:
+                write(f"{above}/cgroup.procs", str(pid))
+            except ProcessLookupError:
+                continue
+
+
+def _is_frozen(directory: str) -> bool:
+    try:
+        return read(f"{directory}/freezer.state").strip() != "THAWED"
+    except OSError as error:  # not v1, the root of all, or gone
+        if error.errno not in (errno.ENOENT, errno.ENODEV):
+            raise
+        return False
+
+
 def _kill_frozen(directory: str, deadline: float) -> None:
     """Freeze, signal all, thaw: a frozen process can't fork, and dies when it is thawed."""
     try:
@@ -167,6 +192,8 @@ def _kill_frozen(directory: str, deadline: float) -> None:
             for cgroup in tree(directory):
                 # One that was frozen by itself stays frozen when its parent is thawed.
                 _write_if_there(f"{cgroup}/freezer.state", "THAWED")
+            if _is_frozen(directory):  # as one above is
+                take_out(procs(directory), (directory,))
             if frozen or not _living(directory):
                 return
             if time.monotonic() > deadline:

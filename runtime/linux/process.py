@@ -142,13 +142,18 @@ def default_scheduling() -> None:
     for containers, whose cgroup says what they may use. Raises OSError.
     """
     os.sched_setaffinity(0, _CPUS)
-    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    default_policy()
     os.setpriority(os.PRIO_PROCESS, 0, 0)
     syscall("ioprio_set", _IOPRIO_WHO_PROCESS, 0, 0)
     try:
         syscall("set_mempolicy", 0, None, 0)
     except SyscallError:  # a kernel without NUMA
         pass
+
+
+def default_policy() -> None:
+    """SCHED_OTHER, whatever cribd itself was given. Raises OSError."""
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def default_attributes() -> None:

@@ -37,14 +37,18 @@ def _serve(fd: int, host_ns: int, cgroup: list[str]) -> None:
     import socket
 
     from runtime.linux.namespaces import CLONE, setns
-    from runtime.linux.process import default_attributes
+    from runtime.linux.process import default_attributes, default_policy
     from runtime.zygote.zygote import Zygote
 
     setns(host_ns, CLONE.NEWNS)
     os.close(host_ns)
+    default_policy()  # with real-time group scheduling a v1 cgroup takes no real-time process
     for name in cgroup:  # here, where it isn't mounted read-only
-        with open(name, "wb", buffering=0) as file:
-            file.write(b"0")
+        try:
+            with open(name, "wb", buffering=0) as file:
+                file.write(b"0")
+        except OSError as error:
+            sys.exit(f"crib-zygote: joining cgroup {name}: {error.strerror}")
     default_attributes()
     os.set_inheritable(fd, False)
     Zygote(socket.socket(fileno=fd)).serve()

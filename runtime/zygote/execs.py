@@ -111,8 +111,10 @@ class Execs:
         """SIGKILL to the process and its descendants. Raises OSError."""
         process = self._execs.get(exec_id)
         if process and not process.ended:
-            kill_tree(process.pid, self._containers.get(self._exec_of[exec_id]).kill_dirs)
+            directories = self._containers.get(self._exec_of[exec_id]).kill_dirs
+            kill_tree(process.pid, directories)
             process.kill()  # it may not be in its cgroup yet
+            cgroup_files.take_out((process.pid,), directories)
 
     def _ended(self, exec_id: str, process: Process) -> None:
         while process.sync:

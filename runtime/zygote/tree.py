@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 
-from runtime.cgroup.files import procs
+from runtime.cgroup.files import procs, take_out
 
 TYPE_CHECKING = False  # typing costs a monitor memory
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def kill_tree(root: int, directories: tuple[str, ...]) -> None:
             break
     for pid, born in known.items():
         _signal(pid, born, signal.SIGKILL)
+    take_out(known, directories)
 
 
 def _members(directories: tuple[str, ...]) -> dict[int, tuple[int, int, int]]:

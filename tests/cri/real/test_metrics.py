@@ -44,6 +44,7 @@ async def test_figures(real: Real) -> None:
     assert found["fs_usage_bytes"] >= 3 << 20
     assert found["fs_limit_bytes"] > found["fs_usage_bytes"]
     assert found["spec_memory_limit_bytes"] == 64 << 20
+    assert found["threads_max"] == 0
     assert (found["spec_cpu_quota"], found["spec_cpu_period"]) == (50000, 100000)
     assert 0 < found["memory_working_set_bytes"] <= found["memory_usage_bytes"] <= found["memory_max_usage_bytes"]
     assert found["ulimits_soft"] == 1024

@@ -388,6 +388,9 @@ async def test_one_that_somebody_froze_can_be_changed_and_ended(real: Real) -> N
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await real.sh(container, "true", limit_s=1)
     assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    assert "killing a command failed" not in real.daemon.log(), "on v1 what is killed stays frozen"
+    assert await real.pid(container) in cgroups.procs(path), "nobody thawed the rest"
+    assert len(cgroups.procs(path)) == 1
     await real.client.StopContainer(pb.StopContainerRequest(container_id=container, timeout=1))
     assert (await real.status(container)).exit_code == 137
     await until(lambda: not cgroups.exists(path))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import select
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from runtime.cgroup import files
+from runtime.cgroup.stats import Cpu
 from runtime.spec import CPU, BlockIO, DeviceCgroup, Memory, Pids, Resources, ThrottleDevice
 from tests.requires import requires
 from tests.runtime.cgroup.conftest import Place, wait_until_dead
@@ -20,12 +22,18 @@ pytestmark = requires("root")
 MIB = 1 << 20
 DENY_ALL = DeviceCgroup(allow=False, type="a", access="rwm")
 
+# Uses so much processor time, however long that takes, says so and goes on.
 BURN = """
 import time
-wall, used = time.monotonic(), time.process_time()
-while time.monotonic() - wall < {seconds}:
-    pass
-print(time.process_time() - used, time.monotonic() - wall)
+def burn(seconds):
+    until = time.process_time() + seconds
+    while time.process_time() < until:
+        pass
+burn(0.05)
+print("burns", flush=True)
+burn({seconds})
+print("done", flush=True)
+burn(3600)
 """
 
 
@@ -85,15 +93,27 @@ def test_memory_within_the_limit_is_had_and_shows(place: Place) -> None:
         assert (stats.swap.usage, stats.swap.limit, stats.swap.available) == (0, 0, 0)
 
 
-def test_a_cpu_bound_process_is_throttled_to_its_quota(place: Place) -> None:
-    path = place.make("burner", limits=Resources(cpu=CPU(quota=20_000, period=100_000)))
-    used_s, wall_s = map(float, place.run(path, BURN.format(seconds=1.5)).output().split())
-    assert used_s / wall_s < 0.35
+def _cpu(place: Place, path: str) -> Cpu:
     cpu = place.cgroups.stats(path).cpu
     assert cpu is not None
-    assert cpu.throttled_periods
-    assert cpu.throttled_ns
-    assert cpu.usage_ns >= used_s * 0.9e9
+    return cpu
+
+
+def test_a_cpu_bound_process_is_throttled_to_its_quota(place: Place) -> None:
+    quota_ns, period_ns = 5_000_000, 100_000_000
+    path = place.make("burner", limits=Resources(cpu=CPU(quota=quota_ns // 1000, period=period_ns // 1000)))
+    burner = place.run(path, BURN.format(seconds=0.1))
+    burner.go()
+    assert burner.line() == "burns"
+    before, began = _cpu(place, path), time.monotonic_ns()
+    assert burner.line() == "done"
+    after, ended = _cpu(place, path), time.monotonic_ns()
+    periods = after.periods - before.periods  # type: ignore[operator]
+    assert after.throttled_periods > before.throttled_periods  # type: ignore[operator]
+    assert after.throttled_ns > before.throttled_ns  # type: ignore[operator]
+    # A processor takes 5 ms of the quota at once, and overdraws it by a tick.
+    assert after.usage_ns - before.usage_ns < (periods + 2) * quota_ns * 2
+    assert periods - 1 <= (ended - began) / period_ns, "the periods are as long as asked"
 
 
 def test_shares_divide_a_core(place: Place, needs_controller: Callable[[str], None]) -> None:
@@ -102,12 +122,17 @@ def test_shares_divide_a_core(place: Place, needs_controller: Callable[[str], No
         place.make(name, limits=Resources(cpu=CPU(shares=shares, cpus="0")))
         for name, shares in (("small", 1024), ("large", 3072))
     ]
-    programs = [place.run(path, BURN.format(seconds=3)) for path in paths]
+    small, large = programs = [place.run(path, BURN.format(seconds=1.5)) for path in paths]
     for program in programs:
         program.go()
-    small_s, large_s = (float(program.line().split()[0]) for program in programs)
+    for program in programs:
+        assert program.line() == "burns"
+    before = [_cpu(place, path).usage_ns for path in paths]
+    assert large.line() == "done"
+    used_small, used_large = (_cpu(place, path).usage_ns - was for path, was in zip(paths, before, strict=True))
+    assert small.silent_for(0)
     # On v2 the kubelet's new curve makes 100 and 242 of 1024 and 3072 shares.
-    assert 1.6 < large_s / small_s < 4.5
+    assert 1.6 < used_large / used_small < 4.5
 
 
 def test_a_cpuset_pins(place: Place, needs_controller: Callable[[str], None]) -> None:
@@ -224,9 +249,9 @@ def test_a_frozen_process_does_not_run(place: Place) -> None:
     assert echo.line() == "two"
 
 
-@pytest.mark.parametrize("frozen", [False, True])
-def test_kill_ends_a_whole_tree(place: Place, frozen: bool) -> None:
-    path = place.make("tree")
+@pytest.mark.parametrize("frozen", ["", "pod", "pod tree", "pod tree nested"])
+def test_kill_ends_a_whole_tree(place: Place, frozen: str) -> None:
+    path = place.make("pod", "tree")
     root = place.run(
         path,
         """
@@ -248,13 +273,16 @@ def test_kill_ends_a_whole_tree(place: Place, frozen: bool) -> None:
     watched = {pid: os.pidfd_open(pid) for pid in place.cgroups.procs(path)}
     assert {root.pid, below.pid} <= watched.keys()
     assert len(watched) >= 6
-    if frozen:
-        place.cgroups.freeze(path)
+    names = ("pod", "tree", "nested")
+    for name in frozen.split():
+        place.cgroups.freeze(place.path(*names[: names.index(name) + 1]))
     place.cgroups.kill(path)
     assert root.wait() == below.wait() == -signal.SIGKILL
     for pidfd in watched.values():
         assert _readable(pidfd)
         os.close(pidfd)
+    if frozen:
+        place.cgroups.thaw(place.path("pod"))
 
 
 def _readable(pidfd: int) -> bool:
