@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Final
 
 from runtime.errors import InvalidSpec
@@ -32,7 +33,8 @@ class Policy:
         return (first, "a"), *((then, v1_line(exception)) for exception in self.exceptions)
 
 
-def policy(rules: Iterable[DeviceCgroup]) -> Policy:
+@lru_cache(maxsize=32)  # nearly every container has the default rules
+def policy(rules: tuple[DeviceCgroup, ...]) -> Policy:
     """What the rules come to, applied in their order to a cgroup that allows everything.
 
     Raises InvalidSpec for a malformed rule, and for one that cuts a hole into an earlier exception, which neither
