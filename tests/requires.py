@@ -219,6 +219,7 @@ VOCABULARY: dict[str, Callable[[], str | None]] = {
     "skopeo": _program("skopeo", "skopeo"),
     "strace": _program("strace", "strace"),
     "systemd": _systemd,
+    "systemd-program": lambda: None if Path("/lib/systemd/systemd").exists() else "no /lib/systemd/systemd (systemd)",
     "umoci": _program("umoci", "umoci"),
     "userns": _userns,
     "vm": _vm,
