@@ -31,6 +31,7 @@ from runtime.linux.process import (
     set_identity,
 )
 from runtime.linux.seccomp import Filter
+from runtime.linux.userns import become_root
 from runtime.plan.plan import Context, Step
 
 # Python ignores the first two, the zygote and monitors the next four (they handle SIGCHLD), and what is ignored stays
@@ -176,7 +177,7 @@ class JoinNamespace(Step):
 
 
 class JoinProcess(Step):
-    """Join several namespaces of the process behind the pidfd `name` in one call."""
+    """Join several namespaces of the process behind the pidfd `name` in one call; a user namespace as its root."""
 
     phase = "namespaces"
 
@@ -185,6 +186,8 @@ class JoinProcess(Step):
 
     def run(self, context: Context) -> None:
         setns(context.fds[self.name], self.flags)
+        if self.flags & CLONE.NEWUSER:  # what is made from here on, a terminal too, must have an owner inside
+            become_root()
 
     def describe(self) -> str:
         return f"join the container's namespaces: {flag_names(self.flags)}"
