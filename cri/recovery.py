@@ -175,6 +175,9 @@ async def _compare(node: Node, pod: Pod) -> None:
 
 
 async def _container(node: Node, container: Container) -> None:
+    if container.alive:
+        with contextlib.suppress(CribError):  # on cgroup v1 a kill that was cut short has left it frozen
+            await node.work(node.cgroups.thaw, container.record.cgroup_path)
     if container.record.updating and container.alive:
         await resume(node, container)
     if container.state is ContainerState.CREATING:

@@ -3,6 +3,7 @@
 import asyncio
 import os
 from collections.abc import Callable
+from contextvars import Context
 from dataclasses import dataclass
 from socket import socket
 from typing import Any, Final
@@ -38,7 +39,7 @@ class Channel:
         self._outbox: list[tuple[str, tuple[int, ...], dict[str, Any]]] = []
         self.on_event: Callable[[str, dict[str, Any]], None] | None = None
         self.on_closed: Callable[[], None] | None = None
-        self._loop.add_reader(sock.fileno(), self._readable)
+        Context().run(self._loop.add_reader, sock.fileno(), self._readable)  # events belong to no call of cribd's
 
     @property
     def closed(self) -> bool:

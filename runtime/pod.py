@@ -434,7 +434,8 @@ def _failure(plan: Plan, fields: Mapping[str, Any], external: Bundle | None, com
         return StepFailed(external.title, len(plan), len(plan), errno, external.complaint(command, detail))
     if index is None or not 0 <= index < len(plan):
         return StepFailed("make the process", 0, len(plan), errno, detail)
-    return StepFailed(plan[index].describe(), index + 1, len(plan), errno, detail)
+    failure = StepFailed(plan[index].describe(), index + 1, len(plan), errno, detail)
+    return WrongState(f"what it was to join has ended: {failure}") if errno == _ESRCH else failure
 
 
 def _memfd(plan: Plan) -> int:

@@ -87,6 +87,8 @@ async def test_exit_codes_and_reasons(real: Real) -> None:
         found = await real.ended(container)
         assert (found.exit_code, found.reason) == (code, reason)
         assert found.finished_at >= found.started_at >= found.created_at
+    told = [line for line in real.daemon.log().splitlines() if 'msg="container exited"' in line]
+    assert len(told) == 2 and not any("rpc=" in line for line in told)  # no call's doing
 
 
 async def test_out_of_memory(real: Real) -> None:

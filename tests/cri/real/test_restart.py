@@ -14,6 +14,7 @@ import pytest
 
 from cri.api import cri_pb2 as pb
 from runtime import selinux
+from runtime.cgroup import detect
 from tests.cri.client import until
 from tests.cri.real.conftest import Real
 from tests.cri.real.daemon import BUILTIN, REPOSITORY, Daemon
@@ -103,6 +104,17 @@ async def test_a_stop_goes_on_over_a_crash(real: Real) -> None:
     await real.client.StopContainer(pb.StopContainerRequest(container_id=container, timeout=1))
     assert (await real.status(container)).exit_code == 137
     assert (real.logs / "c.log").read_text().count("TERM") == 1
+
+
+async def test_a_kill_that_a_crash_cut_short(real: Real) -> None:
+    """On cgroup v1 killing begins with freezing."""
+    container = await real.run(await real.pod(), "sleep", "1000")
+    entries = [line.split(":", 2) for line in Path(f"/proc/{await real.pid(container)}/cgroup").read_text().split()]
+    (path,) = (path for _, kind, path in entries if kind == ("freezer" if detect().version == 1 else ""))
+    detect().freeze(path)
+    real.daemon.kill()
+    await again(real)
+    assert (await real.sh(container, "echo goes on")).stdout == b"goes on\n"
 
 
 async def test_one_cribd_per_directory(real: Real) -> None:
