@@ -19,6 +19,7 @@ from typing import NoReturn
 
 import pytest
 
+from runtime import selinux
 from tests import enclosure
 from tests.limits import scaled
 
@@ -182,6 +183,10 @@ def _apparmor() -> str | None:
     return None if Path("/sys/kernel/security/apparmor/profiles").exists() else "AppArmor is not on"
 
 
+def _selinux() -> str | None:
+    return None if selinux.enabled() else "SELinux is not on, or has no policy"
+
+
 def _vm() -> str | None:
     named = os.environ.get("CRIB_VM") or os.environ.get("CRIB_VM_KERNEL")
     return None if named else "neither CRIB_VM nor CRIB_VM_KERNEL is set: hack/vm is not to be used"
@@ -215,6 +220,7 @@ VOCABULARY: dict[str, Callable[[], str | None]] = {
     "runc": lambda: None if os.environ.get("CRIB_TEST_RUNTIME") else _program("runc", "runc")(),
     "sctp": _sctp,
     "seccomp": _seccomp,
+    "selinux": _selinux,
     "tbf": _tbf,
     "skopeo": _program("skopeo", "skopeo"),
     "strace": _program("strace", "strace"),

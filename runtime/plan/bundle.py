@@ -63,7 +63,7 @@ def compile_bundle(
     found = _mounts(spec.mounts, environment, directory, mapped=bool(uids))
     if uids and not environment.overlay_of_descriptors and _propagates(spec.mounts, "slave", "shared"):
         raise Unsupported("mounts that propagate, in a user namespace, by an external runtime: needs Linux 6.15")
-    plan: list[Step] = [identity.Detach(), *_inherited(spec.process), *found.made, *found.opened]
+    plan: list[Step] = [identity.Detach(""), *_inherited(spec.process), *found.made, *found.opened]
     if uids:
         where = (rootfs.base, rootfs.lowers, rootfs.upper, rootfs.work, uids, gids)
         plan.append(user.MountMappedOverlay(*where, environment.overlay_of_descriptors, environment.staging, label))
@@ -100,7 +100,7 @@ def compile_bundle(
 
 def compile_command(process: Process, directory: str, command: tuple[str, ...]) -> Plan:
     """The plan that becomes a command for one more process of a container."""
-    return (identity.Detach(), *_inherited(process), external.RunCommand(command, ENVIRONMENT, directory))
+    return (identity.Detach(""), *_inherited(process), external.RunCommand(command, ENVIRONMENT, directory))
 
 
 def handed_process(process: Process, environment: Environment) -> Process:

@@ -103,7 +103,8 @@ def compile_start(
     if spec.root.readonly:
         build.tree.append(mounts.ReadOnlyRoot())
     process = spec.process
-    plan: list[Step] = [identity.Detach(), *_inherited(process), *build.sources, *build.joins]
+    detach = identity.Detach(process.selinux_label)
+    plan: list[Step] = [detach, *_inherited(process), *build.sources, *build.joins]
     if build.uids:
         root = (rootfs.base, rootfs.lowers, rootfs.upper, rootfs.work, build.uids, build.gids)
         # Where root inside may look up a path, whatever the modes of the state directory's parents are.
@@ -115,7 +116,7 @@ def compile_start(
         plan += build.devices
         if not cgroup.clone_dir:
             plan.append(identity.JoinCgroup(cgroup.join_files))
-        plan += [user.JoinUser(), user.CloneAgain(int(CLONE.NEWPID) if pid == "new" else 0), identity.Detach()]
+        plan += [user.JoinUser(), user.CloneAgain(int(CLONE.NEWPID) if pid == "new" else 0), detach]
     else:
         own = (rootfs.base, rootfs.lowers, rootfs.upper, rootfs.work)
         attach = [mounts.MountOverlay(*own, environment.staging, build.label)]
@@ -138,7 +139,7 @@ def compile_exec(process: Process, linux: Linux, join_files: tuple[str, ...], cl
 
     One that the container could take over before execve is moved into its cgroup by the monitor (see `watches`).
     """
-    plan: list[Step] = [identity.Detach()]
+    plan: list[Step] = [identity.Detach(process.selinux_label)]
     if not clone_dir and not watches(process, linux):
         plan.append(identity.JoinCgroup(join_files))
     plan += _inherited(process)

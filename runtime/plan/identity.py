@@ -59,12 +59,17 @@ class Detach(Step):
     """Let go of what the parent was: session, keyring, signals, scheduling, parent-death signal, directory.
 
     The umask is 0 until `Execute` sets the process's own: what the steps make has exactly the modes they say.
+    `key_label` is the SELinux label of the keyring, or "".
     """
 
     phase = "identity"
 
+    key_label: str
+
     def run(self, context: Context) -> None:
         os.setsid()
+        if self.key_label:  # until execve
+            _write("/proc/self/attr/keycreate", self.key_label)
         try:
             join_session_keyring()
         except SyscallError as error:  # kernels without keyrings, or a nested runtime's filter
@@ -81,6 +86,18 @@ class Detach(Step):
         return "new session and keyring, default signals and scheduling"
 
 
+def _write(path: str, value: str, call: str = "write") -> None:
+    """Write to a file of the kernel's, on the host's /proc and /sys. Raises SyscallError."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, value.encode())
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise SyscallError(call, error.errno or 0, path) from None
+
+
 class JoinCgroup(Step):
     """Move this process into its cgroup, by writing 0 to each file."""
 
@@ -90,14 +107,7 @@ class JoinCgroup(Step):
 
     def run(self, context: Context) -> None:
         for name in self.files:
-            try:
-                fd = os.open(name, os.O_WRONLY | os.O_CLOEXEC)
-                try:
-                    os.write(fd, b"0")
-                finally:
-                    os.close(fd)
-            except OSError as error:
-                raise SyscallError("join cgroup", error.errno or 0, name) from None
+            _write(name, "0", "join cgroup")
 
     def describe(self) -> str:
         return f"join cgroup {os.path.dirname(self.files[-1]) if self.files else '(none)'}"
@@ -143,15 +153,7 @@ class Sysctl(Step):
     value: str
 
     def run(self, context: Context) -> None:
-        path = f"/proc/sys/{self.file}"
-        try:
-            fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
-            try:
-                os.write(fd, self.value.encode())
-            finally:
-                os.close(fd)
-        except OSError as error:
-            raise SyscallError("write", error.errno or 0, path) from None
+        _write(f"/proc/sys/{self.file}", self.value)
 
     def describe(self) -> str:
         return f"kernel parameter {self.file} = {self.value}"

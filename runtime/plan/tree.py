@@ -146,6 +146,8 @@ def add_mount(
         source = mount.source or mount.type
         data = options.data + (context_option(build.label) if mount.type in _LABELLED else "")
         build.tree.append(mounts.Mount(mount.type, mount.destination, options.flags, data.lstrip(","), source))
+        if mount.type == "mqueue" and build.label and environment.namespaces.ipc:  # one for all that are in there
+            build.tree.append(mounts.Label(mount.destination, build.label))
         if options.propagation == MS.SHARED:
             raise InvalidSpec(f"mount {mount.destination}: a new file system can't be {mount.options}")
 
@@ -205,7 +207,8 @@ def _cgroup_mounts(build: Build, mount: Mount, options: Options, key: str, cgrou
     flags = options.flags
     split = [part for part in cgroup.mounts if part.target]
     if split:
-        build.tree.append(mounts.Mount("tmpfs", mount.destination, flags & ~MS.RDONLY, "mode=755", "tmpfs"))
+        data = "mode=755" + context_option(build.label)
+        build.tree.append(mounts.Mount("tmpfs", mount.destination, flags & ~MS.RDONLY, data, "tmpfs"))
     for number, part in enumerate(cgroup.mounts):
         target = f"{mount.destination}/{part.target}" if part.target else mount.destination
         if own_namespace:

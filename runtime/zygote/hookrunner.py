@@ -29,7 +29,7 @@ def run_stage(connection: socket.socket) -> None:
     """Take a HOOKS request from the connection, run them in order, answer, and end; never returns."""
     try:
         set_title(b"crib-hooks")
-        Detach().run(Context({}))
+        Detach("").run(Context({}))
         os.umask(0o022)
         prctl(PR_SET_CHILD_SUBREAPER, 1)
         message = receive(connection)

@@ -17,7 +17,7 @@ import pytest_asyncio
 
 from cri.api import cri_pb2 as pb
 from tests.cri.client import Client
-from tests.cri.real.daemon import IMAGE, REPOSITORY, Daemon, load_image
+from tests.cri.real.daemon import BUILTIN, IMAGE, REPOSITORY, Daemon, load_image
 from tests.limits import scaled
 from tests.requires import need
 
@@ -101,9 +101,15 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 @pytest.fixture
-def daemon(run_dir: Path) -> Iterator[Daemon]:
+def settings() -> str:
+    """cribd's configuration: a module that needs another has a fixture of this name."""
+    return BUILTIN
+
+
+@pytest.fixture
+def daemon(run_dir: Path, settings: str) -> Iterator[Daemon]:
     """A cribd that a test may end and start again; whatever pods are left at the end are its failure."""
-    made = Daemon(run_dir)
+    made = Daemon(run_dir, settings)
     made.start()
     yield made
     if made.process is not None:

@@ -7,18 +7,16 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, cast
 
 import grpc
 import pytest
-import pytest_asyncio
 
 from cri.api import cri_pb2 as pb
 from tests.cri.client import until
 from tests.cri.real.conftest import Real
-from tests.cri.real.daemon import RUNTIME, Daemon, load_image
+from tests.cri.real.daemon import BUILTIN, RUNTIME
 from tests.requires import requires
 
 pytestmark = [pytest.mark.asyncio, requires("root", "busybox", "bridge", "overlay", "nft", "runc")]
@@ -28,26 +26,12 @@ def program() -> str:
     return RUNTIME or cast(str, shutil.which("runc"))
 
 
-@pytest_asyncio.fixture
-async def real(run_dir: Path, archive: bytes, tmp_path: Path) -> AsyncIterator[Real]:
-    """A cribd with the handlers `oci`, a runtime of the host's, and `gone`, one that can be taken away."""
+@pytest.fixture
+def settings(run_dir: Path) -> str:
+    """The handlers `oci`, a runtime of the host's, and `gone`, one that can be taken away."""
     (run_dir / "rt").symlink_to(program())
-    daemon = Daemon(
-        run_dir,
-        f"[handlers.oci]\npath = '{program()}'\nannotations = ['allowed/*']\n[handlers.gone]\npath = '{run_dir}/rt'\n",
-    )
-    daemon.start()
-    client = daemon.client()
-    await load_image(client, archive)
-    made = Real(daemon, client, tmp_path / "logs")
-    yield made
-    try:
-        for item in (await made.client.ListPodSandbox(pb.ListPodSandboxRequest())).items:
-            await made.remove(item.id)
-    finally:
-        await made.client.close()
-        if daemon.process is not None:
-            assert daemon.stop() == 0, daemon.log()
+    own = f"[handlers.oci]\npath = '{program()}'\nannotations = ['allowed/*']\n"
+    return f"{BUILTIN}{own}[handlers.gone]\npath = '{run_dir}/rt'\n"
 
 
 async def pod_of(real: Real, handler: str, pod_name: str = "pod", **fields: Any) -> str:

@@ -168,9 +168,10 @@ def test_every_step_is_of_a_phase() -> None:
 MAPPING = (IDMapping(container_id=0, host_id=1000000, size=65536),)
 
 
-def mapped_plan(*mounts: Mount, namespaces: tuple[Namespace, ...] = ALL_NEW) -> Plan:
+def mapped_plan(*mounts: Mount, process: Process | None = None) -> Plan:
     pod = Namespaces(POD.network, POD.ipc, POD.uts, "", "/proc/7/fd/9")
-    wanted = spec(mounts=mounts, namespaces=(*namespaces, Namespace(type="user", path=pod.user)))
+    own = (*ALL_NEW, Namespace(type="user", path=pod.user))
+    wanted = spec(mounts=mounts, namespaces=own, process=process)
     assert wanted.linux is not None
     linux = msgspec.structs.replace(wanted.linux, uid_mappings=MAPPING, gid_mappings=MAPPING)
     environment = Environment("/run/crib/rootfs", pod, "/shm", False, 40)
@@ -227,6 +228,7 @@ def test_a_label_is_on_all_file_systems_of_the_containers_own(mapped: bool) -> N
             Mount(destination="/dev/pts", type="devpts", options=("newinstance",)),
             Mount(destination="/sys", type="sysfs"),
             Mount(destination="/tmp", type="tmpfs"),
+            Mount(destination="/dev/mqueue", type="mqueue"),
         )
     )
     assert wanted.linux is not None
@@ -241,8 +243,32 @@ def test_a_label_is_on_all_file_systems_of_the_containers_own(mapped: bool) -> N
     quoted = f'context="{label}"'
     assert data["/dev/pts"] == f"newinstance,{quoted}"
     assert data["/tmp"] == quoted
-    assert (data["/proc"], data["/sys"]) == ("", "")
+    assert (data["/proc"], data["/sys"], data["/dev/mqueue"]) == ("", "", "")
+    given = [(step.target, step.label) for step in plan if isinstance(step, mounts.Label)]
+    assert given == [("/dev/mqueue", label)]  # one file system for all of an ipc namespace: no mount option
     roots = [step.label for step in plan if isinstance(step, (mounts.MountOverlay, user.MountMappedOverlay))]
     assert roots == [label]
     devs = [step.label for step in plan if isinstance(step, user.MakeDev)]
     assert (devs == [label]) if mapped else (data["/dev"] == f"mode=755,{quoted}")
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_processs_label_is_on_its_keyring_and_on_what_it_becomes(mapped: bool) -> None:
+    label = "system_u:system_r:container_t:s0:c1,c2"
+    process = Process(cwd="/", user=User(uid=0, gid=0), args=("true",), selinux_label=label)
+    started = mapped_plan(process=process) if mapped else plan_of(spec(process=process))
+    execed = compile_exec(process, Linux(), (), "", 40)
+    for plan in (started, execed):
+        assert {step.key_label for step in plan if isinstance(step, identity.Detach)} == {label}
+        assert [step.path for step in plan if isinstance(step, identity.OpenLabel)] == ["/proc/self/attr/exec"]
+        assert isinstance(plan[-1], identity.Execute)
+        assert plan[-1].label == label
+
+
+def test_the_hosts_message_queues_keep_their_label() -> None:
+    wanted = spec(mounts=(Mount(destination="/dev/mqueue", type="mqueue"),))
+    assert wanted.linux is not None
+    linux = msgspec.structs.replace(wanted.linux, namespaces=(Namespace(type="mount"),), mount_label="u:r:t:s0")
+    environment = replace(ENVIRONMENT, namespaces=Namespaces())
+    plan = compile_start(msgspec.structs.replace(wanted, linux=linux), ROOTFS, CGROUP, environment).plan
+    assert not [step for step in plan if isinstance(step, mounts.Label)]
