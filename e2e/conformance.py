@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ from rich.console import Console
 
 from e2e import cribd
 from e2e.registry import SetupError, serve
+from runtime.linux.mount import MS, mount, umount
+from runtime.linux.namespaces import CLONE, unshare
 
 NO_CRITEST = 3
 NO_SETUP = 4
@@ -99,9 +102,27 @@ def show(specs: list[Spec], console: Console) -> None:
     console.print(totals(specs), markup=False)
 
 
+def _own_mounts() -> None:
+    """Enter a mount namespace whose mounts go with it, however this run ends; / is shared, as systemd makes it."""
+    unshare(CLONE.NEWNS)
+    for propagation in (MS.SLAVE, MS.SHARED):
+        mount("", "/", "", MS.REC | propagation)
+
+
+@contextlib.contextmanager
+def _directory() -> Iterator[str]:
+    """A temporary directory that goes with all that is mounted below."""
+    with tempfile.TemporaryDirectory(prefix="crib-critest-") as path:
+        mount(path, path, "", MS.BIND)
+        try:
+            yield path
+        finally:
+            umount(path)  # lazily, and what lies on it too
+
+
 def _critest(program: str, endpoint: str, extra: list[str], verbose: bool, console: Console) -> list[Any]:
     """Its report. Raises SetupError when it made none."""
-    with tempfile.TemporaryDirectory(prefix="crib-critest-") as directory:
+    with _directory() as directory:
         report, log = Path(directory, "report.json"), Path(directory, "log")
         command = [program, "-runtime-endpoint", endpoint, "-image-endpoint", endpoint, "-ginkgo.no-color", "-ginkgo.v"]
         with log.open("w") as output, contextlib.ExitStack() as stack:
@@ -142,6 +163,7 @@ def _run(options: argparse.Namespace, program: str, console: Console) -> int:
     with contextlib.ExitStack() as stack:
         endpoint = options.endpoint
         if endpoint is None:
+            _own_mounts()
             registry = stack.enter_context(serve(Path(images))) if images else None
             endpoint = stack.enter_context(_cribd(registry, options)).endpoint
         version = cribd.call(endpoint, "Version")

@@ -22,6 +22,12 @@ MAPPED = [pb.IDMapping(container_id=0, host_id=FIRST_ID, length=1 << 16)]
 OVERLAP = [pb.IDMapping(container_id=first, host_id=first + 100, length=10) for first in (0, 5)]
 TWICE: dict[str, Any] = {"uidMappings": OVERLAP, "gidMappings": OVERLAP}
 NO_MODE = cast(pb.MountPropagation, 9)
+NO_POLICY = cast(pb.SupplementalGroupsPolicy, 9)
+TWO = pb.NamespaceOption(
+    pid=pb.CONTAINER, userns_options=pb.UserNamespace(mode=pb.POD, uids=[*MAPPED, *OVERLAP[:1]], gids=MAPPED)
+)
+REFUSED = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.NOT_FOUND)
+WITHOUT_0 = pb.UserNamespace(mode=pb.POD, uids=OVERLAP[1:], gids=OVERLAP[1:])
 
 
 def linux(**security: Any) -> pb.LinuxContainerConfig:
@@ -125,35 +131,48 @@ async def test_an_image_as_a_volume(real: Real) -> None:
     assert not [path for path in (real.daemon.root / "layers").iterdir() if path.name.isalnum()]
 
 
-@pytest.mark.parametrize(
-    ("fields", "named"),
-    [
-        ({"mounts": [pb.Mount(container_path="/x", host_path="/", propagation=NO_MODE)]}, "propagation"),
-        ({"mounts": [pb.Mount(container_path="x", host_path="/")]}, "container_path"),
-        ({"mounts": [pb.Mount(container_path="/x", host_path="/", recursive_read_only=True)]}, "recursive_read_only"),
-        ({"mounts": [pb.Mount(container_path="/x", host_path="/", uidMappings=MAPPED)]}, "uidMappings"),
-        ({"mounts": [pb.Mount(container_path="/x", image=pb.ImageSpec(image=IMAGE))]}, "readonly"),
-        ({"devices": [pb.Device(host_path="/dev/none", container_path="/dev/none")]}, "/dev/none"),
-        ({"CDI_devices": [pb.CDIDevice(name="no.such/thing=one")]}, "no.such/thing=one"),
-        ({"linux": linux(run_as_group=pb.Int64Value(value=5))}, "run_as_group"),
-        ({"linux": linux(run_as_username="nobody-here")}, "nobody-here"),
-        ({"linux": linux(run_as_user=pb.Int64Value(value=5), run_as_username="root")}, "run_as_username 'root'"),
-        ({"mounts": [pb.Mount(container_path="/x", host_path="/", **TWICE)]}, "container_id 5"),
-        ({"linux": linux(capabilities=pb.Capability(add_capabilities=["FLY"]))}, "FLY"),
-        ({"linux": linux(privileged=True)}, "privileged"),
-        ({"linux": linux(namespace_options=pb.NamespaceOption(network=pb.NODE, pid=pb.CONTAINER))}, "network"),
-        ({"linux": linux(namespace_options=pb.NamespaceOption(pid=pb.TARGET))}, "target_id"),
-        ({"linux": linux(seccomp=pb.SecurityProfile(profile_type=pb.SecurityProfile.Localhost))}, "seccomp"),
-        ({"linux": linux(apparmor_profile="localhost/none-such")}, "none-such"),
-        ({"linux": linux(masked_paths=["relative"])}, "masked_paths"),
-    ],
-)
-async def test_bad_input_is_named_and_leaves_nothing(real: Real, fields: dict[str, Any], named: str) -> None:
+BAD_CONTAINERS: list[tuple[dict[str, Any], str]] = [
+    ({"mounts": [pb.Mount(container_path="/x", host_path="/", propagation=NO_MODE)]}, "propagation"),
+    ({"mounts": [pb.Mount(container_path="x", host_path="/")]}, "container_path"),
+    ({"mounts": [pb.Mount(container_path="/x", host_path="/", recursive_read_only=True)]}, "recursive_read_only"),
+    ({"mounts": [pb.Mount(container_path="/x", host_path="/", uidMappings=MAPPED)]}, "uidMappings"),
+    ({"mounts": [pb.Mount(container_path="/x", image=pb.ImageSpec(image=IMAGE))]}, "readonly"),
+    ({"devices": [pb.Device(host_path="/dev/none", container_path="/dev/none")]}, "/dev/none"),
+    ({"CDI_devices": [pb.CDIDevice(name="no.such/thing=one")]}, "no.such/thing=one"),
+    ({"linux": linux(run_as_group=pb.Int64Value(value=5))}, "run_as_group"),
+    ({"linux": linux(run_as_username="nobody-here")}, "nobody-here"),
+    ({"linux": linux(run_as_user=pb.Int64Value(value=5), run_as_username="root")}, "run_as_username 'root'"),
+    ({"mounts": [pb.Mount(container_path="/x", host_path="/", **TWICE)]}, "container_id 5"),
+    ({"linux": linux(capabilities=pb.Capability(add_capabilities=["FLY"]))}, "FLY"),
+    ({"linux": linux(privileged=True)}, "privileged"),
+    ({"linux": linux(namespace_options=pb.NamespaceOption(network=pb.NODE, pid=pb.CONTAINER))}, "network"),
+    ({"linux": linux(namespace_options=pb.NamespaceOption(pid=pb.TARGET))}, "target_id"),
+    ({"linux": linux(seccomp=pb.SecurityProfile(profile_type=pb.SecurityProfile.Localhost))}, "seccomp"),
+    ({"linux": linux(apparmor_profile="localhost/none-such")}, "none-such"),
+    ({"linux": linux(masked_paths=["relative"])}, "masked_paths"),
+    ({"linux": linux(namespace_options=TWO)}, "userns_options.uids: 2 mappings"),
+    ({"linux": linux(namespace_options=pb.NamespaceOption(pid=pb.NODE))}, "pid NODE"),
+    ({"linux": linux(namespace_options=pb.NamespaceOption(pid=pb.CONTAINER, ipc=pb.NODE))}, "ipc NODE"),
+    ({"linux": linux(run_as_user=pb.Int64Value(value=-1))}, "run_as_user -1"),
+    ({"linux": linux(supplemental_groups=[1 << 40])}, "supplemental_groups 1099511627776"),
+    ({"linux": linux(supplemental_groups_policy=NO_POLICY)}, "supplemental_groups_policy 9"),
+    ({"linux": linux(selinux_options=pb.SELinuxOption(level="high"))}, "selinux_options.level 'high'"),
+    ({"linux": linux(capabilities=pb.Capability(add_ambient_capabilities=["FLY"]))}, "add_ambient_capabilities"),
+    ({"envs": [pb.KeyValue(key="A", value=b"x" * (1 << 20))]}, "envs 'A'"),
+    ({"args": ["x" * (1 << 20)]}, "command[1]"),
+    ({"labels": {"a": "x" * (2 << 20)}}, "labels: 2097153 bytes"),
+    ({"working_dir": "relative"}, "working_dir 'relative'"),
+    ({"stop_signal": 999}, "stop_signal 999"),
+]
+
+
+async def test_bad_input_is_named_and_leaves_nothing(real: Real) -> None:
     pod = await real.pod()
-    code, said = await refused(real.create(pod, "true", **fields))
-    assert code in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.NOT_FOUND), said
-    assert named in said
-    assert not (await real.client.ListContainers(pb.ListContainersRequest())).containers
+    for fields, named in BAD_CONTAINERS:
+        code, said = await refused(real.create(pod, "true", **fields))
+        assert (code in REFUSED, named in said) == (True, True), (code, said)
+        assert not (await real.client.ListContainers(pb.ListContainersRequest())).containers
+        assert not os.listdir(real.daemon.root / "rootfs"), named
     await real.run(pod, "true")  # the name is free
 
 
@@ -166,24 +185,36 @@ async def test_a_seccomp_profile_that_asks_for_an_answer(real: Real, tmp_path: P
     assert (code, "SCMP_ACT_NOTIFY" in said) == (grpc.StatusCode.INVALID_ARGUMENT, True)
 
 
-@pytest.mark.parametrize(
-    ("fields", "named"),
-    [
-        ({"sysctls": {"net.ipv4.no_such_thing": "1"}}, "net.ipv4.no_such_thing '1': no such file"),
-        ({"sysctls": {"kernel.shmmax": "many"}}, "kernel.shmmax 'many': invalid argument"),
-        ({"sysctls": {"kernel.core_pattern": "x"}}, "kernel.core_pattern"),
-        ({"resources": pb.LinuxContainerResources(cpu_period=5)}, "cpu_period 5"),
-        ({"overhead": pb.LinuxContainerResources(memory_limit_in_bytes=-7)}, "memory_limit_in_bytes -7"),
-        (
-            {"security_context": pb.LinuxSandboxSecurityContext(seccomp_profile_path="nonsense")},
-            "seccomp profile 'nonsense'",
-        ),
-    ],
-)
-async def test_bad_pods_are_named_and_leave_nothing(real: Real, fields: dict[str, Any], named: str) -> None:
-    code, said = await refused(real.pod(real.pod_config(linux=pb.LinuxPodSandboxConfig(**fields))))
-    assert (code, named in said) == (grpc.StatusCode.INVALID_ARGUMENT, True), said
-    assert not (await real.client.ListPodSandbox(pb.ListPodSandboxRequest())).items
+BAD_PODS: list[tuple[dict[str, Any], str]] = [
+    ({"sysctls": {"net.ipv4.no_such_thing": "1"}}, "net.ipv4.no_such_thing '1': no such file"),
+    ({"sysctls": {"kernel.shmmax": "many"}}, "kernel.shmmax 'many': invalid argument"),
+    ({"sysctls": {"kernel.core_pattern": "x"}}, "kernel.core_pattern"),
+    ({"resources": pb.LinuxContainerResources(cpu_period=5)}, "cpu_period 5"),
+    ({"overhead": pb.LinuxContainerResources(memory_limit_in_bytes=-7)}, "memory_limit_in_bytes -7"),
+    (
+        {"security_context": pb.LinuxSandboxSecurityContext(seccomp_profile_path="nonsense")},
+        "seccomp profile 'nonsense'",
+    ),
+    *(
+        ({"security_context": pb.LinuxSandboxSecurityContext(**context)}, named)
+        for context, named in (
+            ({"run_as_group": pb.Int64Value(value=5)}, "run_as_group 5"),
+            ({"namespace_options": TWO}, "userns_options.uids: 2 mappings"),
+            ({"namespace_options": pb.NamespaceOption(userns_options=WITHOUT_0)}, "hold id 0"),
+            ({"namespace_options": pb.NamespaceOption(pid=pb.TARGET, target_id="x")}, "pid TARGET"),
+            ({"namespace_options": pb.NamespaceOption(network=pb.CONTAINER)}, "network CONTAINER"),
+            ({"selinux_options": pb.SELinuxOption(type="a b")}, "selinux_options.type 'a b'"),
+        )
+    ),
+]
+
+
+async def test_bad_pods_are_named_and_leave_nothing(real: Real) -> None:
+    for fields, named in BAD_PODS:
+        code, said = await refused(real.pod(real.pod_config(linux=pb.LinuxPodSandboxConfig(**fields))))
+        assert (code, named in said) == (grpc.StatusCode.INVALID_ARGUMENT, True), said
+        assert not (await real.client.ListPodSandbox(pb.ListPodSandboxRequest())).items
+        assert not list(real.daemon.state.glob("pods/*")), named
     await real.pod()  # the name is free
 
 

@@ -15,7 +15,7 @@ from cri.api import cri_pb2 as pb
 from cri.api import crib_pb2
 from tests.cri.client import until
 from tests.cri.real.conftest import Real
-from tests.requires import requires
+from tests.requires import need, requires
 
 pytestmark = [pytest.mark.asyncio, requires("root", "busybox", "bridge", "overlay", "nft")]
 
@@ -66,6 +66,37 @@ async def test_the_host_network(real: Real) -> None:
     said = await real.sh(container, "readlink /proc/self/ns/net; readlink /proc/self/ns/uts; hostname")
     expected = [os.readlink("/proc/self/ns/net"), os.readlink("/proc/self/ns/uts"), os.uname().nodename]
     assert said.stdout.decode().splitlines() == expected
+
+
+SYSCTLS = ("net.ipv4.ip_unprivileged_port_start", "net.ipv4.ping_group_range", "kernel.shmmni")
+
+
+@pytest.mark.parametrize("kind", ["own", "mapped", "host"])
+async def test_kernel_parameters(real: Real, kind: str) -> None:
+    """The defaults are a network namespace's that nobody else has: neither the host's nor a user namespace's."""
+    files = [Path("/proc/sys", *name.split(".")) for name in SYSCTLS]
+    before = [path.read_text().split() for path in files]
+    config = real.pod_config(network=kind != "host")
+    if kind == "mapped":
+        mapping = [pb.IDMapping(container_id=0, host_id=1 << 20, length=1 << 16)]
+        options = config.linux.security_context.namespace_options
+        options.userns_options.CopyFrom(pb.UserNamespace(mode=pb.POD, uids=mapping, gids=mapping))
+        need("userns")
+    config.linux.sysctls["kernel.shmmni"] = "777"
+    linux = pb.LinuxContainerConfig()
+    linux.security_context.namespace_options.CopyFrom(config.linux.security_context.namespace_options)
+    container = await real.run(await real.pod(config), "sleep", "1000", linux=linux)
+    lines = (await real.sh(container, f"cat {' '.join(map(str, files))}")).stdout.decode().splitlines()
+    port, ping, shm = (line.split() for line in lines)
+    assert shm == ["777"]
+    if kind == "own":
+        assert (port, ping) == (["0"], ["0", "2147483647"])
+    elif kind == "host":
+        assert [port, ping] == before[:2]
+    else:
+        assert port == ["1024"]
+        assert ping != ["0", "2147483647"]
+    assert [path.read_text().split() for path in files] == before
 
 
 @pytest.mark.parametrize("mode", [pb.POD, pb.CONTAINER, pb.NODE])

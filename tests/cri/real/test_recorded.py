@@ -39,11 +39,15 @@ def recorded() -> list[tuple[str, dict[str, Any]]]:
 
 
 class Replay:
-    """Requests as this machine can have them; `ids` maps recorded ids to cribd's."""
+    """Requests as this machine can have them; `ids` maps recorded ids to cribd's.
 
-    def __init__(self, directory: Path, parent: str) -> None:
+    `parent` is the cgroup that all pods' are below, as a path; where `slices`, systemd's names are made of such paths.
+    """
+
+    def __init__(self, directory: Path, parent: str, *, slices: bool) -> None:
         self.directory = directory
         self.parent = parent
+        self.slices = slices
         self.ids: dict[str, str] = {}
 
     def request(self, method: str, recorded: dict[str, Any]) -> Any:
@@ -64,9 +68,16 @@ class Replay:
     def _sandbox(self, config: pb.PodSandboxConfig) -> None:
         config.log_directory = f"{self.directory}{config.log_directory}"
         if config.linux.cgroup_parent:
-            config.linux.cgroup_parent = f"{self.parent}{config.linux.cgroup_parent}"
+            config.linux.cgroup_parent = self.cgroup(config.linux.cgroup_parent)
         for mapping in config.port_mappings:
             mapping.host_port = 0
+
+    def cgroup(self, path: str) -> str:
+        """A cgroup below the test's own, as the kubelet names it with this machine's driver."""
+        whole = f"{self.parent}{path}"
+        if not self.slices:
+            return whole
+        return "-".join(part.replace("-", "_") for part in whole.strip("/").split("/")) + ".slice"
 
     def _container(self, config: pb.ContainerConfig) -> None:
         config.image.image = IMAGE
@@ -84,9 +95,8 @@ class Replay:
 
 
 async def test_a_kubelets_calls_are_answered_as_it_needs(real: Real, tmp_path: Path) -> None:
-    cgroups = detect(driver="cgroupfs")
-    parent = f"/crib-test-{os.getpid()}-recorded"
-    replay = Replay(tmp_path, parent)
+    cgroups = detect()
+    replay = Replay(tmp_path, f"/crib-test-{os.getpid()}-recorded", slices=cgroups.driver == "systemd")
     differing: list[str] = []
     said: Counter[str] = Counter()
     try:
@@ -111,7 +121,7 @@ async def test_a_kubelets_calls_are_answered_as_it_needs(real: Real, tmp_path: P
     finally:
         for item in (await real.client.ListPodSandbox(pb.ListPodSandboxRequest())).items:
             await real.remove(item.id)
-        cgroups.remove(parent)
+        cgroups.remove(cgroups.join_path(replay.cgroup("")))
 
 
 def known(replay: Replay, request: dict[str, Any]) -> bool:
