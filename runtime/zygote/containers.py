@@ -39,10 +39,6 @@ class Containers:
         self._containers: dict[str, Container] = {}
         self.spool = Spool(self._tell_log)
 
-    def get(self, container_id: str) -> Container:
-        """The container, whether it runs or has ended. Raises KeyError."""
-        return self._containers[container_id]
-
     def running(self, container_id: str) -> Container:
         """The container, which runs. Raises SyscallError."""
         container = self._containers.get(container_id)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from runtime.zygote.adoption import Adoptions
+    from runtime.zygote.container import Container
     from runtime.zygote.containers import Containers
     from runtime.zygote.hold import Holds
     from runtime.zygote.podspace import PodSpace
@@ -35,7 +36,7 @@ class Execs:
         self._adoptions = adoptions
         self._containers = containers
         self._execs: dict[str, Process] = {}
-        self._exec_of: dict[str, str] = {}
+        self._exec_of: dict[str, Container] = {}
 
     def start(self, connection: socket.socket, fields: dict[str, Any], fds: list[int]) -> None:
         """As the EXEC message asks; it is answered when that is decided. Raises OSError, KeyError or ValueError."""
@@ -67,7 +68,7 @@ class Execs:
         self._holds.add(process, held, join_files)
         self._adoptions.begin(process, adopt, fds[1:2] if streams is silent else [])
         self._execs[fields["exec"]] = process
-        self._exec_of[fields["exec"]] = container.id
+        self._exec_of[fields["exec"]] = container
         self._server.watch(mine.fileno(), lambda: self._started(fields["exec"], process, mine.fileno()))
 
     def _started(self, exec_id: str, process: Process, fd: int) -> None:
@@ -111,10 +112,19 @@ class Execs:
         """SIGKILL to the process and its descendants. Raises OSError."""
         process = self._execs.get(exec_id)
         if process and not process.ended:
-            directories = self._containers.get(self._exec_of[exec_id]).kill_dirs
+            directories = self._exec_of[exec_id].kill_dirs
             kill_tree(process.pid, directories)
             process.kill()  # it may not be in its cgroup yet
             cgroup_files.take_out((process.pid,), directories)
+
+    def abandon(self, connection: socket.socket) -> None:
+        """Kill what was asked for on a connection that is gone: nobody is left for whom it runs."""
+        for exec_id, process in list(self._execs.items()):
+            if process.asker is connection:
+                try:
+                    self.kill(exec_id)
+                except OSError:  # its container's cgroup is going away, and it with that
+                    pass
 
     def _ended(self, exec_id: str, process: Process) -> None:
         while process.sync:

@@ -36,7 +36,7 @@ class Monitor:
     def __init__(self, pod_id: str, directory: str, connection: socket.socket) -> None:
         self._id = pod_id
         self._directory = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._server = Server(self._directory, self._request)
+        self._server = Server(self._directory, self._request, lambda connection: self._execs.abandon(connection))
         self._space = PodSpace()
         self._holds = Holds()
         self._adoptions = Adoptions(self._directory)

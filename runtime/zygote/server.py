@@ -17,16 +17,21 @@ SOCKET_NAME: Final = "monitor.sock"
 
 
 class Server:
-    """Calls who watches a descriptor when it is ready, and `on_request` for each message of cribd's.
+    """Calls who watches a descriptor when it is ready, and `on_request` for each message of cribd's; `on_gone` with a
+    connection that is closed.
 
     `directory` is a descriptor of the directory that the path socket is made in.
     """
 
     def __init__(
-        self, directory: int, on_request: Callable[[socket.socket, str, dict[str, Any], list[int]], None]
+        self,
+        directory: int,
+        on_request: Callable[[socket.socket, str, dict[str, Any], list[int]], None],
+        on_gone: Callable[[socket.socket], None],
     ) -> None:
         self._directory = directory
         self._on_request = on_request
+        self._on_gone = on_gone
         self._epoll = select.epoll()
         self._handlers: dict[int, Callable[[], None]] = {}
         self._connections: list[socket.socket] = []
@@ -116,6 +121,7 @@ class Server:
             self._connections.remove(connection)
             self.unwatch(connection.fileno())
             connection.close()
+            self._on_gone(connection)
 
     def _request(self, connection: socket.socket) -> None:
         try:

@@ -8,9 +8,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import socket
+import struct
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 import pytest
 import pytest_asyncio
@@ -19,6 +22,7 @@ from cri.api import cri_pb2 as pb
 from tests.cri.client import until
 from tests.cri.real.conftest import Real
 from tests.cri.real.streams import attach_url, exec_url
+from tests.cri.streaming import frames
 from tests.cri.streaming.client import Channels, Spdy, code
 from tests.limits import scaled
 from tests.requires import requires
@@ -136,6 +140,64 @@ async def test_attach_and_detach(real: Real, container: str) -> None:
     await _repeat(real, container, once)
     assert (await real.status(container)).state == pb.CONTAINER_RUNNING
     assert (await real.sh(container, "echo here")).stdout == b"here\n"
+
+
+@pytest.mark.parametrize("how", ["close", "reset"])
+@pytest.mark.parametrize("what", ["exec", "attach"])
+async def test_a_client_that_vanishes_at_each_step(real: Real, container: str, what: str, how: str) -> None:
+    """After so many bytes of a whole conversation's beginning; nothing of it is left, and the container goes on."""
+    assert real.daemon.process
+    pids = real.daemon.process.pid, _parent(await real.pid(container))
+    await real.sh(container, "true")
+    before = kept(*pids).files
+    for step in range(len(_conversation("/"))):
+        if what == "exec":
+            url = await exec_url(real, container, "sh", "-c", "sleep 4321 & cat", stdin=True)
+        else:
+            url = await attach_url(real, container, stdin=True)
+        address = urlsplit(url)
+        sock = socket.create_connection((address.hostname, address.port or 0), scaled(10))
+        for part in _conversation(url)[: step + 1]:
+            await asyncio.to_thread(sock.sendall, part)
+        if how == "reset":
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        sock.close()
+        if step % 2:  # else the next one comes while it goes
+            await until(lambda: kept(*pids).files <= before and not _sleeping())
+    await until(lambda: kept(*pids).files <= before and not _sleeping())
+    assert (await real.status(container)).state == pb.CONTAINER_RUNNING
+    assert (await real.sh(container, "echo here")).stdout == b"here\n"
+
+
+def _conversation(url: str) -> list[bytes]:
+    """All that a client with three streams sends, cut where it matters."""
+    compressor = frames.Compressor()
+    kinds = ("error", "stdin", "stdout", "stderr")
+    opening = [compressor.syn_stream(2 * n + 1, {"streamtype": kind}) for n, kind in enumerate(kinds)]
+    head = f"POST {urlsplit(url).path} HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: SPDY/3.1\r\n"
+    return [
+        head[:9].encode(),
+        head[9:].encode(),
+        b"X-Stream-Protocol-Version: v4.channel.k8s.io\r\nContent-Length: 0\r\n\r\n",
+        frames.settings(65536),
+        *(part for frame in opening for part in (frame[:20], frame[20:])),
+        frames.data(3, b"word\n"),
+        frames.data(3, bytes(100_000))[:50_000],
+        frames.data(3, bytes(100_000))[50_000:],
+        frames.data(3, b"", frames.FIN),
+        frames.rst(5),
+    ]
+
+
+async def test_probes(real: Real, container: str) -> None:
+    """ExecSync in numbers, as a node full of probes makes them."""
+
+    async def once(_: int) -> None:
+        request = pb.ExecSyncRequest(container_id=container, cmd=["echo", "well"], timeout=20)
+        for answer in await asyncio.gather(*(real.client.ExecSync(request) for _ in range(_STEPS))):
+            assert (answer.stdout, answer.exit_code) == (b"well\n", 0)
+
+    await _repeat(real, container, once)
 
 
 async def test_exec_and_kill(real: Real, container: str) -> None:
