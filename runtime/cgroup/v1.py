@@ -19,6 +19,7 @@ from runtime.cgroup.stats import Stats, read_v1
 from runtime.cgroup.writes import (
     Write,
     carry_out,
+    fits,
     limit,
     page_size,
     positive,
@@ -257,7 +258,10 @@ class V1(Direct):
         memory = resources.memory
         if not memory or not memory.limit or "memory" not in self._mounts:
             return resources
-        now = read_v1({"memory": self._mounts["memory"] + path})
+        directory = self._mounts["memory"] + path
+        if memory.swap and fits(memory.limit, f"{directory}/memory.usage_in_bytes"):
+            return resources
+        now = read_v1({"memory": directory})
         refuse_decrease(path, memory.limit, now.memory)
         if memory.limit > 0 and not memory.swap and now.swap and now.swap.limit is not None:
             # Memory and swap are limited together here: what the container may swap stays.

@@ -21,6 +21,7 @@ from runtime.cgroup.weights import cpu_weight, io_weight
 from runtime.cgroup.writes import (
     Write,
     carry_out,
+    fits,
     limit,
     page_size,
     positive,
@@ -299,7 +300,7 @@ class V2(Direct):
                 quota, period_us = files.read(f"{directory}/cpu.max").split()
                 quota_us = -1 if quota == "max" else int(quota)
                 cpu = structs.replace(cpu, quota=cpu.quota or quota_us, period=cpu.period or int(period_us))
-            if memory and memory.limit and memory.limit > 0:
+            if memory and memory.limit and not fits(memory.limit, f"{directory}/memory.current"):
                 refuse_decrease(path, memory.limit, read_v2(directory).memory)
             if memory and memory.swap and memory.swap > 0 and not memory.limit:
                 now = files.read(f"{directory}/memory.max").strip()

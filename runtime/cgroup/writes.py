@@ -92,6 +92,14 @@ def _numbers(text: str) -> set[int]:
     return found
 
 
+def fits(limit_bytes: int, usage_file: str) -> bool:
+    """Whether a memory limit is above all that is used, caches included: then nobody has to look closer."""
+    try:
+        return limit_bytes == -1 or int(files.read(usage_file)) <= limit_bytes
+    except OSError:  # whoever looks closer tells
+        return False
+
+
 def refuse_decrease(path: str, limit_bytes: int, now: Memory | None) -> None:
     """Raises InvalidSpec for a memory limit below what can't be taken back: the kernel would kill for it."""
     if now is not None and 0 < limit_bytes < now.working_set:
@@ -115,15 +123,17 @@ def carry_out(path: str, directory: Directory, writes: Iterable[Write]) -> None:
 
 
 def carry_out_or_revert(path: str, directory: Directory, writes: Iterable[Write]) -> tuple[Write, ...]:
-    """As `carry_out`, but a failure puts back what the files held before. Returns what `revert` takes to do so later.
+    """As `carry_out`, but a failure puts back what the files held before, and what they hold already isn't written.
 
-    Raises CribError.
+    Returns what `revert` takes to put it back later. Raises CribError.
     """
     undo: list[Write] = []
     try:
         for write in writes:
             try:
                 held = files.read(f"{directory(write.controller)}/{write.file}")
+                if (held.strip(),) == write.values:
+                    continue
                 undo.insert(0, replace(write, values=previous(held, write), tolerant=True, fallback=None))
             except OSError as error:
                 if error.errno != errno.ENOENT:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import re
 import secrets
+import socket
 import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 
 import grpc
@@ -14,14 +17,18 @@ import pytest
 
 from cri.api import cri_pb2 as pb
 from runtime.cgroup import detect
+from runtime.cgroup.dbus import PRIVATE_SOCKET, SYSTEM_SOCKET
 from runtime.cgroup.weights import cpu_weight
+from runtime.errors import NotFound, WrongState
 from tests.cri.client import until
 from tests.cri.real.conftest import Real
+from tests.limits import scaled
 from tests.requires import requires
 
 pytestmark = [requires("root", "overlay", "busybox"), pytest.mark.asyncio]
 MIB = 1 << 20
 UPDATES = int(os.environ.get("CRIB_UPDATES", "1000"))
+TURNS = int(os.environ.get("CRIB_MEDDLING", "40"))
 OOM_KILLS = int(os.environ.get("CRIB_OOM_KILLS", "20"))
 V2 = Path("/sys/fs/cgroup/cgroup.controllers").exists()
 
@@ -347,6 +354,34 @@ async def test_a_parent_of_the_other_driver_is_refused(real: Real) -> None:
         assert parent in (caught.value.details() or "")
 
 
+@requires("systemd")
+async def test_without_systemd_for_a_while(real: Real, run_dir: Path) -> None:
+    """A pod in a slice that isn't there yet is refused and leaves nothing; what runs can be changed and ended."""
+    pod = await real.pod(real.pod_config("there", network=False))
+    container = await real.run(pod, "sleep", "1000", linux=limits(memory_limit_in_bytes=64 * MIB))
+    name = f"cribtest{secrets.token_hex(4)}"
+    config = real.pod_config("new", network=False, linux=pb.LinuxPodSandboxConfig(cgroup_parent=f"{name}-pod.slice"))
+    with socket.socket(socket.AF_UNIX) as deaf, ExitStack() as hidden:
+        deaf.bind(str(run_dir / "deaf"))
+        for path in (PRIVATE_SOCKET, SYSTEM_SOCKET):
+            subprocess.run(["mount", "--bind", run_dir / "deaf", path], check=True)
+            hidden.callback(subprocess.run, ["umount", path], check=True)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await real.create(await real.pod(config), "true")
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        assert "systemd can't be reached" in (caught.value.details() or "")
+        assert not Path(f"/sys/fs/cgroup/{name}.slice").exists()
+        wanted = pb.LinuxContainerResources(memory_limit_in_bytes=32 * MIB)
+        assert await update(real, container, wanted) == grpc.StatusCode.OK
+        assert (await real.sh(container, "cat /sys/fs/cgroup/memory.max")).stdout == b"%d\n" % (32 * MIB)
+        await real.client.StopContainer(pb.StopContainerRequest(container_id=container, timeout=0))
+    config.metadata.attempt = 1
+    again = await real.pod(config)
+    assert (await real.sh(await real.run(again, "sleep", "1000"), "echo fine")).stdout == b"fine\n"
+    await real.remove(again)
+    subprocess.run(["systemctl", "stop", f"{name}.slice"], check=True, timeout=scaled(60))
+
+
 async def test_the_figures_are_the_kernels(real: Real) -> None:
     pod = await real.pod(real.pod_config(network=False))
     container = await real.run(pod, "sleep", "1000", linux=limits(memory_limit_in_bytes=64 * MIB))
@@ -427,6 +462,70 @@ async def test_the_pods_cgroup_is_the_kubelets(real: Real) -> None:
     finally:
         await real.remove(pod)
         await until(lambda: cgroups.remove(top))
+
+
+async def test_a_kubelet_that_asks_nobody(real: Real) -> None:
+    """It limits, kills into and removes the pod's cgroup while containers are made, started and ended in it.
+
+    A container runs or is refused with a reason that names its cgroup, and nothing is left.
+    """
+    cgroups = detect()
+    name = f"cribtest{secrets.token_hex(4)}"
+    parent = f"{name}-pod.slice" if cgroups.driver == "systemd" else f"/{name}/pod"
+    top = cgroups.join_path(f"{name}.slice" if cgroups.driver == "systemd" else f"/{name}")
+    path = cgroups.join_path(parent)
+    config = real.pod_config(network=False)
+    config.linux.cgroup_parent = parent
+    pod = await real.pod(config)
+    chance = random.Random(TURNS)
+    file = Path(f"/sys/fs/cgroup{'' if V2 else '/memory'}{path}", "memory.max" if V2 else "memory.limit_in_bytes")
+    over = asyncio.Event()
+    started = 0
+
+    def meddle() -> None:
+        action = chance.choice((cgroups.kill, cgroups.remove, lambda path: cgroups.create(path, None), None))
+        try:
+            if action:
+                action(path)
+            else:
+                file.write_text(str(chance.choice((64, 128, 512)) * MIB))
+        except (OSError, NotFound, WrongState):  # it is gone, or made just now, or in use
+            pass
+
+    async def kubelet() -> None:
+        while not over.is_set():
+            await asyncio.to_thread(meddle)
+            await asyncio.sleep(chance.random() / 50)
+
+    async def client(number: int) -> None:
+        nonlocal started
+        for turn in range(TURNS // 4):
+            reasons: list[grpc.aio.AioRpcError] = []
+            container = ""
+            try:
+                container = await real.create(pod, "sleep", "1000", name=f"c{number}-{turn}")
+                await real.start(container)
+                started += 1
+            except grpc.aio.AioRpcError as error:
+                reasons.append(error)
+            for reason in reasons:
+                assert re.search("cgroup|slice|killed|died before it could start", reason.details() or ""), reason
+            if container:
+                await real.client.StopContainer(pb.StopContainerRequest(container_id=container, timeout=0))
+                found = await real.status(container)
+                assert found.state == pb.CONTAINER_EXITED
+                assert not reasons or found.reason in ("StartError", "Error")
+                await real.client.RemoveContainer(pb.RemoveContainerRequest(container_id=container))
+
+    meddling = asyncio.create_task(kubelet())
+    try:
+        await asyncio.gather(*(client(number) for number in range(4)))
+    finally:
+        over.set()
+        await meddling
+        await real.remove(pod)
+        await until(lambda: cgroups.remove(top))
+    assert started
 
 
 async def test_a_cgroup_that_is_removed_before_the_start(real: Real) -> None:
