@@ -48,7 +48,7 @@ async def _update(node: Node, container: Container, requested: pb.LinuxContainer
             node.save_container(container, updating=b"")
             raise
         container.spec = msgspec.structs.replace(spec, linux=msgspec.structs.replace(spec.linux, resources=wanted))
-        shown = merged(container.resources, requested).SerializeToString()
+        shown = merged(container.resources, requested, wanted).SerializeToString()
         node.save_container(container, spec=encode_spec(container.spec), resources=shown, updating=b"")
 
 
@@ -65,12 +65,20 @@ async def resume(node: Node, container: Container) -> None:
                 await node.work(node.cgroups.update, container.record.cgroup_path, linux.resources)
 
 
-def merged(current: pb.LinuxContainerResources, requested: pb.LinuxContainerResources) -> pb.LinuxContainerResources:
-    """What ContainerStatus shows after an update: `current` with what `requested` names over it."""
+def merged(
+    current: pb.LinuxContainerResources, requested: pb.LinuxContainerResources, wanted: Resources
+) -> pb.LinuxContainerResources:
+    """What ContainerStatus shows after an update to `wanted`: `current` with what `requested` names over it.
+
+    What an update doesn't change, the processes' oom_score_adj, stays as it is.
+    """
     result = pb.LinuxContainerResources()
     result.CopyFrom(current)
     pages = {limit.page_size: limit.limit for limit in (*current.hugepage_limits, *requested.hugepage_limits)}
     result.MergeFrom(requested)
+    result.oom_score_adj = current.oom_score_adj
+    if result.memory_swap_limit_in_bytes and wanted.memory and wanted.memory.swap:
+        result.memory_swap_limit_in_bytes = wanted.memory.swap
     del result.hugepage_limits[:]
     result.hugepage_limits.extend(pb.HugepageLimit(page_size=size, limit=limit) for size, limit in pages.items())
     return result

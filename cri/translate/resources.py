@@ -54,8 +54,11 @@ def resources(
 
 
 def changed(current: Resources, requested: pb.LinuxContainerResources, *, cgroup_version: int) -> Resources:
-    """`current` with what `requested` names put over it, for UpdateContainerResources; device rules stay."""
-    update = resources(requested, cgroup_version=cgroup_version)
+    """`current` with what `requested` names put over it, for UpdateContainerResources; device rules stay.
+
+    A limit of memory and swap together that was asked for stays as well when only that of memory is changed.
+    """
+    update = resources(_with_memory(current.memory or Memory(), requested), cgroup_version=cgroup_version)
     cpu = _over(current.cpu, update.cpu) if update.cpu else current.cpu
     memory = _over(current.memory, update.memory) if update.memory else current.memory
     pages = {limit.page_size: limit for limit in (*current.hugepage_limits, *update.hugepage_limits)}
@@ -66,6 +69,18 @@ def changed(current: Resources, requested: pb.LinuxContainerResources, *, cgroup
         hugepage_limits=tuple(pages.values()),
         unified=current.unified | update.unified,
     )
+
+
+def _with_memory(held: Memory, requested: pb.LinuxContainerResources) -> pb.LinuxContainerResources:
+    """`requested` with both limits of memory, if it has one of them."""
+    limit, swap = requested.memory_limit_in_bytes, requested.memory_swap_limit_in_bytes
+    if not limit and not swap:
+        return requested
+    filled = pb.LinuxContainerResources()
+    filled.CopyFrom(requested)
+    filled.memory_limit_in_bytes = limit or held.limit or 0
+    filled.memory_swap_limit_in_bytes = swap or (held.swap if held.swap != held.limit else 0) or 0
+    return filled
 
 
 def _over(current: _Part | None, update: _Part) -> _Part:

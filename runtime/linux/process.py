@@ -77,12 +77,12 @@ def set_title(title: bytes) -> bytes:
     return before
 
 
-def clone3(flags: int, cgroup: int = -1) -> tuple[int, int]:
+def clone3(flags: int, cgroup: int = -1, path: str = "") -> tuple[int, int]:
     """clone3(2) like fork, with a pidfd: returns (pid, pidfd), or (0, -1) in the child. Raises SyscallError.
 
-    `cgroup` is a descriptor of a cgroup v2 directory for CLONE_INTO_CGROUP, or -1. With CLONE_PARENT the child is this
-    process's sibling. Only for a process with one thread that runs Python: none of the interpreter's nor of the C
-    library's after-fork work is done in the child.
+    `cgroup` is a descriptor of the cgroup v2 directory `path` for CLONE_INTO_CGROUP, or -1. With CLONE_PARENT the child
+    is this process's sibling. Only for a process with one thread that runs Python: none of the interpreter's nor of the
+    C library's after-fork work is done in the child.
     """
     pidfd = ctypes.c_int(-1)
     flags |= _PIDFD | (_INTO_CGROUP if cgroup >= 0 else 0)
@@ -90,7 +90,7 @@ def clone3(flags: int, cgroup: int = -1) -> tuple[int, int]:
     args = struct.pack("11Q", flags, ctypes.addressof(pidfd), 0, 0, end, 0, 0, 0, 0, 0, max(cgroup, 0))
     pid: int = syscall_with_gil(NR["clone3"], args, len(args))
     if pid == -1:
-        raise SyscallError("clone3", ctypes.get_errno())
+        raise SyscallError("clone3", ctypes.get_errno(), path or None)
     return (pid, pidfd.value) if pid else (0, -1)
 
 

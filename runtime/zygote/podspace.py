@@ -109,11 +109,11 @@ class PodSpace:
         cgroup = os.open(cgroup_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) if cgroup_dir else -1
         try:
             if pid_ns < 0:
-                pid, pidfd = clone3(flags, cgroup)
+                pid, pidfd = clone3(flags, cgroup, cgroup_dir)
                 return pid, pidfd
             namespaces.setns(pid_ns, NEWPID)
             try:
-                pid, pidfd = clone3(flags, cgroup)
+                pid, pidfd = clone3(flags, cgroup, cgroup_dir)
             except SyscallError:
                 self._restore_pid_ns()
                 raise

@@ -27,6 +27,7 @@ from tests.requires import requires
 
 pytestmark = [requires("root", "overlay", "busybox"), pytest.mark.asyncio]
 MIB = 1 << 20
+INVALID = grpc.StatusCode.INVALID_ARGUMENT
 UPDATES = int(os.environ.get("CRIB_UPDATES", "1000"))
 TURNS = int(os.environ.get("CRIB_MEDDLING", "40"))
 OOM_KILLS = int(os.environ.get("CRIB_OOM_KILLS", "20"))
@@ -170,6 +171,22 @@ async def test_an_update_is_in_force_and_in_status(real: Real) -> None:
     assert 0 < stats.memory.available_bytes.value < 32 * MIB
     answer = await real.sh(container, "head -c 41943040 /dev/zero | tail -c 40000000 | wc -c")
     assert answer.exit_code == 137 or b"40000000" not in answer.stdout
+
+
+async def test_what_an_update_leaves_is_shown_as_it_is(real: Real) -> None:
+    pod = await real.pod(real.pod_config(network=False))
+    start = limits(memory_limit_in_bytes=64 * MIB, memory_swap_limit_in_bytes=128 * MIB, oom_score_adj=300)
+    container = await real.run(pod, "sleep", "1000", linux=start)
+    path = cgroup_path(await real.pid(container))
+    wanted = pb.LinuxContainerResources(memory_limit_in_bytes=96 * MIB, oom_score_adj=500)
+    assert await update(real, container, wanted) == grpc.StatusCode.OK
+    now = (await real.status(container)).resources.linux
+    together = held(path, "memory.memsw.limit_in_bytes", "memory.swap.max")
+    assert int(together) == (now.memory_swap_limit_in_bytes - now.memory_limit_in_bytes if V2 else 128 * MIB)
+    assert (now.memory_limit_in_bytes, now.memory_swap_limit_in_bytes) == (96 * MIB, 128 * MIB)
+    assert str(now.oom_score_adj) == Path(f"/proc/{await real.pid(container)}/oom_score_adj").read_text().strip()
+    assert await update(real, container, pb.LinuxContainerResources(memory_limit_in_bytes=200 * MIB)) == INVALID
+    assert (await real.status(container)).resources.linux == now
 
 
 async def test_an_update_that_cannot_be_changes_nothing(real: Real) -> None:

@@ -11,6 +11,8 @@ from cri.translate.resources import changed, resources
 from runtime.errors import InvalidSpec
 from runtime.spec import CPU, DeviceCgroup, HugepageLimit, Memory, Resources
 
+Pair = tuple[int, int]
+
 
 def made(version: int = 2, **fields: Any) -> Resources:
     return resources(pb.LinuxContainerResources(**fields), cgroup_version=version)
@@ -122,3 +124,25 @@ def test_an_update_of_nothing_and_of_what_was_unset() -> None:
     assert changed(Resources(), pb.LinuxContainerResources(), cgroup_version=1) == Resources()
     raised = changed(Resources(), pb.LinuxContainerResources(memory_limit_in_bytes=5), cgroup_version=1)
     assert raised == Resources(memory=Memory(limit=5, swap=5)), "swap follows the limit"
+
+
+@pytest.mark.parametrize(
+    ("held", "asked", "expected"),
+    [
+        ((64, 64), (96, 0), (96, 96)),
+        ((64, 128), (96, 0), (96, 128)),
+        ((64, -1), (96, 0), (96, -1)),
+        ((64, 64), (0, 100), (64, 100)),
+        ((64, 128), (96, 96), (96, 96)),
+    ],
+)
+def test_swap_that_was_asked_for_stays(held: Pair, asked: Pair, expected: Pair) -> None:
+    request = pb.LinuxContainerResources(memory_limit_in_bytes=asked[0], memory_swap_limit_in_bytes=asked[1])
+    before = Resources(memory=Memory(limit=held[0], swap=held[1]))
+    assert changed(before, request, cgroup_version=2).memory == Memory(limit=expected[0], swap=expected[1])
+
+
+def test_an_update_above_memory_and_swap_together() -> None:
+    before = Resources(memory=Memory(limit=64, swap=128))
+    with pytest.raises(InvalidSpec, match="memory_swap_limit_in_bytes 128: memory and swap together, below"):
+        changed(before, pb.LinuxContainerResources(memory_limit_in_bytes=200), cgroup_version=2)
