@@ -17,7 +17,7 @@ from typing import Final, TypeVar
 
 import msgspec
 
-from cri.state.records import ContainerRecord, SandboxRecord, Timeline
+from cri.state.records import ContainerRecord, ContainerState, SandboxRecord, SandboxState, Timeline
 from runtime.errors import Exhausted, Unavailable
 
 SCHEMA_VERSION: Final = 1
@@ -44,7 +44,8 @@ _encode = msgspec.msgpack.Encoder().encode
 class Store:
     """Used by the event loop's thread alone, `checkpoint` excepted.
 
-    Every write raises Exhausted on a full disk. Deleting doesn't need free space: a reserve is given up for it.
+    A write raises Exhausted on a full disk. What ends something goes on without free space, and so does opening: a
+    reserve is given up, and the log that fills its room is folded in where more is needed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -53,9 +54,13 @@ class Store:
         self._writes = 0
         try:
             self._db = self._open()
-        except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):
+        except sqlite3.OperationalError as error:
+            try:
+                self._reserve.unlink()  # it may be room that is wanted
+                self._db = self._open()
+            except (FileNotFoundError, sqlite3.OperationalError):
                 raise Unavailable(f"state database {path}: {error}") from error
+        except sqlite3.DatabaseError as error:
             aside = path.with_name(f"{path.name}.broken-{time.time_ns()}")
             _logger.error("state database %s is damaged (%s): moved to %s", path, error, aside)
             for name in (path.name, f"{path.name}-wal", f"{path.name}-shm"):
@@ -75,8 +80,9 @@ class Store:
                 raise Unavailable(
                     f"state database {self._path} has version {version}, this cribd knows up to {SCHEMA_VERSION}"
                 )
-            db.executescript(_SCHEMA)
-            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            if version < SCHEMA_VERSION:
+                db.executescript(_SCHEMA)
+                db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         except BaseException:
             db.close()
             raise
@@ -98,7 +104,7 @@ class Store:
         rows: list[object] = ["sandbox", record.id, _encode(record)]
         if timeline is not None:
             rows += ["timeline", record.id, _encode(timeline)]
-        self._put(rows)
+        self._put(rows, ends=record.state is SandboxState.NOTREADY)
 
     def put_container(
         self, record: ContainerRecord, spec: bytes | None = None, timeline: Timeline | None = None
@@ -109,11 +115,12 @@ class Store:
             rows += ["spec", record.id, spec]
         if timeline is not None:
             rows += ["timeline", record.id, _encode(timeline)]
-        self._put(rows)
+        stops = record.stop_sent or record.stop_deadline_ns
+        self._put(rows, ends=bool(stops) or record.state is ContainerState.EXITED)
 
-    def _put(self, rows: list[object]) -> None:
+    def _put(self, rows: list[object], ends: bool) -> None:
         """One statement, so all or nothing without a transaction's two more."""
-        self._write(_PUT[len(rows) // 3], *rows)
+        self._write(_PUT[len(rows) // 3], *rows, ends=ends)
 
     def spec(self, id: str) -> bytes | None:
         return self._body("spec", id)
@@ -127,7 +134,8 @@ class Store:
 
     def delete(self, id: str) -> None:
         """Forget all that is kept of a pod or a container; it needn't exist."""
-        self._write("DELETE FROM record WHERE kind IN ('sandbox', 'container', 'spec', 'timeline') AND id = ?", id)
+        statement = "DELETE FROM record WHERE kind IN ('sandbox', 'container', 'spec', 'timeline') AND id = ?"
+        self._write(statement, id, ends=True)
 
     @contextlib.contextmanager
     def _together(self) -> Iterator[None]:
@@ -135,7 +143,7 @@ class Store:
         self._write("BEGIN")
         try:
             yield
-            self._write("COMMIT")
+            self._write("COMMIT", ends=True)
         except BaseException:
             with contextlib.suppress(sqlite3.Error):
                 self._db.execute("ROLLBACK")
@@ -152,17 +160,27 @@ class Store:
             db.execute("PRAGMA wal_checkpoint(PASSIVE)")
         self._refill()
 
-    def _write(self, statement: str, *values: object) -> None:
+    def _write(self, statement: str, *values: object, ends: bool = False) -> None:
         self._writes += 1
-        try:
-            self._db.execute(statement, values)
-        except sqlite3.OperationalError as error:
-            if "full" not in str(error):
-                raise Unavailable(f"state database {self._path}: {error}") from error
-            if not statement.startswith(("DELETE", "COMMIT")) or not self._reserve.exists():
-                raise Exhausted(f"state database {self._path}: {error}") from error
-            self._reserve.unlink(missing_ok=True)
-            self._write(statement, *values)
+        rooms = [self._give_up_reserve, self._fold_in] if ends else []
+        while True:
+            try:
+                self._db.execute(statement, values)
+                return
+            except sqlite3.OperationalError as error:
+                if "full" not in str(error):
+                    raise Unavailable(f"state database {self._path}: {error}") from error
+                if not rooms:
+                    raise Exhausted(f"state database {self._path}: {error}") from error
+            rooms.pop(0)()
+
+    def _give_up_reserve(self) -> None:
+        self._reserve.unlink(missing_ok=True)
+
+    def _fold_in(self) -> None:
+        """Have the log begin anew in the room that it has: this waits for the disk, as little else would help."""
+        with contextlib.suppress(sqlite3.OperationalError):
+            self._db.execute("PRAGMA wal_checkpoint(RESTART)")
 
     def _refill(self) -> None:
         with contextlib.suppress(OSError):

@@ -216,13 +216,19 @@ class Containers:
             tell(0)
 
     def _record(self, container: Container) -> None:
-        name = f"exit-{container.id}.json"
-        fd = os.open(f"{name}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600, dir_fd=self._directory)
+        """On disk, for when the monitor is lost. Where the disk is full its own memory has to do."""
+        name, told = f"exit-{container.id}.json", container.record()
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
         try:
-            os.write(fd, container.record())
-        finally:
-            os.close(fd)
-        os.rename(f"{name}.new", name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+            fd = os.open(f"{name}.new", flags, 0o600, dir_fd=self._directory)
+            try:
+                if os.write(fd, told) < len(told):
+                    return
+            finally:
+                os.close(fd)
+            os.rename(f"{name}.new", name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+        except OSError:
+            return
 
     # Requests on what runs
 

@@ -124,9 +124,11 @@ def test_a_full_disk_does_not_stop_deleting(run_dir: Path) -> None:
 
         with pytest.raises(Exhausted, match="full"):
             fill()
+        store.put_sandbox(msgspec.structs.replace(sandbox(), state=SandboxState.NOTREADY))
         store.delete("a")
         assert store.load()[0] == []
         store.close()
+        Store(run_dir / "state.db").close()
     finally:
         subprocess.run(["umount", str(run_dir)], check=True)
 
