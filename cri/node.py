@@ -17,6 +17,7 @@ import msgspec
 
 from cri.config import Config
 from cri.container.container import Container
+from cri.container.user import Users
 from cri.events import Events
 from cri.flights import Flights
 from cri.handlers import Handlers
@@ -62,6 +63,7 @@ class Node:
         self.containers: Index[Container] = Index("container")
         self.making: dict[str, Pod] = {}
         self.names = Names()
+        self.users = Users(images)
         self.flights = Flights()
         self.events = Events()
         self.metrics = Metrics(self) if config.metrics.port else None

@@ -21,13 +21,14 @@ from cri.container.log import on_log
 from cri.container.remove import forget
 from cri.container.start import START_ERROR_EXIT
 from cri.container.update import resume
-from cri.sandbox import end, files
+from cri.sandbox import end
 from cri.sandbox.lost import orphan, watch
 from cri.sandbox.pod import Pod
 from cri.sandbox.release import release
 from cri.state.records import ContainerRecord, ContainerState, SandboxRecord, SandboxState
 from cri.translate.sandbox import sandbox_to_pod
 from runtime.errors import CribError
+from runtime.removal import remove_tree
 
 if TYPE_CHECKING:
     from cri.node import Node
@@ -108,7 +109,7 @@ async def _pod(node: Node, pod: Pod) -> None:
         await _container(node, container)
     if record.state is SandboxState.MAKING:
         await release(node, pod)
-        await node.work(files.remove, node.directory(pod.id))
+        await node.work(remove_tree, node.directory(pod.id))
         node.store.delete(pod.id)
         node.pods.discard(pod.id)
         node.names.release(pod.name, pod.id)
@@ -202,7 +203,7 @@ async def _sweep(node: Node) -> None:
     directory = node.directory("")
     for name in await node.work(_names, str(directory)):
         if name not in known and await node.engine.connect(name) is None:
-            await node.work(files.remove, directory / name)
+            await node.work(remove_tree, directory / name)
 
 
 def _names(directory: str) -> list[str]:

@@ -7,7 +7,7 @@ import os
 import resource
 import shutil
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from socket import AF_UNIX, SO_PEERCRED, SOCK_SEQPACKET, SOL_SOCKET, socket, socketpair
 from struct import unpack
@@ -229,16 +229,18 @@ class Engine:
         if reply.kind == Kind.FAILED:
             raise CribError(str(reply.fields["detail"]))
 
-    async def stopped(self, pod_id: str, container_id: str, spec: Spec, runtime: Runtime | None = None) -> None:
+    async def stopped(
+        self, pod_id: str, container_id: str, find_spec: Callable[[], Spec], runtime: Runtime | None = None
+    ) -> None:
         """Run the poststop hooks of a container that had been started and is gone, and remove its bundle.
 
-        Needs no monitor. Raises CribError; nothing is run for a container without a bundle.
+        Needs no monitor. Raises CribError; nothing is run for a container without a bundle, nor `find_spec` asked.
         """
         if runtime:
             await Bundle(runtime, str(self.directory(pod_id)), container_id).delete()
             return
         bundle = self.directory(pod_id) / f"bundle-{container_id}"
-        if not spec.hooks or not bundle.is_dir():
+        if not bundle.is_dir() or not (spec := find_spec()).hooks:
             return
         state = hooks.state(container_id, "stopped", str(bundle), spec.annotations)
         try:
@@ -279,7 +281,8 @@ class Engine:
         if pod:
             await pod.end()
             self._pods.pop(pod_id, None)
-        await asyncio.to_thread(self.volumes.remove, pod_id)
+        if self.volumes.holds(pod_id):
+            await asyncio.to_thread(self.volumes.remove, pod_id)
 
     async def _kill_monitor(self, pod_id: str) -> None:
         """End a monitor that answers nobody, and that this cribd has never talked to."""

@@ -80,6 +80,10 @@ class Volumes:
         with self._lock:
             return self._place(pod_id, "shm")
 
+    def holds(self, pod_id: str) -> bool:
+        """Whether anything may be mounted for the pod. Doesn't block."""
+        return os.path.lexists(self._directory / pod_id)
+
     def remove(self, pod_id: str) -> None:
         """Unmount all that is the pod's; nothing is fine. Raises Unavailable."""
         with self._lock:

@@ -20,8 +20,8 @@ from cri.translate.fingerprint import difference
 from cri.translate.logs import log_path
 from cri.translate.mounts import PodPaths
 from cri.translate.signals import stop_signal
-from cri.translate.user import FILE_LIMIT_BYTES, ResolvedUser, needs_files, resolve_user
-from runtime.errors import AlreadyExists, Exhausted, InvalidSpec, NotFound
+from cri.translate.user import ResolvedUser
+from runtime.errors import AlreadyExists
 from runtime.images import Image, RootFs
 from runtime.spec import Spec
 
@@ -115,7 +115,7 @@ def _build(node: Node, container: Container, held: tuple[VolumeRecord, ...]) -> 
     """All of it that blocks: the image's files, the root file system, the log's directory, the cgroup."""
     config = container.config
     image = node.images.get(config.image.image)
-    user = _user(node, config.linux.security_context, image)
+    user = node.users.resolve(config.linux.security_context, image)
     spec = host.with_cdi_devices(config, container_to_spec(_given(node, container, image, user, held)))
     spec = host.with_hooks(config, spec, node.config.hooks_dirs)
     host.check_propagation(spec.mounts)
@@ -163,22 +163,6 @@ def _given(
         devices=host.requested_devices(config),
         host_devices=host.every_device() if security.privileged else {},
     )
-
-
-def _user(node: Node, security: pb.LinuxContainerSecurityContext, image: Image) -> ResolvedUser:
-    passwd = group = None
-    if needs_files(security):
-        passwd, group = _image_file(node, image, "/etc/passwd"), _image_file(node, image, "/etc/group")
-    return resolve_user(security, image.config.user, passwd, group)
-
-
-def _image_file(node: Node, image: Image, path: str) -> bytes | None:
-    try:
-        return node.images.read_file(image.id, path, FILE_LIMIT_BYTES)
-    except NotFound:
-        return None
-    except Exhausted as error:
-        raise InvalidSpec(f"image {image.id}: {path} is too large: {error}") from error
 
 
 def _image_name(spec: pb.ImageSpec, image: Image) -> str:

@@ -75,11 +75,14 @@ async def settle(node: Node, container: Container) -> None:
 async def _settle(node: Node, container: Container) -> None:
     path = container.record.cgroup_path
 
-    def kill_and_remove() -> bool:
+    def remove() -> bool:
+        """As a rule nothing is left in it."""
+        if node.cgroups.remove(path):
+            return True
         node.cgroups.kill(path)
         return node.cgroups.remove(path)
 
-    if not await node.work(kill_and_remove):
+    if not await node.work(remove):
         await remove_cgroup(node, path)
     container.settled = True
 

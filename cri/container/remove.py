@@ -40,7 +40,7 @@ async def _poststop(node: Node, container: Container) -> None:
     """Tell hooks and runtime. What fails is logged: the container is gone whatever they say."""
     pod = container.pod
     try:
-        await node.engine.stopped(pod.id, container.id, spec_of(node, container), pod.record.runtime)
+        await node.engine.stopped(pod.id, container.id, lambda: spec_of(node, container), pod.record.runtime)
     except NotFound:  # no spec: it was never made
         pass
     except CribError as error:

@@ -65,6 +65,7 @@ async def unmount(node: Node, pod: Pod) -> None:
         for image in pod.record.images:
             node.images.discard(image.key)
 
-    await node.work(release)
+    if pod.record.images or node.engine.volumes.holds(pod.id):
+        await node.work(release)
     if pod.record.images:
         node.save(pod, images=())

@@ -6,9 +6,9 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from cri.container.remove import remove as remove_container
-from cri.sandbox import files
 from cri.sandbox.release import release
 from cri.state.records import SandboxState
+from runtime.removal import remove_tree
 
 if TYPE_CHECKING:
     from cri.node import Node
@@ -46,7 +46,7 @@ async def _remove(node: Node, pod: Pod) -> None:
     for result in results:
         if isinstance(result, BaseException):
             raise result
-    await node.work(files.remove, node.directory(pod.id))
+    await node.work(remove_tree, node.directory(pod.id))
     node.store.delete(pod.id)
     node.pods.discard(pod.id)
     node.names.release(pod.name, pod.id)

@@ -6,7 +6,6 @@ They are under <state>/pods/<id>, a tmpfs as a rule, and written by worker threa
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 from typing import Final
 
@@ -43,14 +42,6 @@ def own(directory: Path, uid: int, gid: int) -> None:
             os.chown(directory / name, uid, gid, follow_symlinks=False)
         except FileNotFoundError:
             pass
-
-
-def remove(directory: Path) -> None:
-    """Remove the pod's directory; it needn't be there."""
-    try:
-        shutil.rmtree(directory)
-    except FileNotFoundError:
-        pass
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -24,6 +24,7 @@ from runtime import selinux
 from runtime.cgroup import Cgroups
 from runtime.engine import Maps, PodStart
 from runtime.errors import AlreadyExists
+from runtime.removal import remove_tree
 from runtime.spec import IDMapping
 
 if TYPE_CHECKING:
@@ -204,7 +205,7 @@ async def _abandon(node: Node, pod: Pod, error: Exception) -> None:
     pod.stopping = True
     try:
         await release.release(node, pod)
-        await node.work(files.remove, node.directory(pod.id))
+        await node.work(remove_tree, node.directory(pod.id))
         node.store.delete(pod.id)
         node.names.release(pod.name, pod.id)
     except Exception as failure:

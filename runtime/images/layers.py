@@ -1,4 +1,4 @@
-"""Layers on disk: the child processes that unpack them, and the removal of trees.
+"""Layers on disk: the child processes that unpack them.
 
 `cribd` itself never writes a name that a layer chose, except to settle a finished layer (`runtime.images.settle`).
 """
@@ -202,29 +202,6 @@ def _read_report(report: dict[str, Any]) -> Unpacked:
         lower_links=tuple((name, target) for name, target in report["lower_links"]),
         spoilt=report["spoilt"],
     )
-
-
-def remove_tree(path: Path) -> None:
-    """Remove a directory that containers or layers have filled, however deep; missing is fine. Raises OSError.
-
-    rm(1) walks by descriptors and without recursion; it is not asked for the usual, nearly empty, directory.
-    """
-    try:
-        os.rmdir(path)
-        return
-    except FileNotFoundError:
-        return
-    except OSError:
-        pass
-    done = subprocess.run(
-        ["rm", "-rf", "--one-file-system", "--", str(path)],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        check=False,
-        env={"LC_ALL": "C", "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
-    )
-    if done.returncode != 0:
-        raise OSError(f"remove {path}: {done.stderr[-300:].decode(errors='replace').strip()}")
 
 
 def sync(directory: Path, timeout_s: float) -> None:

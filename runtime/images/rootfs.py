@@ -1,6 +1,5 @@
 """Containers' root file systems: an upper and a work directory each, and the image's layers below them."""
 
-import contextlib
 import logging
 import os
 import re
@@ -11,10 +10,11 @@ from pathlib import Path
 
 from runtime.errors import InvalidSpec, NotFound, Unavailable
 from runtime.images.image import RootFs
-from runtime.images.layers import remove_tree, short_name
+from runtime.images.layers import short_name
 from runtime.images.records import RootFsRecords, StoredRootFs
 from runtime.images.shelf import Shelf
 from runtime.images.unpack.form import ROOT_LISTED
+from runtime.removal import remove_tree
 
 log = logging.getLogger(__name__)
 
@@ -115,10 +115,6 @@ class Roots:
         doomed = self._directory / f".{container_id}"
         try:
             _rename_aside(self._directory / container_id, doomed)
-            # The usual one, in which nothing was written, goes without starting a program.
-            for name in ("upper", "work/work", "work/index", "work"):
-                with contextlib.suppress(OSError):
-                    os.rmdir(doomed / name)
             remove_tree(doomed)
         except OSError as error:
             raise Unavailable(f"root file system of {container_id}: {error}") from error

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from runtime.errors import Exhausted
 from runtime.images.errors import BadImage
-from runtime.images.layers import Unpacked, remove_tree
+from runtime.images.layers import Unpacked
 from runtime.images.merged import Found, Merged
+from runtime.removal import remove_tree
 
 _BLOCK = 4096
 _CHUNK = 1 << 20

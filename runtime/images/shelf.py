@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from runtime.errors import CribError
-from runtime.images.layers import remove_tree, short_name
+from runtime.images.layers import short_name
 from runtime.images.records import ImageRecords, Layer
+from runtime.removal import remove_tree
 
 log = logging.getLogger(__name__)
 

@@ -18,11 +18,12 @@ from runtime.images import merged
 from runtime.images.catalogue import Catalogue
 from runtime.images.health import Health
 from runtime.images.image import Auth, FsUsage, Image, ImagesConfig, Progress, RootFs
-from runtime.images.layers import remove_tree, short_name
+from runtime.images.layers import short_name
 from runtime.images.records import ImageRecords, Layer, RootFsRecords, lock
 from runtime.images.reference import Reference, parse
 from runtime.images.rootfs import Roots, lowers
 from runtime.images.shelf import Shelf
+from runtime.removal import remove_tree
 
 if TYPE_CHECKING:
     from runtime.images.check import Finding

@@ -19,11 +19,12 @@ from runtime.errors import Cancelled, CribError, Exhausted, Unavailable
 from runtime.images import seal
 from runtime.images.errors import BadContent, BadImage
 from runtime.images.image import ImagesConfig, Progress
-from runtime.images.layers import Unpack, Unpacked, Unpacker, remove_tree, sync
+from runtime.images.layers import Unpack, Unpacked, Unpacker, sync
 from runtime.images.manifest import Config, Descriptor, Manifest, chain_ids, parse_config
 from runtime.images.records import ImageRecords, Layer, StoredImage
 from runtime.images.settle import settle
 from runtime.images.shelf import Shelf
+from runtime.removal import remove_tree
 
 log = logging.getLogger(__name__)
 

@@ -278,6 +278,9 @@ def _flood(fd: int, size: int) -> None:
 class FakeVolumes:
     """See runtime.volumes.Volumes: a pod here has none."""
 
+    def holds(self, pod_id: str) -> bool:
+        return False
+
     def remove(self, pod_id: str) -> None:
         pass
 

@@ -51,7 +51,7 @@ async def test_each_stage_runs_in_its_namespaces_with_the_state(bench: Bench, tm
     )
     exited, log = await bench.run(pod, "c", spec)
     assert exited.code == 0, log
-    await bench.engine.stopped(POD_ID, "c", spec)
+    await bench.engine.stopped(POD_ID, "c", lambda: spec)
     found = {
         path.name: path.read_text().splitlines()
         for path in tmp_path.iterdir()
@@ -100,7 +100,7 @@ async def test_a_failing_poststart_hook_is_a_warning(bench: Bench) -> None:
     started = await bench.start(pod, "c", spec)
     assert any("poststart hook /bin/sh: exit code 4" in warning for warning in started.warnings)
     with pytest.raises(CribError, match="exit code 5"):
-        await bench.engine.stopped(POD_ID, "c", spec)
+        await bench.engine.stopped(POD_ID, "c", lambda: spec)
 
 
 # As a createContainer hook may: the bundle by the state on stdin, and the root by the bundle.
@@ -158,11 +158,11 @@ async def test_poststop_needs_no_monitor(bench: Bench, tmp_path: Path) -> None:
     spec = with_hooks(container(pod, "sleep", "100"), poststop=(hook(f"/bin/cat > {tmp_path}/state"),))
     await bench.start(pod, "c", spec)
     await bench.engine.stop_pod(POD_ID)
-    await bench.engine.stopped(POD_ID, "c", spec)
+    await bench.engine.stopped(POD_ID, "c", lambda: spec)
     state = json.loads((tmp_path / "state").read_text())
     assert (state["id"], state["status"]) == ("c", "stopped")
     (tmp_path / "state").unlink()
-    await bench.engine.stopped(POD_ID, "c", spec)
+    await bench.engine.stopped(POD_ID, "c", lambda: spec)
     assert not (tmp_path / "state").exists()  # once
 
 

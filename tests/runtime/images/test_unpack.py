@@ -18,9 +18,10 @@ import zstandard
 from runtime.errors import Cancelled, Exhausted, WrongState
 from runtime.images import Images, ImagesConfig
 from runtime.images.errors import BadImage
-from runtime.images.layers import Unpacked, Unpacker, remove_tree, short_name
+from runtime.images.layers import Unpacked, Unpacker, short_name
 from runtime.images.manifest import LAYERS_LIMIT
 from runtime.images.records import lock
+from runtime.removal import remove_tree
 from tests.requires import requires
 from tests.runtime.images.given import Layer, build, compressed, digest, oci_archive
 
@@ -353,20 +354,6 @@ def test_system_calls_that_unpacking_does_not_need() -> None:
     """They are refused, though the process could do all of that; a thread it may have."""
     done = subprocess.run([sys.executable, "-c", ESCAPES], capture_output=True, check=True, text=True, timeout=60)
     assert done.stdout == "." * 15 + "thread"
-
-
-def test_removal_of_a_deep_tree(run_dir: Path) -> None:
-    deep = run_dir / "deep"
-    deep.mkdir()
-    fd = os.open(deep, os.O_RDONLY)
-    for _ in range(3000):
-        os.mkdir("d", dir_fd=fd)
-        below = os.open("d", os.O_RDONLY, dir_fd=fd)
-        os.close(fd)
-        fd = below
-    os.close(fd)
-    remove_tree(deep)
-    assert not deep.exists()
 
 
 def test_short_names() -> None:
