@@ -148,6 +148,7 @@ class Engine:
                     lambda _: channel.close(),  # answered only when the fork failed
                     id=request.id,
                     directory=str(self.directory(request.id)),
+                    usual=request.net and request.ipc and request.hostname is not None and not request.uids,
                 )
             reply = await channel.request(
                 Kind.POD,

@@ -2,7 +2,8 @@
 
 Threat model: a container could reach the files this process maps through /proc/PID/map_files, or overwrite the
 interpreter through /proc/PID/exe (CVE-2019-5736). So every file is opened through a read-only private mount:
- 1. stage `mount`: make a mount namespace of its own, make all of it read-only, execute the interpreter again
+ 1. stage `mount`: make a mount namespace of its own, make all of it read-only, execute the interpreter again (before
+    that the modules are compiled, where they aren't yet)
  2. stage `serve`: load everything there will ever be need of, empty the import machinery, go back to the host's
     mount namespace (the mappings keep the read-only mounts), and serve
 """
@@ -16,8 +17,18 @@ def main() -> None:
     package_root, fd, stage, host_ns, *cgroup = sys.argv[1:]
     sys.path.append(package_root)
     if stage == "mount":
+        _compile(package_root)
         _read_only_world(package_root, int(fd), cgroup)
     _serve(int(fd), int(host_ns), cgroup)
+
+
+def _compile(package_root: str) -> None:
+    """Have the modules compiled on disk, where that can be: compiling leaves holes all over a process's memory, and all
+    of it is copied, page table by page table, at each fork.
+    """
+    import compileall
+
+    compileall.compile_dir(f"{package_root}/runtime", maxlevels=1, quiet=2)
 
 
 def _read_only_world(package_root: str, fd: int, cgroup: list[str]) -> None:

@@ -33,11 +33,11 @@ _LAST_FD: Final = 0xFFFFFFFF
 class Monitor:
     """The state of one pod's monitor. `directory` is the pod's own, below cribd's state directory."""
 
-    def __init__(self, pod_id: str, directory: str, connection: socket.socket) -> None:
+    def __init__(self, pod_id: str, directory: str, connection: socket.socket, space: PodSpace) -> None:
         self._id = pod_id
         self._directory = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._server = Server(self._directory, self._request, lambda connection: self._execs.abandon(connection))
-        self._space = PodSpace()
+        self._space = space
         self._holds = Holds()
         self._adoptions = Adoptions(self._directory)
         shared = self._server, self._space, self._holds, self._adoptions

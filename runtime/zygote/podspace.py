@@ -32,6 +32,8 @@ _NEWNET: Final = int(CLONE.NEWNET)
 _NEWIPC: Final = int(CLONE.NEWIPC)
 _NEWUTS: Final = int(CLONE.NEWUTS)
 NEWPID: Final = int(CLONE.NEWPID)
+USUAL: Final = _NEWNET | _NEWIPC | _NEWUTS
+"""The namespaces that a pod makes for itself where nothing else is asked for."""
 _SHM_ATTRIBUTES: Final = int(mount.MountAttr.NOSUID | mount.MountAttr.NODEV | mount.MountAttr.NOEXEC)
 _SIOCSIFFLAGS: Final = 0x8914
 # What the next cribd is told of how the pod was made.
@@ -52,6 +54,7 @@ class PodSpace:
         self.shm = -1
         self.null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
         self._own_pid_ns = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+        self._prepared = 0  # the namespaces that this process has already
         self._pid_ns = -1
         self._init: tuple[int, int] | None = None  # pid, pidfd
         self._init_ready = -1  # at its end once the init holds nothing of the host
@@ -61,6 +64,11 @@ class PodSpace:
         """The pod init's pid, 0 where there is none, or none any more."""
         return self._init[0] if self._init else 0
 
+    def prepare(self) -> None:
+        """Make the namespaces of a usual pod before it is known which. Raises OSError."""
+        namespaces.unshare(USUAL)
+        self._prepared = USUAL
+
     def make(self, fields: dict[str, Any]) -> tuple[int, ...]:
         """Make the pod's namespaces in this process, as the POD message asks; its children inherit them.
 
@@ -68,19 +76,17 @@ class PodSpace:
         are the caller's. Raises OSError.
         """
         self.made = {name: fields[name] for name in _MADE}
-        flags = _NEWIPC if fields["ipc"] else 0
+        flags = _NEWNET if fields["net"] else 0
+        flags |= _NEWIPC if fields["ipc"] else 0
         flags |= _NEWUTS if fields["hostname"] is not None else 0
         if fields["uids"]:
-            flags |= _NEWNET if fields["net"] else 0
             init = tuple(fields["init_cgroup"]) if fields["pid"] else None
             self.user, pod_init = join_user_pod(flags, fields["uids"], fields["gids"], init)
             if pod_init:
                 self._take_init(pod_init, os.pidfd_open(pod_init))
         else:
-            if fields["net"]:
-                namespaces.unshare(_NEWNET)
-            if flags:
-                namespaces.unshare(flags)
+            if flags & ~self._prepared:
+                namespaces.unshare(flags & ~self._prepared)
             if fields["pid"]:
                 self._start_init(tuple(fields["init_cgroup"]))
         found: tuple[int, ...] = ()

@@ -24,6 +24,8 @@ from runtime.zygote.hookrunner import run_stage
 from runtime.zygote.log import Stream, open_log
 from runtime.zygote.messages import Kind, close_all, pack, receive, send
 from runtime.zygote.monitor import Monitor
+from runtime.zygote.podspace import PodSpace
+from runtime.zygote.spare import Spare, become_monitor
 from runtime.zygote.spool import Log, Spool
 
 TYPE_CHECKING = False
@@ -69,26 +71,39 @@ class Zygote:
 
     def __init__(self, control: socket.socket) -> None:
         self._control = control
+        self._spare = Spare()
 
     def serve(self) -> None:
-        """Fork a monitor per SPAWN message, a runner per RUNNER message; return when cribd is gone."""
+        """Have a monitor per SPAWN message, fork a runner per RUNNER message; return when cribd is gone."""
         self._settle()
-        while message := receive(self._control):
+        while message := self._next():
             kind, fields, fds = message
-            if kind not in (Kind.SPAWN, Kind.RUNNER):
-                close_all(fds)
-                continue
-            try:
-                pid = os.fork()
-            except OSError as error:
-                send(self._control, Kind.FAILED, re=fields["n"], errno=error.errno, detail="fork a process")
-            else:
-                if pid == 0:
-                    self._control.close()
-                    if kind == Kind.RUNNER:
-                        run_stage(socket.socket(fileno=fds[0]))
-                    _become_monitor(fields["id"], fields["directory"], socket.socket(fileno=fds[0]))
+            if kind == Kind.RUNNER or (kind == Kind.SPAWN and not (fields["usual"] and self._spare.give(fields, fds))):
+                self._fork(kind, fields, fds)
             close_all(fds)
+        self._spare.end()
+
+    def _next(self) -> tuple[str, dict[str, Any], list[int]] | None:
+        """The next message. A spare monitor is made while there is none, and made anew when it has become old."""
+        while not select.select([self._control], [], [], self._spare.due_s)[0]:
+            self._spare.end()
+            if self._spare.make() == 0:
+                self._control.close()
+                self._spare.wait_for_pod()
+        return receive(self._control)
+
+    def _fork(self, kind: str, fields: dict[str, Any], fds: list[int]) -> None:
+        try:
+            pid = os.fork()
+        except OSError as error:
+            send(self._control, Kind.FAILED, re=fields["n"], errno=error.errno, detail="fork a process")
+            return
+        if pid == 0:
+            self._control.close()
+            self._spare.close()
+            if kind == Kind.RUNNER:
+                run_stage(socket.socket(fileno=fds[0]))
+            become_monitor(fields, fds[0], PodSpace())
 
     def _settle(self) -> None:
         """Everything is loaded: from here on nothing is imported, by anybody."""
@@ -187,7 +202,7 @@ def _live(directory: str) -> None:
     os.write(plan, _FAILING_PLAN)
     log = open_log("/dev/null")
     with cribd:
-        monitor = Monitor("warm-up", directory, monitors)
+        monitor = Monitor("warm-up", directory, monitors, PodSpace())
         wake = monitor.wake_on_signals()
         for kind, fds, fields in _WARM_UP:
             send(cribd, kind, (plan, log) if fds else (), n=1, **fields)
@@ -200,18 +215,3 @@ def _live(directory: str) -> None:
         os.close(wake)
         monitor.close()
     close_all([plan, log])
-
-
-def _become_monitor(pod_id: str, directory: str, connection: socket.socket) -> None:
-    """The forked child: a monitor until its pod ends."""
-    try:
-        os.setsid()
-        null = os.open("/dev/null", os.O_RDWR)
-        for number in (0, 1):
-            os.dup2(null, number)
-        os.close(null)
-        Monitor(pod_id, directory, connection).run()
-        os._exit(0)
-    except BaseException as error:  # the journal gets the one line; the pod is lost, and cribd sees that
-        os.write(2, f"crib monitor {pod_id}: {type(error).__name__}: {error}\n".encode())
-        os._exit(70)
