@@ -10,9 +10,10 @@ import os
 import stat
 
 from runtime.linux.lib import SyscallError
-from runtime.linux.mount import MS, mount, move_mount
+from runtime.linux.mount import MS, mount, move_mount, open_tree
 from runtime.linux.process import CLOSE_RANGE_CLOEXEC, Exec, close_range
 from runtime.plan.identity import Execute
+from runtime.plan.mounts import mount_point
 from runtime.plan.plan import Context, Step
 
 
@@ -82,6 +83,37 @@ class AttachAt(Step):
 
     def describe(self) -> str:
         return f"attach at {self.path}"
+
+
+class AttachOwn(Step):
+    """Attach a directory of the root file system, made if missing, at `path`: what no link in the image leads out of.
+
+    `uid` and `gid` are root's inside, as the host numbers them.
+    """
+
+    target: str
+    path: str
+    uid: int
+    gid: int
+
+    def run(self, context: Context) -> None:
+        source = mount_point(context, self.target, directory=True)
+        try:
+            if self.uid and os.fstat(source).st_uid == 0:  # made just now
+                os.chown(f"/proc/self/fd/{source}", self.uid, self.gid)
+            tree = open_tree("", dirfd=source)
+        finally:
+            os.close(source)
+        os.makedirs(self.path, 0o700, exist_ok=True)
+        target = os.open(self.path, os.O_PATH | os.O_CLOEXEC)
+        try:
+            move_mount(tree, target, self.path)
+        finally:
+            os.close(target)
+            os.close(tree)
+
+    def describe(self) -> str:
+        return f"attach the root file system's {self.target} at {self.path}"
 
 
 class RunCommand(Step):
