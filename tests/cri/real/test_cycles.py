@@ -1,4 +1,4 @@
-"""Clients that come and go, many times over: nothing of them stays, and other calls are answered meanwhile.
+"""Clients that come and go, many times over, and probes: nothing of them stays, and other calls are answered meanwhile.
 
 `CRIB_CYCLES` (default 40) says how often; before a release 1000 is right.
 """
