@@ -188,7 +188,7 @@ def _selinux() -> str | None:
 
 
 def _vm() -> str | None:
-    named = os.environ.get("CRIB_VM") or os.environ.get("CRIB_VM_KERNEL")
+    named = os.environ.get("CRIB_VM", "0") != "0" or os.environ.get("CRIB_VM_KERNEL")
     return None if named else "neither CRIB_VM nor CRIB_VM_KERNEL is set: hack/vm is not to be used"
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from cri.api import cri_pb2 as pb
-from cri.container import host, volumes
+from cri.container import host, log, volumes
 from cri.container.container import Container
 from cri.container.end import settle
 from cri.container.remove import forget
@@ -122,8 +121,7 @@ def _build(node: Node, container: Container, held: tuple[VolumeRecord, ...]) -> 
     host.check_seccomp(spec)
     host.relabel(config, spec)
     rootfs = node.images.prepare(container.id, image.id)
-    if container.record.log_path:
-        os.makedirs(os.path.dirname(container.record.log_path), mode=0o755, exist_ok=True)
+    log.make_directory(container)
     assert spec.linux is not None
     node.cgroups.create(container.record.cgroup_path, spec.linux.resources)
     return _Made(image, user, spec, rootfs)

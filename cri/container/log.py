@@ -7,11 +7,13 @@ import logging
 import os
 import re
 import time
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final
 
 from runtime.engine import ContainerFact, LogFile, open_log
 from runtime.errors import CribError
+from runtime.linux import files
 
 if TYPE_CHECKING:
     from cri.container.container import Container
@@ -31,7 +33,8 @@ async def opened(node: Node, container: Container) -> LogFile | None:
         return None
 
     def open_it() -> LogFile:
-        fd = open_log(path)
+        with _directory(container) as directory:
+            fd = open_log(os.path.basename(path), directory)
         return LogFile(path, fd, os.fstat(fd).st_size, node.config.logs.max_bytes)
 
     try:
@@ -66,25 +69,58 @@ def on_log(node: Node, fact: ContainerFact) -> None:
 
 async def _rotate(node: Node, container: Container) -> None:
     """Rename the full log, as the kubelet does, go on in a new one, and remove the oldest."""
-    path = Path(container.record.log_path)
+    name = os.path.basename(container.record.log_path)
     now = time.time_ns()
     stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(now // 10**9))
-    renamed = path.with_name(f"{path.name}.{stamp}.{now % 10**9:09d}")
+    renamed = f"{name}.{stamp}.{now % 10**9:09d}"
+
+    def rename(old: str, new: str) -> None:
+        with _directory(container) as directory:
+            os.rename(old, new, src_dir_fd=directory, dst_dir_fd=directory)
+
     try:
-        await node.work(os.rename, path, renamed)
+        await node.work(rename, name, renamed)
         try:
             await reopen(node, container)
         except CribError:
-            await node.work(os.rename, renamed, path)  # what is written goes there still
+            await node.work(rename, renamed, name)  # what is written goes there still
             raise
-        await node.work(_prune, path, node.config.logs.max_files)
+        await node.work(_prune, container, name, node.config.logs.max_files)
     except (OSError, CribError) as error:
         _logger.warning("rotating a log failed", extra={"fields": {"container": container.id, "error": str(error)}})
 
 
-def _prune(path: Path, keep: int) -> None:
+def _prune(container: Container, log: str, keep: int) -> None:
     """Remove the oldest of a log's renamed files, so that with the present one `keep` are left."""
-    names = os.listdir(path.parent)
-    old = sorted(name for name in names if name.startswith(path.name) and _ROTATED.fullmatch(name, len(path.name)))
-    for name in old[: max(len(old) - keep + 1, 0)]:
-        (path.parent / name).unlink(missing_ok=True)
+    with _directory(container) as directory:
+        names = os.listdir(f"/proc/self/fd/{directory}")
+        old = sorted(name for name in names if name.startswith(log) and _ROTATED.fullmatch(name, len(log)))
+        for name in old[: max(len(old) - keep + 1, 0)]:
+            with suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=directory)
+
+
+def make_directory(container: Container) -> None:
+    """Make the directory of the container's log, if it has one. Raises OSError."""
+    if container.record.log_path:
+        os.makedirs(container.pod.config.log_directory, mode=0o755, exist_ok=True)
+        with _directory(container, files.make_directories):
+            pass
+
+
+@contextmanager
+def _directory(container: Container, find: Callable[[int, str], int] = files.open_directory) -> Iterator[int]:
+    """The directory of the log, found below the pod's: a container with a volume there may have put links in it.
+
+    Raises OSError.
+    """
+    top = container.pod.config.log_directory
+    root = os.open(top, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        directory = find(root, os.path.dirname(os.path.relpath(container.record.log_path, top)))
+    finally:
+        os.close(root)
+    try:
+        yield directory
+    finally:
+        os.close(directory)

@@ -1,7 +1,7 @@
 """HTTP towards the endpoints of one reference: connections, redirects, credentials, cancellation. Over urllib3.
 
-Credentials and configured headers go to the endpoint that they are for and never to where it redirects; a redirect
-does not leave HTTPS.
+Credentials and configured headers go to the endpoint that they are for and never to where it redirects, nor to whom
+that one names; a redirect does not leave HTTPS.
 """
 
 import socket
@@ -54,12 +54,12 @@ class Busy(Exception):
 
 
 class Answer:
-    """A response being read; a context manager that gives the connection back."""
+    """A response of `host`'s being read; a context manager that gives the connection back."""
 
     def __init__(self, session: "Session", response: BaseHTTPResponse, host: str) -> None:
         self._session = session
         self._response = response
-        self._host = host
+        self.host = host
         self.status = response.status
         self.headers = response.headers
 
@@ -94,7 +94,7 @@ class Answer:
         try:
             return self._response.read1(limit, decode_content=False)
         except ReadTimeoutError as error:
-            raise self._session.stalled(self._host) from error
+            raise self._session.stalled(self.host) from error
         except (HTTPError, OSError):
             self._session.check()
             return b""
@@ -168,27 +168,28 @@ class Session:
         if not endpoint.upstream:
             url += f"?ns={self._reference.registry}"
         answer = self._send(endpoint, url, headers)
-        if answer.status == 401:
+        auth = self._auth if endpoint.upstream else None
+        if answer.status == 401 and answer.host == endpoint.host:  # and not whom it redirects to (CVE-2020-15157)
             with answer:
                 offered = credentials.challenges(answer.headers.get("WWW-Authenticate", ""))
-            if not self._satisfy(endpoint, offered):
-                raise self._denied(endpoint, 401)
+            if not self._satisfy(endpoint, offered, auth):
+                raise self._denied(answer, auth)
             answer = self._send(endpoint, url, headers)
         if answer.status in (200, 206):
             return answer
         with answer:
             detail = "" if answer.status == 404 else _detail(answer.body(4096))
         if answer.status in (401, 403):
-            raise self._denied(endpoint, answer.status)
+            raise self._denied(answer, auth if answer.host == endpoint.host else None)
         if answer.status == 404:
             raise NotFound(f"{self._reference}: not found at {endpoint.host}")
         if answer.status in _TRANSIENT:
             raise Busy(f"answers {answer.status}{detail}", _retry_after_s(answer.headers.get("Retry-After", "")))
         raise BadContent(f"{endpoint.host}: answers {answer.status}{detail} when asked for {path}")
 
-    def _denied(self, endpoint: Endpoint, status: int) -> RegistryDenied:
-        given = "the credentials are refused" if self._auth and endpoint.upstream else "it wants credentials"
-        return RegistryDenied(f"{self._reference}: {endpoint.host} answers {status}: {given}")
+    def _denied(self, answer: Answer, given: Auth | None) -> RegistryDenied:
+        why = "the credentials are refused" if given else "it wants credentials"
+        return RegistryDenied(f"{self._reference}: {answer.host} answers {answer.status}: {why}")
 
     def _send(self, endpoint: Endpoint, url: str, headers: dict[str, str]) -> Answer:
         """Send a GET and follow redirects; only requests to the endpoint itself carry its headers and credentials."""
@@ -292,9 +293,8 @@ class Session:
             return {"Authorization": credentials.basic(*pair)} if pair else {}
         return {}
 
-    def _satisfy(self, endpoint: Endpoint, offered: list[credentials.Challenge]) -> bool:
-        """Do what a challenge asks for; False when there is nothing to answer it with."""
-        auth = self._auth if endpoint.upstream else None
+    def _satisfy(self, endpoint: Endpoint, offered: list[credentials.Challenge], auth: Auth | None) -> bool:
+        """Do what a challenge of the endpoint's asks for; False when there is nothing to answer it with."""
         for challenge in offered:
             if challenge.scheme == "basic":
                 if auth is None or credentials.user_and_password(auth) is None or endpoint.base in self._basic:
@@ -317,7 +317,7 @@ class Session:
         with self._request(endpoint, method, request.url, headers, request.body) as answer:
             data = answer.body(_TOKEN_LIMIT_BYTES)
         if answer.status in (400, 401, 403, 404):
-            raise self._denied(endpoint, answer.status)
+            raise self._denied(answer, auth)
         if answer.status != 200:
             raise Busy(f"token service {host} answers {answer.status}")
         return credentials.read_token(data, host)

@@ -35,6 +35,11 @@ def open_in_root(root: int, path: str, flags: int, mode: int = 0) -> int:
                 raise
 
 
+def open_directory(root: int, path: str) -> int:
+    """An O_PATH descriptor of the directory `path` below `root`. Raises SyscallError."""
+    return open_in_root(root, path, os.O_PATH | os.O_DIRECTORY)
+
+
 def make_directories(root: int, path: str, mode: int = 0o755) -> int:
     """Open the directory `path` below `root`, making what is missing of it; returns an O_PATH descriptor.
 
@@ -42,7 +47,7 @@ def make_directories(root: int, path: str, mode: int = 0o755) -> int:
     """
     for _ in range(40):  # each turn makes one directory or follows one dangling link
         try:
-            return open_in_root(root, path, os.O_PATH | os.O_DIRECTORY)
+            return open_directory(root, path)
         except SyscallError as error:
             if error.errno != errno.ENOENT:
                 raise
@@ -78,7 +83,7 @@ def _make_first_missing(root: int, path: str, mode: int) -> None:
         except SyscallError as error:
             if error.errno != errno.ENOENT:
                 raise
-        directory = open_in_root(root, parent or "/", os.O_PATH | os.O_DIRECTORY)
+        directory = open_directory(root, parent or "/")
         try:
             if _is_link(directory, name):
                 target = os.readlink(name, dir_fd=directory)

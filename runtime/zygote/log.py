@@ -6,7 +6,9 @@ every byte can be told. Times are those of the read.
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import time
 
 TYPE_CHECKING = False  # typing costs a monitor memory
@@ -15,12 +17,33 @@ if TYPE_CHECKING:
     from typing import Final
 
 LINE_BYTES: Final = 16 * 1024
-_FLAGS: Final = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY
+_FLAGS: Final = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC
 
 
-def open_log(path: str) -> int:
-    """A descriptor to append to the file, which is made (0640) if there is none. Raises OSError."""
-    return os.open(path, _FLAGS, 0o640)
+def open_log(path: str, directory: int | None = None) -> int:
+    """A descriptor to append to the file, which is made (0640) if there is none. Raises OSError.
+
+    `path` is relative to `directory`, where that is given. A container with a volume there may have left anything at
+    the path: what is no regular file, such as a node of a disk's, is not opened.
+    """
+    for _ in range(40):  # as often as it may come and go meanwhile
+        try:
+            there = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+        except FileNotFoundError:
+            try:
+                return os.open(path, _FLAGS | os.O_CREAT | os.O_EXCL, 0o640, dir_fd=directory)
+            except FileExistsError:
+                continue
+        try:
+            kind = stat.S_IFMT(os.fstat(there).st_mode)
+            if kind == stat.S_IFLNK:
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+            if kind not in (stat.S_IFREG, stat.S_IFDIR):
+                raise OSError(errno.EINVAL, "not a regular file", path)
+            return os.open(f"/proc/self/fd/{there}", _FLAGS)
+        finally:
+            os.close(there)
+    raise OSError(errno.EAGAIN, "comes and goes", path)
 
 
 class Clock:

@@ -21,7 +21,7 @@ from runtime.linux.mount import detached
 from runtime.linux.namespaces import setns
 from runtime.linux.process import PR_SET_DUMPABLE, prctl, set_title
 from runtime.zygote.hookrunner import run_stage
-from runtime.zygote.log import Stream, open_log
+from runtime.zygote.log import Stream
 from runtime.zygote.messages import Kind, close_all, pack, receive, send
 from runtime.zygote.monitor import Monitor
 from runtime.zygote.podspace import PodSpace
@@ -183,7 +183,7 @@ class _Rehearsal(Writer):
 def _log() -> None:
     """A container's output on its way to a log, as often as one thing may happen between two others."""
     spool = Spool(lambda _: None, _Rehearsal)
-    log = Log(spool, "c", "/dev/null", open_log("/dev/null"), 0, 0)
+    log = Log(spool, "c", "/dev/null", os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC), 0, 0)
     stream = Stream(log.write, b"stdout")
     stream.feed(b"1\n")
     spool.expire()
@@ -200,7 +200,7 @@ def _live(directory: str) -> None:
     cribd, monitors = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     plan = os.memfd_create("warm-up", os.MFD_CLOEXEC)
     os.write(plan, _FAILING_PLAN)
-    log = open_log("/dev/null")
+    log = os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)
     with cribd:
         monitor = Monitor("warm-up", directory, monitors, PodSpace())
         wake = monitor.wake_on_signals()

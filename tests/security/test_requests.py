@@ -197,7 +197,7 @@ def test_volumes_of_an_image_come_first_and_give_way() -> None:
     control=f"{NOTHING_TO_GUARD}: there is no restore",
 )  # fmt: skip
 @pytest.mark.asyncio
-@requires("root", "busybox", "overlay", "bridge", "nft")
+@real_kernel
 async def test_checkpoints(real: Real, tmp_path: Path) -> None:
     pod = await real.pod(real.pod_config(network=False))
     request = pb.CheckpointContainerRequest(container_id="x", location=str(tmp_path / "archive"))
@@ -298,7 +298,7 @@ def everything(real: Real) -> list[Path]:
     control="test_25621_control_wider_modes",
 )
 @pytest.mark.asyncio
-@requires("root", "busybox", "overlay", "bridge", "nft")
+@real_kernel
 async def test_cve_2024_25621(real: Real) -> None:
     pod = await real.pod(real.pod_config(network=False))
     await real.run(pod, "sleep", "1000")
@@ -314,7 +314,7 @@ async def test_cve_2024_25621(real: Real) -> None:
 
 
 @pytest.mark.asyncio
-@requires("root", "busybox", "overlay", "bridge", "nft")
+@real_kernel
 async def test_25621_control_wider_modes(real: Real) -> None:
     real.daemon.directory.chmod(0o755)
     real.daemon.state.chmod(0o755)
@@ -334,7 +334,7 @@ async def test_25621_control_wider_modes(real: Real) -> None:
     control="test_streaming_control_with_a_token",
 )
 @pytest.mark.asyncio
-@requires("root", "busybox", "overlay", "bridge", "nft")
+@real_kernel
 async def test_streaming_needs_a_token(real: Real) -> None:
     url = await exec_url(real)
     address, _, token = url.rpartition("/")
@@ -354,7 +354,7 @@ async def test_streaming_needs_a_token(real: Real) -> None:
 
 
 @pytest.mark.asyncio
-@requires("root", "busybox", "overlay", "bridge", "nft")
+@real_kernel
 async def test_streaming_control_with_a_token(real: Real) -> None:
     url = await exec_url(real)
     assert await status_of(url) == 101

@@ -1,4 +1,4 @@
-"""Weakened zygotes, for controls: a copy of the package in which the code of one guard is replaced.
+"""Weakened zygotes and cribds, for controls: a copy of the packages in which the code of one guard is replaced.
 
 Where a guard is a step of the plan, a control changes the plan instead (see `conftest.Plans`).
 """
@@ -13,7 +13,7 @@ import pytest
 import runtime
 from runtime.zygote.launch import Zygote, launch
 
-Edits = tuple[tuple[str, str, str], ...]  # file below runtime/, text, its replacement
+Edits = tuple[tuple[str, str, str], ...]  # file below runtime/ (or with a leading / the repository), text, replacement
 
 NO_RESOLVE_IN_ROOT: Edits = (
     ("linux/files.py", "_IN_ROOT: Final = RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS", "_IN_ROOT: Final = 0"),
@@ -43,16 +43,22 @@ IMPORTS_WORK: Edits = (
 """The import machinery is left as it was."""
 
 
-def zygote(directory: Path, monkeypatch: pytest.MonkeyPatch, *edits: Edits) -> Zygote:
-    """A zygote of a copy of the package below `directory`, with these edits."""
-    copy = directory / "weak"
-    assert runtime.__file__
-    shutil.copytree(Path(runtime.__file__).parent, copy / "runtime", ignore=shutil.ignore_patterns("__pycache__"))
+def packages(directory: Path, *edits: Edits) -> Path:
+    """A directory below `directory` with copies of crib's packages, with these edits."""
+    copy, here = directory / "weak", Path(runtime.__file__ or "").parents[1]
+    for name in ("cri", "net", "runtime"):
+        shutil.copytree(here / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name, text, replacement in (edit for group in edits for edit in group):
-        path = copy / "runtime" / name
+        path = copy / name[1:] if name.startswith("/") else copy / "runtime" / name
         source = path.read_text()
         assert source.count(text) == 1, f"{name} has {source.count(text)} of {text!r}"
         path.write_text(source.replace(text, replacement))
+    return copy
+
+
+def zygote(directory: Path, monkeypatch: pytest.MonkeyPatch, *edits: Edits) -> Zygote:
+    """A zygote of such a copy."""
+    copy = packages(directory, *edits)
     with monkeypatch.context() as patch:
         patch.setattr("runtime.zygote.launch.__file__", str(copy / "runtime/zygote/launch.py"))
         return launch()

@@ -24,10 +24,12 @@ RUNTIME = os.environ.get("CRIB_TEST_RUNTIME", "")
 class Daemon:
     """`start` returns when cribd is ready; `stop` ends it as systemd would, `kill` as a crash does.
 
-    `prefix` is a command that ends by executing the words after it.
+    `prefix` is a command that ends by executing the words after it; `code` holds the packages.
     """
 
-    def __init__(self, directory: Path, config: str = BUILTIN, prefix: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, directory: Path, config: str = BUILTIN, prefix: tuple[str, ...] = (), code: Path = REPOSITORY
+    ) -> None:
         self.directory = directory
         self.root = directory / "root"
         self.state = directory / "state"
@@ -36,6 +38,7 @@ class Daemon:
         handler = f'\n[handlers.""]\npath = "{RUNTIME}"\n' if RUNTIME else ""
         self.config.write_text(config + handler)
         self.prefix = prefix
+        self.code = code
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -60,7 +63,7 @@ class Daemon:
             ready.bind(str(notify))
             ready.settimeout(TIMEOUT_S)
             environment = os.environ | {"NOTIFY_SOCKET": str(notify)}
-            self.process = subprocess.Popen(self.arguments, stderr=log, cwd=REPOSITORY, env=environment)
+            self.process = subprocess.Popen(self.arguments, stderr=log, cwd=self.code, env=environment)
             try:
                 assert ready.recv(100) == b"READY=1"
             except TimeoutError:

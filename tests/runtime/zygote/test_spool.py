@@ -88,7 +88,7 @@ def test_nothing_goes_to_the_old_file_once_reopened(spool: Spool, tmp_path: Path
 def test_what_a_full_disk_refuses_is_counted(tmp_path: Path) -> None:
     told: list[str] = []
     spool = Spool(told.append)
-    log = log_at(spool, Path("/dev/full"))
+    log = Log(spool, "c", "/dev/full", os.open("/dev/full", os.O_WRONLY), 0, 0)
     log.write(b"lost\nas well\n")
     settle(spool)
     assert (log.lost_lines, log.lost_bytes, log.lost_why) == (2, 13, "no space left on device")
