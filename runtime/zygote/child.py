@@ -16,15 +16,18 @@ The handshake on the SEQPACKET socket `sync`:
 import os
 import socket
 
-from runtime.linux.process import close_all_but
+from runtime.linux.lib import SyscallError
+from runtime.linux.process import PTRACE_TRACEME, close_all_but, ptrace
 from runtime.plan import external, hooks, identity, layers, mounts, user  # noqa: F401 - the kinds of steps that a plan can name
 from runtime.plan.plan import Context, Outcome, decode, run
 from runtime.zygote.messages import pack
 
 
-def become(plan: bytes, fds: dict[str, int], sync: socket.socket) -> None:
-    """Run the plan in this process; never returns."""
+def become(plan: bytes, fds: dict[str, int], sync: socket.socket, *, traced: bool) -> None:
+    """Run the plan in this process, `traced` by the one that cloned it; never returns."""
     try:
+        if traced:
+            ptrace(PTRACE_TRACEME)
         keep = (0, 1, 2, sync.fileno(), *fds.values())
         close_all_but(keep)
         steps = decode(plan)
@@ -40,8 +43,9 @@ def become(plan: bytes, fds: dict[str, int], sync: socket.socket) -> None:
             outcome = Outcome(last.started_ns, last.durations_ns, len(steps) - 1, last.errno, last.detail)
         sync.send(pack({"failed": outcome.failed, "errno": outcome.errno, "detail": outcome.detail}))
     except BaseException as error:
+        detail = str(error) if isinstance(error, SyscallError) else f"bug: {type(error).__name__}: {error}"
         try:
-            sync.send(pack({"failed": -1, "errno": 0, "detail": f"bug: {type(error).__name__}: {error}"}))
+            sync.send(pack({"failed": -1, "errno": 0, "detail": detail}))
         except OSError:
             pass
     finally:

@@ -81,7 +81,7 @@ class Containers:
         try:
             pid, pidfd = self._holds.clone(self._space, held, inherited, flags, fields["clone_dir"])
             if pid == 0:
-                become(plan, child, theirs)
+                become(plan, child, theirs, traced=bool(held))
         except SyscallError:
             mine.close()
             close_all([end[0] for end in ends] + ([stdin[1]] if stdin else []))

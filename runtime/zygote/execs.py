@@ -58,7 +58,7 @@ class Execs:
         try:
             pid, pidfd = self._holds.clone(self._space, held, -1 if adopt else container.pidfd, 0, clone_dir)
             if pid == 0:
-                become(plan, child, theirs)
+                become(plan, child, theirs, traced=bool(held))
         except SyscallError:
             mine.close()
             raise

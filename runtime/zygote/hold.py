@@ -18,7 +18,7 @@ from errno import EBUSY, ENODEV, ENOENT, ESRCH
 
 from runtime.cgroup import files
 from runtime.linux.lib import SyscallError
-from runtime.linux.process import PTRACE_CONT, PTRACE_DETACH, PTRACE_TRACEME, ptrace
+from runtime.linux.process import PTRACE_CONT, PTRACE_DETACH, ptrace
 
 TYPE_CHECKING = False  # typing costs a monitor memory
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ class Holds:
     def clone(
         self, space: PodSpace, held: list[Container], pid_ns: int, flags: int, cgroup_dir: str
     ) -> tuple[int, int]:
-        """`PodSpace.clone` of a child for whose sake these containers are frozen.
+        """`PodSpace.clone` of a child for whose sake these containers are frozen, and which then has to be traced.
 
         Raises OSError, and holds nobody then.
         """
@@ -105,8 +105,6 @@ class Holds:
         except SyscallError:
             thaw(held)
             raise
-        if pid == 0 and held:
-            ptrace(PTRACE_TRACEME)
         return pid, pidfd
 
     def add(self, process: Process, held: list[Container], join_files: tuple[str, ...]) -> None:

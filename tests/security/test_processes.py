@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,12 +13,15 @@ import msgspec
 import pytest
 
 from runtime.engine import Pod, PodStart
+from runtime.errors import CribError
 from runtime.linux import caps
+from runtime.spec import Mount
 from tests.requires import requires
 from tests.runtime.conftest import POD_ID, TIMEOUT_S, Bench, container
 from tests.security import weak
-from tests.security.conftest import Plans, Weaken, capable, execute, holding
+from tests.security.conftest import Image, Plans, Weaken, capable, execute, holding, with_image
 from tests.security.defects import attack
+from tests.security.trace import tracing
 from tests.security.watch import NO_PTRACE, Watch, at_the_fifo, has, held_by, shared, until
 
 pytestmark = [requires("root", "overlay", "busybox"), pytest.mark.asyncio]
@@ -90,6 +94,80 @@ async def test_cve_2019_5736_host_pid_namespace(bench: Bench, tmp_path: Path) ->
 async def test_5736_control_mapped_from_where_they_are(weaken: Weaken, tmp_path: Path) -> None:
     lines = await overwrite(await weaken(weak.NO_READ_ONLY_WORLD), tmp_path, "pod")
     assert [line for line in lines if line.startswith("WRITABLE")]
+
+
+# What the interpreter itself does when a container has it run: it keeps its file, which is busy until it has become
+# something else, and opens that for writing, or mounts it anew.
+REOPEN = """
+( : >> /proc/self/fd/$0 ) && echo WRITABLE
+mount -o bind /proc/self/fd/$0 /mine && mount -o remount,rw,bind /mine && ( : >> /mine ) && echo REMOUNTED
+"""
+AS_ITSELF = f"""
+import os
+fd = os.open('/proc/self/exe', os.O_PATH)
+os.set_inheritable(fd, True)
+print('EXE', os.readlink('/proc/self/exe'), flush=True)
+if os.access('/proc/self/exe', os.W_OK):  # it can be opened whenever crib does not run
+    print('WRITABLE', flush=True)
+os.execv('/bin/sh', ['sh', '-c', {REOPEN!r}, str(fd)])
+"""
+
+
+async def run_itself(bench: Bench, image: Image, null: int) -> list[str]:
+    """Start and exec a program that is a link to /proc/self/exe, where the container has the interpreter's libraries."""
+    (image.root / "bin/itself").symlink_to("/proc/self/exe")
+    (image.root / "mine").touch()
+    libraries = {path for path in ("/usr", "/lib", "/lib64", sys.base_prefix) if os.path.isdir(path)}
+    mounts = tuple(
+        Mount(destination=path, type="bind", source=path, options=("rbind", "ro")) for path in sorted(libraries)
+    )
+    pod = await with_image(bench, image).pod()
+    command = ("/bin/itself", "-I", "-S", "-c", AS_ITSELF)
+    able = holding("SYS_PTRACE", "SYS_ADMIN", "DAC_OVERRIDE")
+    first = container(pod, *command, mounts=mounts, process=able)
+    _, log = await bench.run(pod, "first", first)
+    await bench.start(pod, "c", container(pod, "sleep", "1000", mounts=mounts, process=able))
+    read, write = os.pipe()
+    running = execute(bench, pod, 1, (null, write, write), *command, process=able, linux=first.linux)
+    await asyncio.wait_for(running.wait(), TIMEOUT_S)
+    os.close(write)
+    with open(read) as output:
+        return [*log.splitlines(), *output.read().splitlines()]
+
+
+@attack(
+    "CVE-2019-5736",
+    sentence="A container's program, and a command's, is a link to /proc/self/exe, so that crib's own interpreter runs "
+    "there, which opens its file for writing or mounts it anew, with SYS_PTRACE and SYS_ADMIN",
+    guard="every file of the interpreter is mapped through a read-only private mount, of which no other namespace can "
+    "make a mount",
+    control="test_5736_control_runs_its_own_file",
+)
+async def test_cve_2019_5736_the_interpreter_itself(bench: Bench, image: Image, null: int) -> None:
+    lines = await run_itself(bench, image, null)
+    assert len([line for line in lines if line.startswith("EXE") and "python" in line]) == 2, lines
+    assert not {"WRITABLE", "REMOUNTED"} & set(lines)
+
+
+async def test_5736_control_runs_its_own_file(weaken: Weaken, image: Image, null: int) -> None:
+    lines = await run_itself(await weaken(weak.NO_READ_ONLY_WORLD), image, null)
+    assert "WRITABLE" in lines
+
+
+@requires("strace")
+async def test_a_child_that_can_not_be_traced(bench: Bench, null: int, tmp_path: Path) -> None:
+    """Somebody traces the monitor, or the kernel lets nobody be traced: the command fails, and nothing else."""
+    pod = await bench.pod()
+    able = holding("SYS_PTRACE")
+    spec = container(pod, "sleep", "1000", process=able)
+    await bench.start(pod, "c", spec)
+    with tracing(pod.monitor_pid, tmp_path, "ptrace"):
+        running = execute(bench, pod, 1, (null,) * 3, "true", process=able, linux=spec.linux)
+        with pytest.raises(CribError, match="ptrace"):
+            await asyncio.wait_for(running.wait(), TIMEOUT_S)
+    running = execute(bench, pod, 2, (null,) * 3, "true", process=able, linux=spec.linux)
+    assert (await asyncio.wait_for(running.wait(), TIMEOUT_S)).code == 0
+    assert len(Path(f"/proc/{pod.monitor_pid}/task/{pod.monitor_pid}/children").read_text().split()) == 1
 
 
 # CVE-2016-9962. The child is held by its own plan, by a step that waits for a reader of a fifo: right after it was
