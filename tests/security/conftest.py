@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from runtime.linux.caps import NAMES
 from runtime.linux.probe import probe
 from runtime.plan.compile import compile_exec, compile_start
 from runtime.plan.plan import Plan, Step
-from runtime.spec import Capabilities, Linux, Process, Spec, User
+from runtime.spec import Capabilities, Linux, Mount, Process, Spec, User
 from tests.cri.real.conftest import Real, archive, daemon, real  # noqa: F401
 from tests.cri.real.daemon import BUILTIN, Daemon, load_image
 from tests.runtime.conftest import Bench, bench, layer, null, state_dir  # noqa: F401
@@ -143,6 +144,13 @@ def applet(layer: Path, name: str) -> None:  # noqa: F811
     path = layer / "1/bin" / name
     if not path.exists():
         path.symlink_to("busybox")
+
+
+def python() -> tuple[str, tuple[Mount, ...]]:
+    """A Python interpreter, the tests' own, and the mounts with which a container has it."""
+    places = sorted({path for path in ("/usr", "/lib", "/lib64", sys.base_prefix) if os.path.isdir(path)})
+    mounts = tuple(Mount(destination=path, type="bind", source=path, options=("rbind", "ro")) for path in places)
+    return os.path.realpath(sys.executable), mounts
 
 
 class Image:

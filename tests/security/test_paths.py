@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from runtime.engine import Pod
 from runtime.errors import StepFailed
 from runtime.plan import identity, mounts
 from runtime.plan.plan import Plan
@@ -32,6 +33,14 @@ def bind(source: Path, destination: str, *options: str) -> Mount:
 
 def masked(linux: Linux) -> Linux:
     return msgspec.structs.replace(linux, masked_paths=MASKED, readonly_paths=("/proc/sys", "/proc/sysrq-trigger"))
+
+
+async def said(bench: Bench, pod: Pod, spec: Spec) -> str:
+    """What a container wrote, or why it was not started."""
+    try:
+        return (await bench.run(pod, "c", spec))[1]
+    except StepFailed as error:
+        return str(error)
 
 
 # CVE-2024-21626: the working directory
@@ -112,10 +121,7 @@ async def through_volume(bench: Bench, tmp_path: Path) -> tuple[list[str], list[
     pod = await bench.pod()
     volumes = (bind(first, "/mnt"), bind(second, "/mnt/link"), bind(second, "/mnt/link/deeper/directory"))
     spec = container(pod, "sh", "-c", f"ls {outside}", mounts=volumes)
-    try:
-        _, log = await bench.run(pod, "c", spec)
-    except StepFailed as error:
-        log = str(error)
+    log = await said(bench, pod, spec)
     # Inside, `second` covers what the link leads to: the directories were made in the volume, by its owner's leave.
     return sorted(os.listdir(outside)), log.split()
 
@@ -198,10 +204,7 @@ async def volumes(bench: Bench, image: Image, tmp_path: Path) -> tuple[list[str]
     tried = f"{outside} /a /b /c/kernel /d /sys/kernel /sys/fs/cgroup"
     command = f"for each in {tried}; do [ -w $each ] && mkdir $each/in 2>/dev/null && echo $each; done; ls /a /b"
     spec = container(pod, "sh", "-c", command, mounts=mounts, readonly=True)
-    try:
-        _, log = await bench.run(pod, "c", spec)
-    except StepFailed as error:
-        log = str(error)
+    log = await said(bench, pod, spec)
     return sorted(str(each.relative_to(outside)) for each in outside.rglob("*")), log
 
 
@@ -240,11 +243,7 @@ async def unmasked(bench: Bench, image: Image, tmp_path: Path) -> str:
     pod = await with_image(bench, image).pod()
     command = "[ -w /real/sys/kernel/core_pattern ] && ( : >> /real/sys/kernel/core_pattern ) && echo WRITABLE"
     spec = container(pod, "sh", "-c", command, mounts=(bind(volume, "/volume"),), linux=masked)
-    try:
-        _, log = await bench.run(pod, "c", spec)
-    except StepFailed as error:
-        return str(error)
-    return log
+    return await said(bench, pod, spec)
 
 
 @attack(
@@ -270,11 +269,7 @@ async def over_proc(bench: Bench, image: Image, tmp_path: Path) -> str:
     (fake / "self/attr/exec").write_text("fake")
     pod = await with_image(bench, image).pod()
     spec = container(pod, "cat", "/proc/self/attr/exec", mounts=(bind(fake, "/link"),), linux=masked)
-    try:
-        _, log = await bench.run(pod, "c", spec)
-    except StepFailed as error:
-        return str(error)
-    return log
+    return await said(bench, pod, spec)
 
 
 @attack(
@@ -304,11 +299,7 @@ async def with_fake_null(bench: Bench, image: Image, tmp_path: Path) -> str:
     )
     usual = tuple(each for each in spec.mounts if not each.destination.startswith("/dev"))
     spec = msgspec.structs.replace(spec, mounts=(*usual, bind(fake, "/dev")))
-    try:
-        _, log = await bench.run(pod, "c", spec)
-    except StepFailed as error:
-        return str(error)
-    return log
+    return await said(bench, pod, spec)
 
 
 @attack(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,11 +14,10 @@ import pytest
 from runtime.engine import Pod, PodStart
 from runtime.errors import CribError
 from runtime.linux import caps
-from runtime.spec import Mount
 from tests.requires import requires
 from tests.runtime.conftest import POD_ID, TIMEOUT_S, Bench, container
 from tests.security import weak
-from tests.security.conftest import Image, Plans, Weaken, capable, execute, holding, with_image
+from tests.security.conftest import Image, Plans, Weaken, capable, execute, holding, python, with_image
 from tests.security.defects import attack
 from tests.security.trace import tracing
 from tests.security.watch import NO_PTRACE, Watch, at_the_fifo, has, held_by, shared, until
@@ -114,13 +112,10 @@ os.execv('/bin/sh', ['sh', '-c', {REOPEN!r}, str(fd)])
 
 
 async def run_itself(bench: Bench, image: Image, null: int) -> list[str]:
-    """Start and exec a program that is a link to /proc/self/exe, where the container has the interpreter's libraries."""
+    """Start and exec a link to /proc/self/exe, where the container has the interpreter's libraries."""
     (image.root / "bin/itself").symlink_to("/proc/self/exe")
     (image.root / "mine").touch()
-    libraries = {path for path in ("/usr", "/lib", "/lib64", sys.base_prefix) if os.path.isdir(path)}
-    mounts = tuple(
-        Mount(destination=path, type="bind", source=path, options=("rbind", "ro")) for path in sorted(libraries)
-    )
+    _, mounts = python()
     pod = await with_image(bench, image).pod()
     command = ("/bin/itself", "-I", "-S", "-c", AS_ITSELF)
     able = holding("SYS_PTRACE", "SYS_ADMIN", "DAC_OVERRIDE")

@@ -52,6 +52,7 @@ CALLS = (
 ALLOWED = re.compile(
     r"/proc/self/fd/\d+|/dev/null|/proc/(thread-)?self/attr/[a-z/]+|/sys|/|/run/crib-[^/]+/[^/]+/rootfs"
 )
+BUILDS = r'^mount\("overlay"'  # what begins to build a container's tree
 OUTSIDE = "only-on-the-host"
 
 names = st.sampled_from(["x y", *"a b etc bin dev proc sys mnt ä ... -n etc/hosts dev/null".split()])
@@ -109,7 +110,7 @@ def plant(root: Path, outside: Path, wanted: list[tuple[str, tuple[str, str]]]) 
 def stray(trace: Trace) -> list[Call]:
     """Calls of a container's first process, while it builds the tree, that could have gone out of the root."""
     found = []
-    for _, calls in trace.children(r'^mount\("overlay"').values():
+    for _, calls in trace.children(BUILDS).values():
         for call in calls:
             if call.name == "pivot_root":
                 break
@@ -209,10 +210,13 @@ async def test_nothing_outside_the_root_is_touched(random: Random) -> None:
         cases.append(case)
 
     await loop.run_in_executor(None, collect)
+    watched = 0
     for case in cases:
         trace, changed = await random.start(*case)
         assert changed == [], case
         assert stray(trace) == [], case
+        watched += len(trace.children(BUILDS))
+    assert watched == len(cases)  # each was seen mounting its root file system, and what came then
 
 
 async def test_property_control_a_path_out_of_the_root(weaken: Weaken, layer: Path, tmp_path: Path) -> None:

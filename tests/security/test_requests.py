@@ -241,7 +241,7 @@ async def test_15257_control_an_abstract_socket(bench: Bench) -> None:
 async def abstract_sockets(bench: Bench) -> list[str]:
     pod = await bench.pod(PodStart(id=POD_ID, hostname="pod", net=False))
     _, log = await bench.run(pod, "c", container(pod, "sh", "-c", SCAN, namespaces={"network": None}))
-    return [line for line in log.splitlines() if "crib" in line]
+    return log.splitlines()  # the network namespace is the tests' own: any is crib's
 
 
 ORDINARY = """
