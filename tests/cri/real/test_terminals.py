@@ -93,11 +93,11 @@ def _cooked(body: bytes) -> bytes:
     return body.replace(b"\n", b"\r\n")
 
 
-@pytest.mark.parametrize(("settings", "expected"), [("raw", _raw), ("-echo", _cooked)])
-async def test_the_log_has_every_byte(real: Real, settings: str, expected: Callable[[bytes], bytes]) -> None:
+@pytest.mark.parametrize(("modes", "expected"), [("raw", _raw), ("-echo", _cooked)])
+async def test_the_log_has_every_byte(real: Real, modes: str, expected: Callable[[bytes], bytes]) -> None:
     """Of any bytes, in writes of any size, the last right before the end; more than the terminal's buffers hold."""
     pod = await real.pod(real.pod_config(network=False))
-    script = f"stty {settings}; cat /in/body; tail -c 5000 /in/body; printf %s last"
+    script = f"stty {modes}; cat /in/body; tail -c 5000 /in/body; printf %s last"
     for number, size in enumerate((1, 4095, 4096, 12_289, 65_537, 1_000_000)):
         body = os.urandom(size // 2) + b"\n" * 3 + os.urandom(size // 4).replace(b"\n", b"") + b"\r\n"
         directory = real.logs.parent / f"in{number}"
