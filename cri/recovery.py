@@ -23,6 +23,7 @@ from cri.container.start import START_ERROR_EXIT
 from cri.container.update import resume
 from cri.sandbox import end
 from cri.sandbox.lost import orphan, watch
+from cri.sandbox.network import pin_of
 from cri.sandbox.pod import Pod
 from cri.sandbox.release import release
 from cri.state.records import ContainerRecord, ContainerState, SandboxRecord, SandboxState
@@ -200,10 +201,20 @@ async def _sweep(node: Node) -> None:
         holder = volumes.owner(key)
         if node.containers.find(holder) is None and node.pods.find(holder) is None:
             await node.work(node.images.discard, key)
-    directory = node.directory("")
-    for name in await node.work(_names, str(directory)):
-        if name not in known and await node.engine.connect(name) is None:
-            await node.work(remove_tree, directory / name)
+    for name in await node.work(_names, str(node.directory(""))):
+        if name not in known:
+            await _stranger(node, name)
+
+
+async def _stranger(node: Node, id: str) -> None:
+    """End a pod whose record is lost or set aside: nobody is shown it, and another may have its place by now."""
+    _logger.warning("pod without a record is removed", extra={"fields": {"sandbox": id}})
+    try:
+        await node.engine.stop_pod(id)
+        await node.work(node.pins.unpin, pin_of(id))
+        await node.work(remove_tree, node.directory(id))
+    except Exception as error:
+        _logger.error("pod without a record stays", extra={"fields": {"sandbox": id, "error": str(error)}})
 
 
 def _names(directory: str) -> list[str]:

@@ -7,7 +7,7 @@ import re
 from decimal import Decimal
 from typing import TYPE_CHECKING, Final
 
-from net import Dns, HostPort, Wants
+from net import Dns, HostPort, Wants, netns
 from runtime.errors import InvalidSpec
 
 if TYPE_CHECKING:
@@ -29,6 +29,11 @@ _LEAST_BITS: Final = 1000
 _MOST_BITS: Final = 10**15
 _MAC: Final = re.compile(r"[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){5}")
 _GUID: Final = re.compile(r"[0-9A-Fa-f]{2}(:[0-9A-Fa-f]{2}){7}")
+
+
+def pin_of(sandbox_id: str) -> str:
+    """Where a pod's network namespace is pinned."""
+    return str(netns.DIRECTORY / f"crib-{sandbox_id[:32]}")
 
 
 def wants(pod: Pod, conf_dir: str = "") -> Wants:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from cri.api import cri_pb2 as pb
 from cri.sandbox import files, release
 from cri.sandbox.lost import watch
-from cri.sandbox.network import wants
+from cri.sandbox.network import pin_of, wants
 from cri.sandbox.pod import Pod
 from cri.state.records import SandboxId, SandboxRecord, SandboxState
 from cri.timing import Timing
@@ -19,7 +19,6 @@ from cri.translate.fingerprint import difference
 from cri.translate.sandbox import sandbox_to_pod
 from cri.translate.security import new_level
 from net import NetNs, PodIdentity
-from net import netns as pins
 from runtime import selinux
 from runtime.cgroup import Cgroups
 from runtime.engine import Maps, PodStart
@@ -89,7 +88,7 @@ def _reserve(node: Node, config: pb.PodSandboxConfig, handler: str) -> Pod:
         init_cgroup=init_cgroup,
         cgroups=cgroups,
         network=plan.network,
-        netns_path=str(pins.DIRECTORY / f"crib-{id[:32]}") if plan.network else "",
+        netns_path=pin_of(id) if plan.network else "",
         selinux_level=level,
         owes=tuple(part for part in release.ALL if plan.network or part != "network"),
     )

@@ -117,6 +117,19 @@ async def test_a_kill_that_a_crash_cut_short(real: Real) -> None:
     assert (await real.sh(container, "echo goes on")).stdout == b"goes on\n"
 
 
+async def test_a_pod_whose_record_is_lost(real: Real) -> None:
+    """It is ended: a kubelet that isn't shown it starts another in its place."""
+    pod = await real.pod()
+    pid = await real.pid(await real.run(pod, "sleep", "1000"))
+    real.daemon.kill()
+    (real.daemon.root / "state.db").write_bytes(b"no database at all" * 1000)
+    (real.daemon.root / "state.db-wal").unlink()
+    await again(real)
+    assert not Path(f"/proc/{pid}").exists()
+    assert not os.listdir(real.daemon.state / "pods") and not os.listdir("/run/netns")
+    assert await real.pod() != pod
+
+
 async def test_one_cribd_per_directory(real: Real) -> None:
     second = await asyncio.create_subprocess_exec(
         *real.daemon.arguments, cwd=REPOSITORY, stderr=asyncio.subprocess.PIPE
