@@ -49,9 +49,9 @@ class CribCalls:
         }
 
     async def load(self, requests: AsyncIterator[pb.LoadRequest], call: Call) -> pb.LoadResponse:
-        """The archive goes to a file without a name beside the images, and from there into the store."""
+        """The archive goes to a file beside the images, and from there into the store."""
         node = self._node
-        with tempfile.TemporaryFile(dir=node.config.root) as file:
+        with tempfile.NamedTemporaryFile(dir=node.images.spool) as file:
             size_bytes = 0
             async for request in requests:
                 size_bytes += len(request.chunk)

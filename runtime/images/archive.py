@@ -83,7 +83,7 @@ class Archive:
         pass  # nothing blocks here for long
 
     def _spooled(self, fileobj: IO[bytes], spool: Path) -> IO[bytes]:
-        copy = tempfile.TemporaryFile(dir=spool, buffering=0)  # noqa: SIM115
+        copy = tempfile.NamedTemporaryFile(dir=spool, buffering=0)  # noqa: SIM115
         try:
             written = 0
             for chunk in decompressed(fileobj):

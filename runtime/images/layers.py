@@ -10,9 +10,11 @@ import os
 import select
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 from errno import EDQUOT, EIO, ENOMEM, ENOSPC, EROFS
 from pathlib import Path
@@ -202,6 +204,25 @@ def _read_report(report: dict[str, Any]) -> Unpacked:
         lower_links=tuple((name, target) for name, target in report["lower_links"]),
         spoilt=report["spoilt"],
     )
+
+
+def usage_of(paths: Iterable[str]) -> tuple[int, int]:
+    """Bytes and inodes of what is at these paths and of all below, which may change meanwhile. Walks it."""
+    bytes_used = 0
+    seen: set[int] = set()
+    pending = list(paths)
+    while pending:
+        path = pending.pop()
+        try:
+            status = os.lstat(path)
+            if stat.S_ISDIR(status.st_mode):
+                pending += [f"{path}/{name}" for name in os.listdir(path)]
+        except OSError:
+            continue  # gone meanwhile
+        if status.st_ino not in seen:
+            seen.add(status.st_ino)
+            bytes_used += status.st_blocks * 512
+    return bytes_used, len(seen)
 
 
 def sync(directory: Path, timeout_s: float) -> None:

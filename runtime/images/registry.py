@@ -91,8 +91,8 @@ class Registry:
         return self._ask("pull", f"blob {descriptor.digest}", fetch)
 
     def blob(self, descriptor: Descriptor, take: Callable[[bytes], None], spool: Path) -> None:
-        """Give a blob to `take` piece by piece, in order. What arrives out of order is kept in a file without a name in
-        the directory `spool`.
+        """Give a blob to `take` piece by piece, in order. What arrives out of order is kept in a file in the directory
+        `spool`.
 
         A broken connection is resumed, at another host if need be. On return size and digest are right; BadContent
         when they are wrong: then `another` tells whether there are hosts that have not sent of it. What `take` raises
@@ -190,7 +190,7 @@ class Registry:
 
             self._retried(endpoint, fetch, True)
 
-        with tempfile.TemporaryFile(dir=spool, buffering=0) as file:
+        with tempfile.NamedTemporaryFile(dir=spool, buffering=0) as file:
             front = Front(file.fileno(), state.hash, state.position, take)
             try:
                 in_parallel(piece, front, descriptor.size, self._config.range_bytes, self._config.max_ranges)

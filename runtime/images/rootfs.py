@@ -10,7 +10,7 @@ from pathlib import Path
 
 from runtime.errors import InvalidSpec, NotFound, Unavailable
 from runtime.images.image import RootFs
-from runtime.images.layers import short_name
+from runtime.images.layers import short_name, usage_of
 from runtime.images.records import RootFsRecords, StoredRootFs
 from runtime.images.shelf import Shelf
 from runtime.images.unpack.form import ROOT_LISTED
@@ -125,26 +125,12 @@ class Roots:
             self._shelf.remove(self._shelf.release(rootfs.layers))
 
     def usage(self, container_id: str) -> tuple[int, int]:
-        """Bytes and inodes in the upper directory."""
-        bytes_used = 0
-        seen: set[int] = set()
-        pending = [self.get(container_id).upper]
-        while pending:
-            try:
-                entries = list(os.scandir(pending.pop()))
-            except OSError:
-                continue  # the container removes as we look
-            for entry in entries:
-                try:
-                    status = entry.stat(follow_symlinks=False)
-                except OSError:
-                    continue
-                if stat.S_ISDIR(status.st_mode):
-                    pending.append(entry.path)
-                if status.st_ino not in seen:
-                    seen.add(status.st_ino)
-                    bytes_used += status.st_blocks * 512
-        return bytes_used, len(seen)
+        """Bytes and inodes in the upper directory. Raises NotFound."""
+        upper = self.get(container_id).upper
+        try:
+            return usage_of(f"{upper}/{name}" for name in os.listdir(upper))
+        except FileNotFoundError:  # it is being discarded
+            return 0, 0
 
 
 def _rename_aside(directory: Path, doomed: Path) -> None:

@@ -36,9 +36,11 @@ def settle(layer: Path, below: tuple[Path, ...], unpacked: Unpacked, recipe: Pat
         path = _where(path, moved)
         here = own.lookup(path, follow=False)
         there = view.lookup(path, follow=False) if view else None
-        if view is None or here is None or there is None or not stat.S_ISDIR(here.status.st_mode):
+        if view is None or here is None or not stat.S_ISDIR(here.status.st_mode):
             continue
-        if stat.S_ISDIR(there.status.st_mode):
+        if there is None:
+            _inherit(here.path)
+        elif stat.S_ISDIR(there.status.st_mode):
             _adopt(here.path, there)
         elif stat.S_ISLNK(there.status.st_mode) and (target := view.resolve(path)):
             directory = _directory(layer, own, view, target)
@@ -130,6 +132,14 @@ def _adopt(path: str, there: Found) -> None:
     os.chmod(path, stat.S_IMODE(status.st_mode))
     _copy_xattrs(there.path, path)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns), follow_symlinks=False)
+
+
+def _inherit(path: str) -> None:
+    """A directory that nobody lists gets what mkdir(2) would have given it here, where its parent looks as below."""
+    parent = os.lstat(os.path.dirname(path))
+    if parent.st_mode & stat.S_ISGID:
+        os.chown(path, -1, parent.st_gid, follow_symlinks=False)
+        os.chmod(path, stat.S_IMODE(os.lstat(path).st_mode) | stat.S_ISGID)
 
 
 def _link(source: str, path: str) -> None:

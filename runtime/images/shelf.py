@@ -5,6 +5,7 @@ the shelf at once, so that nobody can come to need it, and is then removed by wh
 """
 
 import logging
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -12,13 +13,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from runtime.errors import CribError
-from runtime.images.layers import short_name
+from runtime.images.layers import short_name, usage_of
 from runtime.images.records import ImageRecords, Layer
 from runtime.removal import remove_tree
 
 log = logging.getLogger(__name__)
 
 _TURN_POLL_S = 0.1
+_SEAL = ".seal"
 
 
 class Shelf:
@@ -45,7 +47,7 @@ class Shelf:
 
     def seal(self, number: int) -> Path:
         """What its recipe doesn't tell, see `runtime.images.seal`; not there where it tells all."""
-        return self.recipes / f"{short_name(number)}.seal"
+        return self.recipes / f"{short_name(number)}{_SEAL}"
 
     def restore(self, layer: Layer) -> None:
         """Hold a layer that the records name, putting it on the shelf if it is the first time."""
@@ -132,10 +134,20 @@ class Shelf:
         return gone
 
     def usage(self) -> tuple[int, int]:
-        """Bytes and inodes of all layers."""
+        """Bytes and inodes of all layers and their directories. Walks those that are on their way in or out."""
         with self._lock:
             layers = list(self._layers.values())
-        return sum(layer.bytes_used for layer in layers), sum(layer.inodes for layer in layers)
+        finished = {short_name(layer.number) for layer in layers}
+        others = [
+            f"{directory}/{name}"
+            for directory in (self.base, self.recipes)
+            for name in os.listdir(directory)
+            if name.removesuffix(_SEAL) not in finished
+        ]
+        bytes_used, inodes = usage_of(others)
+        for status in map(os.lstat, (self.base, self.recipes)):
+            bytes_used, inodes = bytes_used + status.st_blocks * 512, inodes + 1
+        return bytes_used + sum(layer.bytes_used for layer in layers), inodes + sum(layer.inodes for layer in layers)
 
     @contextmanager
     def turn(self, digest: str, check: Callable[[], None]) -> Iterator[None]:

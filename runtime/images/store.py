@@ -18,7 +18,7 @@ from runtime.images import merged
 from runtime.images.catalogue import Catalogue
 from runtime.images.health import Health
 from runtime.images.image import Auth, FsUsage, Image, ImagesConfig, Progress, RootFs
-from runtime.images.layers import short_name
+from runtime.images.layers import short_name, usage_of
 from runtime.images.records import ImageRecords, Layer, RootFsRecords, lock
 from runtime.images.reference import Reference, parse
 from runtime.images.rootfs import Roots, lowers
@@ -47,7 +47,8 @@ class Images:
         self._config = config
         self._base = root / "layers"
         self._containers = config.containers or root / "rootfs"
-        self._spool = root / "spool"
+        # For files on their way in; what is left there is removed at the next start.
+        self.spool = root / "spool"
         self._recipes = root / "recipes"
         self._lock = threading.Lock()
         self._pulls: dict[object, Pull] = {}
@@ -61,7 +62,7 @@ class Images:
         An image that lacks a layer's directory is forgotten and logged; what no record names is removed in the
         background.
         """
-        for directory in (self._root, self._base, self._recipes, self._containers, self._spool):
+        for directory in (self._root, self._base, self._recipes, self._containers, self.spool):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             directory.chmod(0o700)
         self._lock_file = lock(self._root / "images.lock")
@@ -94,7 +95,7 @@ class Images:
         known = {short_name(number) for number in layers}
         strays = [self._base / name for name in present - known]
         strays += [Path(entry.path) for entry in os.scandir(self._containers) if not self._roots.image(entry.name)]
-        strays += [Path(entry.path) for entry in os.scandir(self._spool)]
+        strays += [Path(entry.path) for entry in os.scandir(self.spool)]
         strays += [Path(entry.path) for entry in os.scandir(self._recipes) if Path(entry.name).stem not in known]
         if unknown or strays:
             log.info("removing %d half-made layers and %d directories without a record", len(unknown), len(strays))
@@ -172,7 +173,7 @@ class Images:
             pull = self._pulls.get((str(reference), auth, only))
             if pull is not None and pull.join(progress):
                 return pull
-            pull = Pull(reference, auth, self._config, self._spool, self._health, only)
+            pull = Pull(reference, auth, self._config, self.spool, self._health, only)
             pull.join(progress)
             self._pulls[pull.key] = pull
             self._threads.add(pull.start(self._install, self._ended))
@@ -225,7 +226,7 @@ class Images:
 
         loaded = []
         try:
-            with Archive(fileobj, self._spool, self._config) as archive:
+            with Archive(fileobj, self.spool, self._config) as archive:
                 for content in archive.contents():
                     id = content.manifest.config.digest
                     with self._shelf.turn(id, lambda: None):
@@ -343,16 +344,14 @@ class Images:
         return self._roots.usage(container_id)
 
     def fs_info(self) -> tuple[list[FsUsage], list[FsUsage]]:
-        """What the images occupy, their layers, the records and the directories of both, and what containers' writable
-        layers do.
+        """What the images occupy, with all that is on its way in or out, and what containers' writable layers do.
 
-        The same where both lie on one file system. Else it walks the writable layers: not for the event loop.
+        The same where both lie on one file system. Walks what isn't a finished layer: not for the event loop.
         """
-        bytes_used, inodes = self._shelf.usage()
-        records = (*self._root.glob("images.*"), *self._root.glob("rootfs.db*"))
-        for path in (*records, self._base, self._recipes, self._spool):
-            bytes_used += path.lstat().st_blocks * 512
-            inodes += 1
+        layers = self._shelf.usage()
+        others = (*self._root.glob("images.*"), *self._root.glob("rootfs.db*"), self.spool)
+        more = usage_of(map(str, others))
+        bytes_used, inodes = layers[0] + more[0], layers[1] + more[1]
         images = [FsUsage(str(self._root), bytes_used, inodes)]
         if self._config.containers is None:
             return images, images

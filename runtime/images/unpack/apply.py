@@ -66,7 +66,9 @@ class Applier:
         self._implied: dict[bytes, None] = {}
         self._times: dict[bytes, tuple[int, int]] = {}
         self._setgid = False
-        self._whiteouts = False
+        # What of the layers below is gone by now, and what hides all that they have below it.
+        self._removed: set[bytes] = set()
+        self._opaque: set[bytes] = set()
         self._done = Applied()
 
     def apply(self, entries: Iterable[Entry]) -> Applied:
@@ -206,12 +208,13 @@ class Applier:
         target = clean(entry.link)
         if target == name:
             return
-        if self._whiteouts and self._hidden(target):
-            self._done.lower_links.append((name, target))
-            return
         try:
+            if target in self._removed and is_whiteout(os.lstat(target)):
+                raise FileNotFoundError
             self._create(name, lambda: os.link(target, name, follow_symlinks=False))
         except (FileNotFoundError, NotADirectoryError):
+            if self._gone(target):
+                raise BadLayer(f"hard link {name[:200]!r} to {target[:200]!r}, which the layer removes") from None
             self._done.lower_links.append((name, target))
         except PermissionError as error:  # what link(2) says of a directory
             raise BadLayer(f"hard link {name[:200]!r} to {target[:200]!r}, which is a directory") from error
@@ -220,11 +223,17 @@ class Applier:
                 raise BadLayer(f"{target[:200]!r} has too many hard links") from error
             raise
 
-    def _hidden(self, path: bytes) -> bool:
-        try:
-            return is_whiteout(os.lstat(path))
-        except OSError:
-            return False
+    def _gone(self, path: bytes) -> bool:
+        """Whether an earlier entry of this layer has removed what the layers below may have at `path`."""
+        if path in self._removed:
+            return True
+        at = len(path)
+        while at >= 0:
+            at = path.rfind(b"/", 0, at)
+            above = path[: max(at, 0)]
+            if above in self._removed or above in self._opaque:
+                return True
+        return False
 
     def _create(self, name: bytes, make: Callable[[], None]) -> None:
         try:
@@ -269,6 +278,7 @@ class Applier:
     def _whiteout(self, parent: bytes, base: bytes) -> None:
         if base == OPAQUE_MARK:
             os.setxattr(parent or b".", OPAQUE, b"y")
+            self._opaque.add(parent)
             return
         if base.startswith(WHITEOUT + WHITEOUT):
             return  # AUFS's own bookkeeping
@@ -276,9 +286,9 @@ class Applier:
         if hidden in (b"", b".", b".."):
             raise BadLayer(f"whiteout of {hidden!r}")
         path = parent + b"/" + hidden if parent else hidden
+        self._removed.add(path)
         try:
             os.mknod(path, stat.S_IFCHR, 0)
-            self._whiteouts = True
             self._done.inodes += 1
         except FileExistsError:
             if stat.S_ISDIR(os.lstat(path).st_mode):

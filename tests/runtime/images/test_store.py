@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,18 @@ from runtime.images.errors import BadImage
 from tests.limits import scaled
 from tests.requires import requires
 from tests.runtime.images.conftest import OpenStore, Served, tree_of
-from tests.runtime.images.given import Built, Layer, build, compressed, docker_archive, layer, oci_archive
+from tests.runtime.images.given import (
+    Built,
+    Layer,
+    Request,
+    build,
+    compressed,
+    digest,
+    docker_archive,
+    layer,
+    oci_archive,
+    serving,
+)
 
 pytestmark = requires("root")
 
@@ -207,8 +219,8 @@ def test_files_of_an_image(images: Images) -> None:
 
 def test_directories_that_a_layer_implies_are_as_below(images: Images, run_dir: Path) -> None:
     below = Layer().directory("tmp", mode=0o1777).directory("srv", mode=0o700, uid=7, gid=8, mtime=5)
-    below.directory("srv/www", mode=0o2750).file("other")
-    implying = Layer().file("tmp/t", "1").file("srv/www/index", "2").file("new/x").tar()
+    below.directory("srv/www", mode=0o2750, gid=9).file("other")
+    implying = Layer().file("tmp/t", "1").file("srv/www/index", "2").file("new/x").file("srv/www/new/er/x").tar()
     image = load(images, below.tar(), implying)
     top = run_dir / "store/layers" / image.layers[1]
 
@@ -219,8 +231,9 @@ def test_directories_that_a_layer_implies_are_as_below(images: Images, run_dir: 
     assert look("tmp") == ("drwxrwxrwt", 0, 0)
     assert look("srv") == ("drwx------", 7, 8)
     assert (top / "srv").lstat().st_mtime == 5
-    assert look("srv/www") == ("drwxr-s---", 0, 0)
+    assert look("srv/www") == ("drwxr-s---", 0, 9)
     assert look("new") == ("drwxr-xr-x", 0, 0)
+    assert look("srv/www/new") == look("srv/www/new/er") == ("drwxr-sr-x", 0, 9), "as mkdir(2) makes them there"
     alone = load(images, layer(x="1"), implying, name="local/alone:1")
     assert alone.layers[1] != image.layers[1], "on top of others it is another layer"
     assert load(images, below.tar(), implying, layer(z="1"), name="local/longer:1").layers[:2] == image.layers
@@ -367,6 +380,37 @@ def test_every_byte_is_accounted_for(images: Images, run_dir: Path) -> None:
         assert (usage.used_bytes, usage.inodes_used) == occupied(run_dir / "store"), f"{left} images"
         for image in images.list()[:1]:
             images.remove(image.id)
+
+
+def test_the_bytes_of_a_pull_under_way_are_accounted_for(images: Images, run_dir: Path) -> None:
+    load(images, layer(a="1"))
+    built = build(Layer().file("d/big", os.urandom(3 << 20)).tar(), layer(b="2"))
+    big = max(built.blobs.values(), key=len)
+
+    def half(request: Request) -> None:
+        request.send_response(200)
+        request.send_header("Content-Length", str(len(big)))
+        request.end_headers()
+        request.wfile.write(big[: len(big) // 2])
+        server.release.wait(scaled(30))
+        request.wfile.write(big[len(big) // 2 :])
+
+    with serving(built) as server, ThreadPoolExecutor() as pool:
+        server.lies[digest(big)] = half
+        pulled = pool.submit(images.pull, f"{server.host}/half:1")
+        try:
+            deadline_s = time.monotonic() + scaled(20)
+            before, found = (0, 0), (-1, -1)
+            while before != found or before[0] < len(big) // 2:
+                assert time.monotonic() < deadline_s
+                before, [usage], found = occupied(run_dir / "store"), images.fs_info()[0], occupied(run_dir / "store")
+            assert (usage.used_bytes, usage.inodes_used) == found
+        finally:
+            server.release.set()
+        pulled.result()
+    [usage], _ = images.fs_info()
+    os.sync()
+    assert (usage.used_bytes, usage.inodes_used) == occupied(run_dir / "store")
 
 
 def test_writable_layers_on_another_file_system(open_store: OpenStore, small_disk: Path, run_dir: Path) -> None:
