@@ -19,15 +19,40 @@ _logger = logging.getLogger(__name__)
 _SLOW_S: Final = 5.0
 
 
-def _log(reference: str, word: str, began_s: float, layers: dict[str, Progress]) -> None:
-    fields = {
-        "image": reference,
-        "seconds": round(time.monotonic() - began_s, 1),
-        "layers": f"{sum(news.state in ('done', 'exists') for news in layers.values())}/{len(layers)}",
-        "bytes": sum(news.current_bytes for news in layers.values()),
-        "total_bytes": sum(news.total_bytes for news in layers.values()),
-    }
-    _logger.info(word, extra={"fields": fields})
+class _Log:
+    """Of one pull, as far as it is slow; a context manager in which it tells by itself, also when nothing comes."""
+
+    def __init__(self, reference: str) -> None:
+        self._reference = reference
+        self._began_s = time.monotonic()
+        self.layers: dict[str, Progress] = {}
+
+    async def __aenter__(self) -> _Log:
+        self._task = asyncio.create_task(self._tell())
+        return self
+
+    async def __aexit__(self, *ignored: object) -> None:
+        self._task.cancel()
+
+    async def _tell(self) -> None:
+        while True:
+            await asyncio.sleep(_SLOW_S)
+            self._line("pulling")
+
+    def end(self, outcome: str) -> None:
+        if time.monotonic() - self._began_s > _SLOW_S:
+            self._line(f"pull {outcome}")
+
+    def _line(self, word: str) -> None:
+        layers = list(self.layers.values())
+        fields = {
+            "image": self._reference,
+            "seconds": round(time.monotonic() - self._began_s, 1),
+            "layers": f"{sum(news.state in ('done', 'exists') for news in layers)}/{len(layers)}",
+            "bytes": sum(news.current_bytes for news in layers),
+            "total_bytes": sum(news.total_bytes for news in layers),
+        }
+        _logger.info(word, extra={"fields": fields})
 
 
 async def pull(node: Node, reference: str, auth: Auth | None, progress: Callable[[Progress], None] | None) -> Image:
@@ -35,32 +60,26 @@ async def pull(node: Node, reference: str, auth: Auth | None, progress: Callable
 
     Cancelling aborts the transfer; what other pulls of the same layers wait for is theirs to go on with.
     """
-    began_s, told_s = time.monotonic(), time.monotonic()
-    layers: dict[str, Progress] = {}
     loop, cancelled = asyncio.get_running_loop(), threading.Event()
     shared, outcome = node.metrics.pull() if node.metrics else None, "cancelled"
 
     def tell(news: Progress) -> None:
-        nonlocal told_s
-        layers[news.digest] = news
+        log.layers[news.digest] = news
         if shared:
             shared.news(news)
-        if time.monotonic() - told_s > _SLOW_S:
-            told_s = time.monotonic()
-            _log(reference, "pulling", began_s, layers)
         if progress is not None:
             loop.call_soon_threadsafe(progress, news)
 
-    try:
-        image = await node.pull(node.images.pull, reference, auth=auth, progress=tell, cancelled=cancelled)
-        if time.monotonic() - began_s > _SLOW_S:
-            _log(reference, "pulled", began_s, layers)
-        outcome = "done"
-        return image
-    except Exception:
-        outcome = "failed"
-        raise
-    finally:
-        cancelled.set()
-        if shared:
-            shared.end(outcome)
+    async with _Log(reference) as log:
+        try:
+            image = await node.pull(node.images.pull, reference, auth=auth, progress=tell, cancelled=cancelled)
+            outcome = "done"
+            return image
+        except Exception:
+            outcome = "failed"
+            raise
+        finally:
+            cancelled.set()
+            log.end(outcome)
+            if shared:
+                shared.end(outcome)

@@ -12,6 +12,7 @@ from runtime.images.errors import BadContent, BadImage
 from runtime.images.health import Health
 from runtime.images.image import Auth, ImagesConfig, Progress
 from runtime.images.manifest import Descriptor, Index, Manifest, parse, select
+from runtime.images.records import StoredImage
 from runtime.images.reference import Reference
 from runtime.images.registry import Registry
 from runtime.images.transfer import Content, Source
@@ -42,10 +43,20 @@ class _RegistrySource:
 
 
 class Pull:
-    """Runs until it is done or nobody waits for it any more. `key` tells which requests are the same."""
+    """Runs until it is done or nobody waits for it any more. `key` tells which requests are the same.
+
+    `known` gives the image with an id if it is in the store: its configuration isn't fetched again.
+    """
 
     def __init__(
-        self, reference: Reference, auth: Auth | None, config: ImagesConfig, spool: Path, health: Health, only: str
+        self,
+        reference: Reference,
+        auth: Auth | None,
+        config: ImagesConfig,
+        spool: Path,
+        health: Health,
+        only: str,
+        known: Callable[[str], StoredImage | None],
     ) -> None:
         self.key = (str(reference), auth, only)
         self.reference = reference
@@ -55,6 +66,7 @@ class Pull:
         self._spool = spool
         self._health = health
         self._only = only
+        self._known = known
         self._lock = threading.Lock()
         self._waiting: list[Listener | None] = []
         self._latest: dict[str, Progress] = {}
@@ -150,6 +162,7 @@ class Pull:
             raise BadImage(f"{reference}: indexes more than {_NESTED_INDEXES} deep")
         if self._only not in ("", parsed.config.digest):
             raise NotFound(f"{reference}: is another image now, {parsed.config.digest}")
+        known = self._known(parsed.config.digest)
         names = [f"{reference.name}@{top.digest}"]
         if not reference.digest:
             names.append(str(reference))
@@ -157,7 +170,7 @@ class Pull:
             manifest=parsed,
             manifest_digest=document.digest,
             raw_manifest=document.data,
-            raw_config=registry.small_blob(parsed.config, self._config.config_limit_bytes),
+            raw_config=known.config if known else registry.small_blob(parsed.config, config.config_limit_bytes),
             names=tuple(names),
         )
 

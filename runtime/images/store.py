@@ -173,7 +173,7 @@ class Images:
             pull = self._pulls.get((str(reference), auth, only))
             if pull is not None and pull.join(progress):
                 return pull
-            pull = Pull(reference, auth, self._config, self.spool, self._health, only)
+            pull = Pull(reference, auth, self._config, self.spool, self._health, only, self._catalogue.stored)
             pull.join(progress)
             self._pulls[pull.key] = pull
             self._threads.add(pull.start(self._install, self._ended))

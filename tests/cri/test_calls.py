@@ -124,6 +124,21 @@ async def test_a_pull_goes_with_its_caller(served: Served) -> None:
     assert await asyncio.to_thread(served.images.cancelled.wait, 5)
 
 
+async def test_a_slow_pull_is_in_the_log(
+    served: Served, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that waits for its first byte."""
+    monkeypatch.setattr("cri.image.pull._SLOW_S", 0.02)
+    with caplog.at_level(logging.INFO, "cri.image.pull"):
+        request = pb.PullImageRequest(image=pb.ImageSpec(image="endless"))
+        code, _ = await code_of(served.client.PullImage(request, timeout=0.5))
+    assert code == grpc.StatusCode.DEADLINE_EXCEEDED
+    lines = [record for record in caplog.records if record.name == "cri.image.pull"]
+    assert lines[0].message == "pulling"
+    assert vars(lines[0])["fields"]["image"] == "endless"
+    assert vars(lines[0])["fields"]["layers"] == "0/0"
+
+
 async def test_crib_pull(served: Served) -> None:
     served.images.remote["nginx"] = image("nginx")
     news = [one async for one in served.client.Pull(crib_pb2.PullRequest(image="nginx"))]

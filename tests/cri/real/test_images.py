@@ -13,7 +13,7 @@ from tests.cri.real.conftest import Real
 from tests.cri.real.daemon import load_image
 from tests.cri.real.test_modes import MAPPED
 from tests.requires import requires
-from tests.runtime.images.given import Layer, build, oci_archive
+from tests.runtime.images.given import Layer, build, oci_archive, serving
 
 pytestmark = [pytest.mark.asyncio, requires("root", "busybox", "bridge", "overlay", "nft")]
 
@@ -70,3 +70,38 @@ async def test_volumes(real: Real, tmp_path: Path, mapped: bool) -> None:
     assert (tmp_path / "host").exists() and not list((tmp_path / "host").iterdir())
     again = await real.run(pod, "sleep", "1000", name="again", image=image, linux=linux)
     assert (await real.sh(again, "ls /data /pods")).stdout == b"/data:\nthere\n\n/pods:\nbelow\nhidden\n", "its own"
+
+
+async def test_one_id_for_one_image(real: Real) -> None:
+    """The same image through two registries: one id, whoever names it, and all its names."""
+    built = build(busybox().tar(), Cmd=["sleep", "1000"])
+    client = real.client
+    with serving(built) as one, serving(built) as other:
+        pulled = []
+        for server in (one, other):
+            request = pb.PullImageRequest(image=pb.ImageSpec(image=f"{server.host}/app:1"))
+            pulled.append((await client.PullImage(request)).image_ref)
+            asked = len(server.seen)
+            assert (await client.PullImage(request)).image_ref == built.id
+            assert [path for path, _ in server.seen[asked:]] == ["/v2/app/manifests/1"], "nothing is fetched again"
+    assert pulled == [built.id, built.id]
+    [image] = (await client.ListImages(pb.ListImagesRequest(filter=_named(built.id[7:19])))).images
+    assert image.id == built.id
+    assert set(image.repo_tags) == {f"{server.host}/app:1" for server in (one, other)}
+    assert set(image.repo_digests) == {f"{server.host}/app@{built.digest}" for server in (one, other)}
+    stream = client.StreamImages(pb.StreamImagesRequest(filter=_named(f"{other.host}/app@{built.digest}")))
+    assert [found.id async for part in stream for found in part.images] == [built.id]
+    pod = await real.pod()
+    for name in (f"{one.host}/app:1", f"{other.host}/app@{built.digest}", built.id, built.id[7:19]):
+        container = await real.create(pod, image=pb.ImageSpec(image=name), name=f"c{len(name)}")
+        listed = await client.ListContainers(pb.ListContainersRequest(filter=pb.ContainerFilter(id=container)))
+        assert listed.containers[0].image_id == built.id
+        assert (await real.status(container)).image_id == built.id
+    await client.RemoveImage(pb.RemoveImageRequest(image=pb.ImageSpec(image=f"{one.host}/app:1")))
+    assert not (
+        await client.ImageStatus(pb.ImageStatusRequest(image=pb.ImageSpec(image=f"{other.host}/app:1")))
+    ).image.id
+
+
+def _named(name: str) -> pb.ImageFilter:
+    return pb.ImageFilter(image=pb.ImageSpec(image=name))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import threading
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,18 @@ from runtime.images.errors import BadContent, RegistryDenied, RegistryUnavailabl
 from tests.limits import scaled
 from tests.requires import requires
 from tests.runtime.images.conftest import OpenStore, Served
-from tests.runtime.images.given import ARCHITECTURE, Layer, Pusher, build, digest, free_port, index, layer
+from tests.runtime.images.given import (
+    ARCHITECTURE,
+    Layer,
+    Pusher,
+    Request,
+    build,
+    digest,
+    free_port,
+    index,
+    layer,
+    serving,
+)
 
 pytestmark = requires("root", "registry")
 
@@ -298,3 +313,108 @@ def test_pusher_reports(registry: Served) -> None:
     """The tests' own push checks each answer."""
     with pytest.raises(AssertionError):
         Pusher(f"http://{registry.host}").push("UPPER", "latest", build(layer(a="1")))
+
+
+def test_layers_come_side_by_side_and_are_unpacked_as_they_arrive(open_store: OpenStore) -> None:
+    built = build(*(layer(**{f"f{number}": "x" * number}) for number in range(3)))
+    *small, last = [key for key in built.blobs if key not in (built.id, built.digest)]
+    together = threading.Barrier(3, timeout=scaled(30))
+    done = threading.Event()
+
+    def answer(request: Request) -> None:
+        together.wait()
+        if last in request.path:  # the others are there by now, or never
+            assert done.wait(scaled(30))
+        server.honest(request)
+
+    def told(progress: Progress) -> None:
+        finished.update({progress.digest} if progress.state == "done" else ())
+        if finished >= set(small):
+            done.set()
+
+    finished: set[str] = set()
+    with serving(built) as server:
+        server.lies |= dict.fromkeys((*small, last), answer)
+        open_store(max_parallel=3).pull(f"{server.host}/app", progress=told)
+
+
+LATELY_NS = time.time_ns() - 3600 * 1_000_000_000
+
+
+def attributes(root: Path) -> dict[str, object]:
+    """All there is to know of everything below; times of what nobody lists are those of its making."""
+    found: dict[str, object] = {}
+    first: dict[int, str] = {}
+    for path in [root, *sorted(root.rglob("*"))]:
+        status, name = path.lstat(), str(path.relative_to(root))
+        xattrs = {
+            key: os.getxattr(path, key, follow_symlinks=False) for key in os.listxattr(path, follow_symlinks=False)
+        }
+        data: object = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
+        time_ns = min(status.st_mtime_ns, LATELY_NS)
+        kind = (status.st_mode, status.st_uid, status.st_gid, status.st_rdev, time_ns)
+        found[name] = (kind, xattrs, data, first.setdefault(status.st_ino, name))
+    return found
+
+
+def test_parallel_and_serial_unpacking_give_the_same(open_store: OpenStore, run_dir: Path) -> None:
+    """With the lowest layer the last to arrive, every attribute of what depends on it."""
+    low = Layer().directory(
+        "d", mode=0o2750, uid=3, gid=(1 << 32) - 2, mtime=5.25, pax_headers={"SCHILY.xattr.user.k": "v"}
+    )
+    low.file("d/f", "f", mode=0o4755, uid=7, mtime=6).directory("e", mode=0o700).file("e/x").symlink("to", "d").file(
+        "g"
+    )
+    middle = Layer().file("d/new/deep/f", "1").hardlink("d/again", "d/f").file("e/.wh.x").file("to/through", "2")
+    top = (
+        Layer()
+        .directory("e", mode=0o711)
+        .file("e/.wh..wh..opq")
+        .file("e/y")
+        .file("d/new/h", "3")
+        .hardlink("l", "d/again")
+    )
+    top.file(".wh.g").add("null", b"3", devmajor=1, devminor=3).add("p", b"6").file("s", "x", mode=0o2755, gid=5)
+    built = build(low.tar(), middle.tar(), top.tar())
+    first, *others = [key for key in built.blobs if key not in (built.id, built.digest)]
+    asked = threading.Event()
+
+    def late(request: Request) -> None:
+        assert asked.wait(scaled(30))
+        server.honest(request)
+
+    def noted(request: Request) -> None:
+        server.honest(request)
+        if all(map(server.asked_for, others)):
+            asked.set()
+
+    trees = []
+    with serving(built) as server:
+        for name, parallel in (("parallel", 3), ("serial", 1)):
+            server.lies = {first: late, **dict.fromkeys(others, noted)} if parallel > 1 else {}
+            image = open_store(run_dir / name, max_parallel=parallel).pull(f"{server.host}/app")
+            trees.append([attributes(run_dir / name / "layers" / layer) for layer in image.layers])
+    assert trees[0] == trees[1]
+    assert [len(tree) for tree in trees[0]] == [7, 9, 11]
+
+
+def test_what_an_image_says_of_itself_changes_nothing(images: Images) -> None:
+    """Labels and annotations are data."""
+    said = {
+        "io.cri-containerd.pinned": "pinned",
+        "io.cri-containerd.image": "managed",
+        "org.opencontainers.image.ref.name": "docker.io/library/busybox:latest",
+        "containerd.io/gc.root": "1",
+    }
+    built = build(layer(a="1"), Labels=said)
+    manifest = json.loads(built.manifest)
+    manifest["annotations"] = said
+    for part in manifest["layers"]:
+        part["annotations"] = said
+    data = json.dumps(manifest).encode()
+    with serving(replace(built, manifest=data)) as server:
+        image = images.pull(f"{server.host}/app:1")
+        assert not image.pinned
+        assert image.repo_tags == (f"{server.host}/app:1",)
+        images.remove(image.id)
+    assert images.list() == []
