@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+import tarfile
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import IO
 
 import msgspec
@@ -63,9 +65,13 @@ def fetch(client: Client, image: str, quiet: bool = False, username: str = "", p
 
 
 def load(client: Client, options: Namespace) -> int:
-    """Store the images of an archive."""
-    with _archive(options.file) as file, progress.of_load(options.file, _length(file)) as told:
-        images = client.send("Load", _chunks(file, told)).images
+    """Store the images of an archive, or of the layout in a directory."""
+    if os.path.isdir(options.file):
+        images = _store(client, options.file, _layout(Path(options.file)), 0)
+    else:
+        with _archive(options.file) as file:
+            pieces = iter(lambda: file.read(_CHUNK_BYTES), b"")
+            images = _store(client, options.file, pieces, os.fstat(file.fileno()).st_size)
     rows = [Loaded(id=image.id, tags=list(image.repo_tags)) for image in images]
     if options.output == "json":
         show_json(rows)
@@ -85,14 +91,30 @@ def _archive(name: str) -> IO[bytes]:
         raise Failure(f"cannot load {name}: {(error.strerror or str(error)).lower()}", code) from error
 
 
-def _length(file: IO[bytes]) -> int:
-    return os.fstat(file.fileno()).st_size
+def _layout(directory: Path) -> Iterator[bytes]:
+    """The directory's files as an archive."""
+    for path in sorted(directory.rglob("*")):
+        if not path.is_file():
+            continue
+        with open(path, "rb") as file:
+            member = tarfile.TarInfo(str(path.relative_to(directory)))
+            member.size = os.fstat(file.fileno()).st_size
+            yield member.tobuf()
+            yield from iter(lambda: file.read(_CHUNK_BYTES), b"")
+            yield bytes(-member.size % tarfile.BLOCKSIZE)
+    yield bytes(2 * tarfile.BLOCKSIZE)
 
 
-def _chunks(file: IO[bytes], told: Callable[[int], None]) -> Iterator[crib_pb2.LoadRequest]:
-    while chunk := file.read(_CHUNK_BYTES):
-        yield crib_pb2.LoadRequest(chunk=chunk)
-        told(len(chunk))
+def _store(client: Client, name: str, pieces: Iterator[bytes], length: int) -> Sequence[crib_pb2.LoadedImage]:
+    with progress.of_load(name, length) as told:
+
+        def requests() -> Iterator[crib_pb2.LoadRequest]:
+            for piece in pieces:
+                yield crib_pb2.LoadRequest(chunk=piece)
+                told(len(piece))
+
+        loaded: Sequence[crib_pb2.LoadedImage] = client.send("Load", requests()).images
+        return loaded
 
 
 def images(client: Client, options: Namespace) -> int:

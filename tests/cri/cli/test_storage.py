@@ -52,6 +52,12 @@ def test_a_layout(crib: Crib, tmp_path: Path) -> None:
         assert hashlib.sha256(blob.read_bytes()).hexdigest() == blob.name
     assert {layer["digest"][7:] for layer in manifest["layers"]} < {blob.name for blob in blobs.iterdir()}
     assert "file exists" in crib.error("save", "--layout", str(layout), IMAGE, code=1)
+    [image] = crib.json("images")
+    crib("rmi", IMAGE)
+    assert crib("load", str(layout)) == f"{IMAGE}\n"
+    assert crib.json("images") == [image]
+    (layout / "index.json").unlink()
+    assert "archive holds no image" in crib.error("load", str(layout), code=1)
 
 
 def test_what_is_not_there(crib: Crib, tmp_path: Path) -> None:
