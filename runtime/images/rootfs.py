@@ -8,7 +8,7 @@ import threading
 from collections.abc import Collection
 from pathlib import Path
 
-from runtime.errors import InvalidSpec, NotFound, Unavailable
+from runtime.errors import CribError, InvalidSpec, NotFound, Unavailable
 from runtime.images.image import RootFs
 from runtime.images.layers import short_name, usage_of
 from runtime.images.records import RootFsRecords, StoredRootFs
@@ -118,7 +118,10 @@ class Roots:
             remove_tree(doomed)
         except OSError as error:
             raise Unavailable(f"root file system of {container_id}: {error}") from error
-        self._records.remove(container_id)
+        try:
+            self._records.remove(container_id)
+        except CribError as error:  # a full disk; without directories the next start forgets it
+            log.warning("record of the removed root file system of %s is left behind: %s", container_id, error)
         with self._lock:
             rootfs = self._prepared.pop(container_id, None)
         if rootfs is not None:
@@ -134,14 +137,13 @@ class Roots:
 
 
 def _rename_aside(directory: Path, doomed: Path) -> None:
-    """What is removed is never half there under its own name. Raises OSError."""
+    """What is removed isn't half there under its own name, where that can be. Raises OSError."""
     try:
         os.rename(directory, doomed)
     except FileNotFoundError:
         pass  # done when its removal was first tried
-    except OSError:
-        remove_tree(doomed)
-        os.rename(directory, doomed)
+    except OSError:  # something is left there, or a full disk has no room for the name
+        remove_tree(directory)
 
 
 def _root(rootfs: RootFs) -> str:

@@ -123,6 +123,15 @@ def _work(job: Job, filter: Filter, blob: int, report: int, recipe: int) -> None
         os._exit(status)
 
 
+def _reap() -> None:
+    """The forks that have ended by now; what they took counts as this process's, and so as cribd's."""
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass
+
+
 def serve(number: int, parent: int) -> None:
     """Take jobs from the socket with this descriptor until cribd closes its end."""
     _die_with(parent)
@@ -134,6 +143,7 @@ def serve(number: int, parent: int) -> None:
     while True:
         message, descriptors, _, _ = socket.recv_fds(jobs, 1 << 16, 3)
         if not message:
+            _reap()
             os._exit(0)
         pid = os.fork()  # noqa: TID251 (one thread, and a program of its own)
         if not pid:
@@ -144,9 +154,4 @@ def serve(number: int, parent: int) -> None:
         socket.send_fds(jobs, [str(pid).encode()], [pidfd])
         for descriptor in (pidfd, *descriptors):
             os.close(descriptor)
-        while True:  # those that have ended by now
-            try:
-                if os.waitpid(-1, os.WNOHANG)[0] == 0:
-                    break
-            except ChildProcessError:
-                break
+        _reap()

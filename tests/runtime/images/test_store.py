@@ -556,16 +556,22 @@ def test_a_full_disk(small_disk: Path, open_store: OpenStore) -> None:
 def test_removal_on_a_full_disk(small_disk: Path, open_store: OpenStore, caplog: pytest.LogCaptureFixture) -> None:
     images = open_store(small_disk / "store")
     image = load(images, Layer().file("a", os.urandom(1 << 20)).tar())
+    images.prepare("c", image.id)
     with open(small_disk / "filler", "wb", buffering=0) as filler:
         try:
             while filler.write(bytes(4096)):
                 pass
         except OSError:
             pass
+    images.discard("c")
+    assert images.prepared() == []
+    caplog.clear()
     images.remove(image.id)
     assert images.list() == []
     assert tree_of(small_disk / "store") == []
     assert "left behind" not in caplog.text
+    images.close()
+    assert open_store(small_disk / "store").prepared() == []
 
 
 KILLED = """
