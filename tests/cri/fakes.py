@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -515,6 +516,7 @@ class FakeImages:
         self.remote: dict[str, Image] = {}
         self.files: dict[str, bytes] = {"/etc/passwd": b"root:x:0:0:root:/root:/bin/sh\n"}
         self.cancelled = threading.Event()
+        self.spool = Path(tempfile.gettempdir())
 
     def open(self) -> None:
         pass
