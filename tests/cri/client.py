@@ -19,8 +19,9 @@ class Client:
     """`await client.Version(pb.VersionRequest(), timeout=1)`; raises grpc.aio.AioRpcError."""
 
     def __init__(self, target: str) -> None:
-        limit = [("grpc.max_receive_message_length", 16 << 20), ("grpc.max_send_message_length", 64 << 20)]
-        self.channel = grpc.aio.insecure_channel(target, options=limit)
+        options = [("grpc.max_receive_message_length", 16 << 20), ("grpc.max_send_message_length", 64 << 20)]
+        options.append(("grpc.use_local_subchannel_pool", 1))  # not what an earlier client saw of a cribd that was gone
+        self.channel = grpc.aio.insecure_channel(target, options=options)
         for services in (pb.DESCRIPTOR.services_by_name, crib_pb2.DESCRIPTOR.services_by_name):
             for service in services.values():
                 for method in service.methods:
