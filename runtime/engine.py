@@ -44,8 +44,6 @@ from runtime.zygote.server import SOCKET_NAME
 POD_TIMEOUT_S: Final = 20.0
 _AGAIN_S: Final = (1.0, 60.0)
 """Between attempts to start a zygote: at first, and at most."""
-_FACTS_OF_OLD: Final = {"uids": (), "shm_path": ""}
-"""What the first monitors of this version of the messages didn't tell, as they didn't have it."""
 _logger = logging.getLogger(__name__)
 
 __all__ = [
@@ -338,7 +336,7 @@ class Engine:
         """Hold on to a monitor that has just said who it is."""
         pid = facts["pid"]
         pidfd = os.pidfd_open(pid)
-        made = _FACTS_OF_OLD | facts["pod"]
+        made = facts["pod"]
         ns = f"/proc/{pid}/ns"
         namespaces = Namespaces(
             network=f"{ns}/net" if made["net"] else "",

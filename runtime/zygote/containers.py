@@ -12,7 +12,6 @@ from runtime.linux.lib import SyscallError
 from runtime.zygote.attach import detach_all
 from runtime.zygote.child import become
 from runtime.zygote.container import Container
-from runtime.zygote.log import open_log
 from runtime.zygote.messages import Kind, close_all, read_plan
 from runtime.zygote.podspace import NEWPID
 from runtime.zygote.spool import Log, Spool
@@ -70,8 +69,6 @@ class Containers:
         child |= {"stdout": ends[0][1], "stderr": ends[1][1]} if ends else {}
         child |= {"shm": self._space.shm} if self._space.shm >= 0 else {}
         plan, adopt = read_plan(fds[0]), fields.get("adopt", "")
-        if fields["log"] and len(fds) == 1:  # older cribds leave that to the monitor
-            fds.append(open_log(fields["log"]))
         flags = NEWPID if fields["pid"] == "new" else 0
         inherited = pid_ns
         if self._space.user >= 0:  # what it clones after joining the user namespace is what enters the pid namespace
@@ -91,7 +88,7 @@ class Containers:
             close_all([end[1] for end in ends] + ([stdin[0]] if stdin else []) + ([pid_ns] if pid_ns >= 0 else []))
         container = Container(connection, fields["n"], pid, pidfd, mine, fields)
         if fields["log"]:
-            size, limit = fields.get("log_size", 0), fields.get("log_max_bytes", 0)
+            size, limit = fields["log_size"], fields["log_max_bytes"]
             container.log = Log(self.spool, container.id, fields["log"], fds.pop(), size, limit)
         container.staged = self._space.user >= 0 and not adopt
         self._holds.add(container, held, ())
@@ -271,7 +268,7 @@ class Containers:
 
         log = self.running(fields["id"]).log
         if log:
-            log.reopen(fds.pop() if fds else open_log(log.path), fields.get("log_size", 0), reopened)
+            log.reopen(fds.pop(), fields["log_size"], reopened)
         else:
             reopened(0)
 

@@ -6,8 +6,9 @@ Format 4 is written whatever the interpreter, so that a cribd on a newer Python 
 Both ends are root's, of one installation; what arrives is still checked (size, shape, kind) before it is used.
 
 A monitor lives as long as its pod, so a later cribd has to talk to it. Within one VERSION fields are only added: to a
-request such as an older monitor can do without, to an answer such as a later cribd does without (`Engine.connect`). Any
-other change raises VERSION; then the two can't talk, and say so.
+request such as an older monitor can do without, to an answer such as a later cribd does without. Plans are part of it:
+an older monitor's child runs them, so a step's name and fields never change within one VERSION; a new step is one that
+only new requests need. Any other change raises VERSION; then the two can't talk, and say so.
 
 marshal and plain strings, not json and an enum: those run Python code, and each object that a monitor's code touches
 is a page of memory of that monitor's own (0.2 MiB, measured).
@@ -25,7 +26,7 @@ TYPE_CHECKING = False  # typing costs a monitor memory
 if TYPE_CHECKING:
     from typing import Any, Final
 
-VERSION: Final = 2
+VERSION: Final = 3
 LIMIT_BYTES: Final = 4 << 20
 _FORMAT: Final = 4
 # Small, since the buffer to receive one is as large, and what a monitor allocates is memory of its own.

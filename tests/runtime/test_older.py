@@ -21,11 +21,11 @@ from tests.runtime.conftest import POD_ID, TIMEOUT_S, Bench, container
 
 pytestmark = [requires("root", "overlay", "busybox"), pytest.mark.asyncio]
 FIRST = (
-    "zygote/podspace.py",
-    '("net", "ipc", "pid", "uids", "gids", "hostname", "shm_bytes", "shm_path")',
-    '("net", "ipc", "pid", "hostname", "shm_bytes")',
+    "zygote/container.py",
+    '            "log_full": self.log is not None and self.log.full,\n',
+    "",
 )
-"""A monitor from before user namespaces."""
+"""A monitor that doesn't limit logs."""
 OTHER = ("zygote/messages.py", f"VERSION: Final = {VERSION}", f"VERSION: Final = {VERSION - 1}")
 DROPS = (
     "zygote/server.py",

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import select
+import shutil
 import signal
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 from cri.api import cri_pb2 as pb
 from runtime import selinux
 from runtime.cgroup import detect
+from runtime.zygote.messages import VERSION
 from tests.cri.client import until
 from tests.cri.real.conftest import Real
 from tests.cri.real.daemon import BUILTIN, REPOSITORY, Daemon
@@ -29,6 +31,38 @@ async def again(real: Real) -> None:
     await real.client.close()
     real.daemon.start()
     real.client = real.daemon.client()
+
+
+async def test_an_upgrade_that_changes_the_messages(real: Real, tmp_path: Path) -> None:
+    """Pods of before run on, and can be removed; what their monitors can't be asked for says why."""
+    older = tmp_path / "older"
+    for name in ("cri", "net", "runtime"):
+        shutil.copytree(REPOSITORY / name, older / name, ignore=shutil.ignore_patterns("__pycache__"))
+    messages = older / "runtime/zygote/messages.py"
+    messages.write_text(messages.read_text().replace(f"Final = {VERSION}\n", f"Final = {VERSION - 1}\n"))
+    real.daemon.kill()
+    real.daemon.code = older
+    await again(real)
+    pod = await real.pod()
+    runs = await real.run(pod, "sleep", "1000", name="runs")
+    ends = await real.run(pod, "sleep", "1000", name="ends")
+    pids = [await real.pid(each) for each in (runs, ends)]
+
+    real.daemon.kill()
+    real.daemon.code = REPOSITORY
+    await again(real)
+    assert (await real.status(runs)).state == pb.CONTAINER_RUNNING
+    why = rf"it speaks version {VERSION - 1} of the messages, this process version {VERSION}"
+    for asked in (real.sh(runs, "true"), real.create(pod, "true", name="new")):
+        with pytest.raises(grpc.aio.AioRpcError, match=why) as caught:
+            await asked
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+    await real.client.StopContainer(pb.StopContainerRequest(container_id=ends, timeout=0))
+    assert (await real.status(ends)).exit_code == 137
+    await real.remove(pod)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    pod = await real.pod()
+    assert (await real.sh(await real.run(pod, "sleep", "1000"), "echo well")).stdout == b"well\n"
 
 
 async def test_a_crash(real: Real) -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import socket
 
 import pytest
 
-from runtime.zygote.messages import LIMIT_BYTES, VERSION, Kind, OtherVersion, ProtocolError, pack, receive, send
+from runtime.plan.plan import KINDS as STEPS
+from runtime.zygote import child  # noqa: F401 - which knows every step
+from runtime.zygote.messages import KINDS, LIMIT_BYTES, VERSION, Kind, OtherVersion, ProtocolError, pack, receive, send
+
+PROTOCOLS = {3: "753f5aafdde468b0"}
+"""By VERSION: a digest of the kinds of messages, and of the steps of plans with their fields."""
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
@@ -94,3 +100,16 @@ def test_another_versions_message_can_be_answered() -> None:
         with pytest.raises(OtherVersion, match=f"version {VERSION + 1}") as caught:
             receive(right)
         assert caught.value.number == 7
+
+
+def test_what_monitors_are_told_changes_with_the_version_only() -> None:
+    """Monitors outlive the cribd that made them: a later one sends them its messages and its plans."""
+    ours = (step for step in STEPS.values() if step.__module__.startswith("runtime."))
+    steps = sorted((step.__name__, *step.fields) for step in ours)
+    digest = hashlib.sha256(repr((sorted(KINDS), steps)).encode()).hexdigest()[:16]
+    assert PROTOCOLS.get(VERSION) == digest, (
+        "the messages or the steps of plans have changed: raise VERSION in runtime/zygote/messages.py and give the new "
+        "digest here, for a monitor of the earlier build fails with what it doesn't know. Only where "
+        "nothing that was there has changed, and what is new goes out only for requests that an earlier cribd didn't "
+        "know (a step or a kind of its own, no field of an old one), it's enough to give the new digest"
+    )
