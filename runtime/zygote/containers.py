@@ -51,55 +51,59 @@ class Containers:
         """As the START message asks; it is answered when that is decided. Raises OSError, KeyError or ValueError."""
         if fields["id"] in self._containers:
             raise ValueError("started before")
-        pid_ns = -1
-        if fields["pid"] == "pod":
-            pid_ns = self._space.shared_pid_ns()
-        elif fields["pid"] == "target":  # by pidfd: a path could lead to a process that came after it
-            pid_ns = os.dup(self.running(fields["pid_ns"]).pidfd)
-        elif fields["pid_ns"]:
-            pid_ns = os.open(fields["pid_ns"], os.O_RDONLY | os.O_CLOEXEC)
+        plan, adopt, space = read_plan(fds[0]), fields.get("adopt", ""), self._space
+        child = {"stdin": space.null, "stdout": space.null, "stderr": space.null}
+        ours: dict[str, int] = {}
+        lent: list[int] = []  # for the child, and closed here
         mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-        ends = [os.pipe2(os.O_CLOEXEC) for _ in range(0 if fields["terminal"] else 2)]
-        stdin = os.pipe2(os.O_CLOEXEC) if fields["stdin"] and not fields["terminal"] else None
-        child = {
-            "stdin": stdin[0] if stdin else self._space.null,
-            "stdout": self._space.null,
-            "stderr": self._space.null,
-        }
-        child |= {"stdout": ends[0][1], "stderr": ends[1][1]} if ends else {}
-        child |= {"shm": self._space.shm} if self._space.shm >= 0 else {}
-        plan, adopt = read_plan(fds[0]), fields.get("adopt", "")
-        flags = NEWPID if fields["pid"] == "new" else 0
-        inherited = pid_ns
-        if self._space.user >= 0:  # what it clones after joining the user namespace is what enters the pid namespace
-            child |= {"user": self._space.user} | ({"pid": pid_ns} if pid_ns >= 0 else {})
-            inherited, flags = -1, 0
-        held = self.watchers(None) if fields["pid"] in ("pod", "target", "join") and self._space.user < 0 else []
         try:
-            pid, pidfd = self._holds.clone(self._space, held, inherited, flags, fields["clone_dir"])
+            for name in () if fields["terminal"] else ("stdout", "stderr"):
+                ours[name], child[name] = os.pipe2(os.O_CLOEXEC)
+                lent.append(child[name])
+            if fields["stdin"] and not fields["terminal"]:
+                child["stdin"], ours["stdin"] = os.pipe2(os.O_CLOEXEC)
+                lent.append(child["stdin"])
+            pid_ns = self._pid_ns(fields)
+            lent += [pid_ns] if pid_ns >= 0 else []
+            child |= {"shm": space.shm} if space.shm >= 0 else {}
+            flags = NEWPID if fields["pid"] == "new" else 0
+            inherited = pid_ns
+            if space.user >= 0:  # what it clones after joining the user namespace is what enters the pid namespace
+                child |= {"user": space.user} | ({"pid": pid_ns} if pid_ns >= 0 else {})
+                inherited, flags = -1, 0
+            held = self.watchers(None) if fields["pid"] in ("pod", "target", "join") and space.user < 0 else []
+            pid, pidfd = self._holds.clone(space, held, inherited, flags, fields["clone_dir"])
             if pid == 0:
                 become(plan, child, theirs, traced=bool(held))
-        except SyscallError:
+        except BaseException:
             mine.close()
-            close_all([end[0] for end in ends] + ([stdin[1]] if stdin else []))
+            close_all(list(ours.values()))
             raise
         finally:
             theirs.close()
-            close_all([end[1] for end in ends] + ([stdin[0]] if stdin else []) + ([pid_ns] if pid_ns >= 0 else []))
+            close_all(lent)
         container = Container(connection, fields["n"], pid, pidfd, mine, fields)
         if fields["log"]:
             size, limit = fields["log_size"], fields["log_max_bytes"]
             container.log = Log(self.spool, container.id, fields["log"], fds.pop(), size, limit)
-        container.staged = self._space.user >= 0 and not adopt
+        container.staged = space.user >= 0 and not adopt
         self._holds.add(container, held, ())
         self._adoptions.begin(container, adopt, fds[1:])
-        if stdin:
-            os.set_blocking(stdin[1], False)
-            container.stdin = stdin[1]
-        for (fd, _), name in zip(ends, (b"stdout", b"stderr"), strict=False):
-            container.add_stream(fd, name)
+        container.stdin = ours.pop("stdin", -1)
+        if container.stdin >= 0:
+            os.set_blocking(container.stdin, False)
+        for name, fd in ours.items():
+            container.add_stream(fd, name.encode())
         self._containers[container.id] = container
         self._server.watch(mine.fileno(), lambda: self._started(container, mine.fileno()))
+
+    def _pid_ns(self, fields: dict[str, Any]) -> int:
+        """A descriptor, the caller's, of the pid namespace that a container is to be in; -1 for none but ours."""
+        if fields["pid"] == "pod":
+            return self._space.shared_pid_ns()
+        if fields["pid"] == "target":  # by pidfd: a path could lead to a process that came after it
+            return os.dup(self.running(fields["pid_ns"]).pidfd)
+        return os.open(fields["pid_ns"], os.O_RDONLY | os.O_CLOEXEC) if fields["pid_ns"] else -1
 
     def watchers(self, entered: Container | None) -> list[Container]:
         """Who could take over a child that enters a container's pid namespace, or with None the pod's."""

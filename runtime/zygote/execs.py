@@ -6,7 +6,6 @@ import select
 import socket
 
 from runtime.cgroup import files as cgroup_files
-from runtime.linux.lib import SyscallError
 from runtime.zygote.child import become
 from runtime.zygote.container import Process
 from runtime.zygote.messages import Kind, close_all, read_plan
@@ -41,7 +40,6 @@ class Execs:
     def start(self, connection: socket.socket, fields: dict[str, Any], fds: list[int]) -> None:
         """As the EXEC message asks; it is answered when that is decided. Raises OSError, KeyError or ValueError."""
         container = self._containers.running(fields["id"])
-        mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         plan = read_plan(fds[0])
         silent = [self._space.null] * 3
         streams = fds[-3:] if len(fds) > 3 else silent
@@ -55,11 +53,12 @@ class Execs:
         elif join_files and join_files[0].endswith("/cgroup.procs"):
             leaf = cgroup_files.leaf(join_files[0].rpartition("/")[0], container.cgroup, container.pid)
             join_files = (f"{leaf}/cgroup.procs",)
+        mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         try:
             pid, pidfd = self._holds.clone(self._space, held, -1 if adopt else container.pidfd, 0, clone_dir)
             if pid == 0:
                 become(plan, child, theirs, traced=bool(held))
-        except SyscallError:
+        except OSError:
             mine.close()
             raise
         finally:

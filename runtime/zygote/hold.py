@@ -102,7 +102,7 @@ class Holds:
         freeze(held)
         try:
             pid, pidfd = space.clone(pid_ns, flags, cgroup_dir)
-        except SyscallError:
+        except OSError:
             thaw(held)
             raise
         return pid, pidfd

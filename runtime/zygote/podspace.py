@@ -106,13 +106,13 @@ class PodSpace:
         return found
 
     def clone(self, pid_ns: int, flags: int, cgroup_dir: str) -> tuple[int, int]:
-        """clone3 with the child in the pid namespace of descriptor `pid_ns` (-1: as it is). Raises SyscallError.
+        """clone3 with the child in the pid namespace of descriptor `pid_ns` (-1: as it is). Raises OSError.
 
         The child has no command line that tells of crib: what enters a container is seen there.
         """
+        cgroup = os.open(cgroup_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) if cgroup_dir else -1
         title = set_title(b"")
         pid = -1
-        cgroup = os.open(cgroup_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) if cgroup_dir else -1
         try:
             if pid_ns < 0:
                 pid, pidfd = clone3(flags, cgroup, cgroup_dir)

@@ -16,10 +16,11 @@ import msgspec
 import pytest
 
 from runtime.cgroup import detect
-from runtime.engine import Cgroup, Engine, Exec, ExecStart, Pod, PodStart
+from runtime.engine import Cgroup, ContainerStart, Engine, Exec, ExecStart, Pod, PodStart
 from runtime.errors import DeadlineExceeded, StepFailed, Unavailable, WrongState
+from runtime.images import RootFs
 from runtime.linux.probe import probe
-from runtime.spec import Device, Hook, Hooks, Linux, Mount, Process, User
+from runtime.spec import Capabilities, Device, Hook, Hooks, Linux, Mount, Process, User
 from runtime.zygote.launch import interpreter, launch
 from runtime.zygote.messages import Kind, receive
 from tests.limits import scaled
@@ -152,6 +153,32 @@ async def test_a_failure_is_told_to_who_asked(bench: Bench, state_dir: Path, nul
         message = receive(other)
         assert message
         assert message[0] == Kind.EXEC_EXITED, "that is told to all"
+
+
+async def test_a_start_that_fails_in_the_monitor_leaves_nothing_there(bench: Bench) -> None:
+    pod = await bench.pod(PodStart(id=POD_ID, hostname="pod", pid=True))
+    capable = Capabilities(bounding=("CAP_SYS_PTRACE",), effective=("CAP_SYS_PTRACE",), permitted=("CAP_SYS_PTRACE",))
+
+    def watching(process: Process) -> Process:
+        return msgspec.structs.replace(process, capabilities=capable)
+
+    shared: dict[str, str | None] = {"pid": pod.namespaces.pid}
+    held = bench.cgroup_of("c")
+    await bench.start(pod, "c", container(pod, "sleep", "100", namespaces=shared, process=watching), held)
+    rootfs = RootFs(base=str(bench.layer), lowers=("1",), upper="/", work="/")
+    usual, gone = bench.cgroup_of("d"), "/sys/fs/cgroup/gone"
+    process = Path(f"/proc/{pod.monitor_pid}")
+    await pod.containers()
+    before = sorted(os.listdir(process / "fd")), (process / "cmdline").read_bytes()
+    for command, cgroup in (("x" * (5 << 20), usual), ("true", replace(usual, clone_dir=gone))):
+        spec = container(pod, command, namespaces=shared)
+        for _ in range(3):
+            with pytest.raises(StepFailed, match=r"plan of 5|gone no such file or directory"):
+                await pod.start(ContainerStart("d", spec, rootfs, cgroup, None, stdin=True))
+    await pod.containers()  # asked after those: it is done with them
+    assert (sorted(os.listdir(process / "fd")), (process / "cmdline").read_bytes()) == before
+    states = [Path(path) / name for path in held.kill_dirs for name in ("cgroup.freeze", "freezer.state")]
+    assert {path.read_text().strip() for path in states if path.exists()} in ({"0"}, {"THAWED"})
 
 
 async def test_two_containers_share_shm_and_hostname_but_not_processes(bench: Bench) -> None:
