@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from cri.node import Node
 
 KEPT_BYTES: Final = (16 << 20) - (64 << 10)
-"""Of both streams together, so that the answer fits into the client's 16 MiB; more is read and dropped."""
+"""Of both streams together, so that the answer fits into the client's 16 MiB; more is read and dropped.
+
+Half of it is each stream's own, whichever is first to flood; what one doesn't use is the other's.
+"""
 _READ_BYTES: Final = 64 << 10
 _KILL_WAIT_S: Final = 5.0
 _logger = logging.getLogger(__name__)
@@ -35,8 +38,7 @@ class Output:
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._kept_bytes = 0
-        self._parts: dict[int, list[bytes]] = {}
+        self._kept: dict[int, bytearray] = {}
         self.closed = asyncio.Event()
         self.write_ends: list[int] = []
         self._read_ends: list[int] = []
@@ -46,7 +48,7 @@ class Output:
             os.set_blocking(reading, False)
             self.write_ends.append(writing)
             self._read_ends.append(reading)
-            self._parts[reading] = []
+            self._kept[reading] = bytearray()
             self._open.add(reading)
             self._loop.add_reader(reading, self._readable, reading)
 
@@ -59,9 +61,11 @@ class Output:
         if not data:
             self._close(fd)
             return False
-        if keep := data[: max(KEPT_BYTES - self._kept_bytes, 0)]:
-            self._parts[fd].append(keep)
-            self._kept_bytes += len(keep)
+        kept = self._kept[fd]
+        (other,) = (one for number, one in self._kept.items() if number != fd)
+        kept += data
+        for one, beside in ((kept, other), (other, kept)):
+            del one[max(KEPT_BYTES // 2, KEPT_BYTES - len(beside)) :]
         return True
 
     def _close(self, fd: int) -> None:
@@ -92,7 +96,7 @@ class Output:
                 await self.closed.wait()
         except TimeoutError:
             pass
-        stdout, stderr = (b"".join(self._parts[fd]) for fd in self._read_ends)
+        stdout, stderr = (bytes(self._kept[fd]) for fd in self._read_ends)
         return stdout, stderr
 
     def close(self) -> None:
