@@ -47,8 +47,11 @@ def own(directory: Path, uid: int, gid: int) -> None:
 def _write(path: Path, content: bytes) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     with open(fd, "wb", buffering=0) as file:
-        file.write(content)
         os.fchmod(fd, 0o644)
+        try:
+            file.write(content)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _host_file(path: str, default: bytes) -> bytes:

@@ -84,6 +84,7 @@ async def test_the_disk_of_running_things(small: Real) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await small.pod(small.pod_config("other"))
     assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert str(small.daemon.state / "pods") in str(caught.value.details()), "it says where"
     await small.sh(container, "touch /go")
     found = await small.ended(container)
     assert (found.exit_code, found.reason) == (9, "Error")
