@@ -59,6 +59,8 @@ def _confine(job: Job, filter: Filter) -> None:
         (resource.RLIMIT_AS, _MEMORY_LIMIT_BYTES),
         (resource.RLIMIT_NOFILE, 64),
     ):
+        hard = resource.getrlimit(limit)[1]
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(limit, (value, value))
     last = caps.last_cap()
     os.umask(0)

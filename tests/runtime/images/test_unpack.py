@@ -355,6 +355,26 @@ os._exit(0)
 """
 
 
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from runtime.linux import caps
+from tests.runtime.images.given import Layer
+from tests.runtime.images.test_unpack import unpack
+
+keep = (1 << caps.last_cap() + 1) - 1 & ~caps.mask(("CAP_SYS_RESOURCE",))
+caps.drop_bounding(keep, caps.last_cap())
+caps.capset(keep, keep, 0)
+resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48))
+unpack(Path(sys.argv[1]), Layer().file("f", b"text").tar())
+"""
+
+
+def test_a_limit_that_is_lower_already_stays(target: Path) -> None:
+    subprocess.run([sys.executable, "-c", LIMITED, str(target)], cwd=ROOT, check=True)
+    assert (target / "f").read_bytes() == b"text"
+
+
 def test_system_calls_that_unpacking_does_not_need() -> None:
     """They are refused, though the process could do all of that; a thread it may have."""
     done = subprocess.run([sys.executable, "-c", ESCAPES], capture_output=True, check=True, text=True, timeout=60)
