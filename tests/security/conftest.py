@@ -23,7 +23,7 @@ from runtime.linux.probe import probe
 from runtime.plan.compile import compile_exec, compile_start
 from runtime.plan.plan import Plan, Step
 from runtime.spec import Capabilities, Linux, Mount, Process, Spec, User
-from tests.cri.real.conftest import Real, archive, daemon, real  # noqa: F401
+from tests.cri.real.conftest import Real, archive, daemon, real, settings  # noqa: F401
 from tests.cri.real.daemon import BUILTIN, Daemon, load_image
 from tests.runtime.conftest import Bench, bench, layer, null, state_dir  # noqa: F401
 from tests.security import weak
@@ -144,6 +144,10 @@ def applet(layer: Path, name: str) -> None:  # noqa: F811
     path = layer / "1/bin" / name
     if not path.exists():
         path.symlink_to("busybox")
+
+
+def bind(source: Path, destination: str, *options: str) -> Mount:
+    return Mount(destination=destination, type="bind", source=str(source), options=("rbind", "rprivate", *options))
 
 
 def python() -> tuple[str, tuple[Mount, ...]]:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 Test = TypeVar("Test", bound=Callable[..., object])
-NOTHING_TO_GUARD = "none needed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +23,7 @@ class Attack:
 
 
 def attack(*ids: str, sentence: str, guard: str, control: str) -> Callable[[Test], Test]:
-    """Register a test. `control` is the name of a test in the same module, or, beginning with `NOTHING_TO_GUARD`, the
-    reason why the defect can't apply."""
+    """Register a test. `control` is the name of a test in the same module."""
 
     def register(test: Test) -> Test:
         test.__dict__["attack"] = Attack(ids, sentence, guard, control)

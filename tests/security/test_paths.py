@@ -18,17 +18,13 @@ from runtime.spec import Linux, Mount, Process, Spec, User
 from tests.requires import requires
 from tests.runtime.conftest import TIMEOUT_S, Bench, container
 from tests.security import weak
-from tests.security.conftest import Image, Plans, Weaken, execute, holding, replaced, with_image
+from tests.security.conftest import Image, Plans, Weaken, bind, execute, holding, replaced, with_image
 from tests.security.defects import attack
 
 pytestmark = [requires("root", "overlay", "busybox"), pytest.mark.asyncio]
 
 RESOLVED = "paths in a root file system are resolved by openat2 with RESOLVE_IN_ROOT"
 MASKED = ("/proc/kcore", "/proc/keys", "/proc/acpi")
-
-
-def bind(source: Path, destination: str, *options: str) -> Mount:
-    return Mount(destination=destination, type="bind", source=str(source), options=("rbind", "rprivate", *options))
 
 
 def masked(linux: Linux) -> Linux:

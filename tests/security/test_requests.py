@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any, cast
 from urllib.request import urlopen
 
-import grpc
 import pytest
 
 from cri.api import cri_pb2 as pb
@@ -28,7 +27,7 @@ from tests.requires import requires
 from tests.runtime.conftest import POD_ID, TIMEOUT_S, Bench, container
 from tests.runtime.images.given import free_port
 from tests.security.conftest import start_at
-from tests.security.defects import NOTHING_TO_GUARD, attack
+from tests.security.defects import attack
 
 real_kernel = requires("root", "overlay", "busybox")
 
@@ -188,26 +187,6 @@ def test_volumes_of_an_image_come_first_and_give_way() -> None:
     assert [(each.destination, each.source) for each in own] == [("/etc", "rootfs/etc"), ("/link", "rootfs/link")]
     of_the_pod = next(number for number, each in enumerate(found) if each.source.startswith("/"))
     assert max(map(found.index, own)) < of_the_pod
-
-
-@attack(
-    "CVE-2024-8676", "CVE-2026-53489", "CVE-2026-53492", "CVE-2026-50195",
-    sentence="A checkpoint archive restores mounts, follows links, smuggles in CDI annotations or takes a local tag",
-    guard="crib restores no checkpoint: CheckpointContainer is not implemented, and an archive is no image",
-    control=f"{NOTHING_TO_GUARD}: there is no restore",
-)  # fmt: skip
-@pytest.mark.asyncio
-@real_kernel
-async def test_checkpoints(real: Real, tmp_path: Path) -> None:
-    pod = await real.pod(real.pod_config(network=False))
-    request = pb.CheckpointContainerRequest(container_id="x", location=str(tmp_path / "archive"))
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await real.client.CheckpointContainer(request)
-    assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
-    (tmp_path / "archive").write_bytes(b"checkpoint")
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await real.create(pod, image=pb.ImageSpec(image=str(tmp_path / "archive")))
-    assert caught.value.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND)
 
 
 # Sockets, directories and streams: CVE-2020-15257, -2024-25621, the streaming server

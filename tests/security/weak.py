@@ -25,6 +25,26 @@ NO_RESOLVE_IN_ROOT: Edits = (
     ),
 )
 """Paths in a root file system are followed as the kernel does for anybody: out of it."""
+RESOLVED_AS_A_STRING: Edits = (
+    ("plan/mounts.py", "import os\nimport stat\n", "import os\nimport stat\nimport time\n"),
+    (
+        "plan/mounts.py",
+        "    make = files.make_directories if directory else files.make_file\n    point = make(context.root, target)\n",
+        """\
+    top = os.readlink(f"/proc/self/fd/{context.root}")
+    path = os.path.realpath(top + target)
+    if not path.startswith(f"{top}/"):
+        path = top + path
+    time.sleep(0.001)
+    os.makedirs(path if directory else os.path.dirname(path), exist_ok=True)
+    if not directory:
+        os.close(os.open(path, os.O_CREAT | os.O_WRONLY))
+    point = os.open(path, os.O_PATH)
+""",
+    ),
+)
+"""A mount's target is resolved to a path inside the root, which is right then, and used a millisecond later: one core
+is enough for what changes in between."""
 NO_CHECK_OF_PROC: Edits = (
     ("plan/mounts.py", 'if target in ("/proc", "/sys"):', "if not target:"),
     ("plan/mounts.py", "if os.fstat(point).st_dev == context.proc_device and", "if not target and"),
