@@ -385,6 +385,11 @@ def labelled(pod_spec: Spec, image: Image) -> Spec:
     return msgspec.structs.replace(pod_spec, mounts=usual, process=process)
 
 
+def keyring_unlabelled(plan: Plan) -> Plan:
+    """Without the keyring's label, at which a start ends early where SELinux is off."""
+    return tuple(replaced(step, key_label="") if isinstance(step, identity.Detach) else step for step in plan)
+
+
 async def write_label(bench: Bench, image: Image) -> list[str]:
     """What turns up in the image's fake files."""
     pod = await with_image(bench, image).pod()
@@ -404,12 +409,14 @@ async def write_label(bench: Bench, image: Image) -> list[str]:
     "are written by the monitor, in the host's mount namespace",
     control="test_52881_control_label_opened_inside",
 )  # fmt: skip
-async def test_cve_2025_52881(bench: Bench, image: Image) -> None:
+async def test_cve_2025_52881(bench: Bench, image: Image, plans: Plans) -> None:
+    plans.starts(keyring_unlabelled)
     assert await write_label(bench, image) == []
 
 
 async def test_52881_control_label_opened_inside(bench: Bench, image: Image, plans: Plans) -> None:
     def moved(plan: Plan) -> Plan:
+        plan = keyring_unlabelled(plan)
         opened = [step for step in plan if isinstance(step, identity.OpenLabel)]
         others = [step for step in plan if step not in opened]
         at = next(number for number, step in enumerate(others) if isinstance(step, mounts.PivotRoot)) + 1
