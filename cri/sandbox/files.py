@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Final
 
 from cri.translate.etc import hosts
+from cri.translate.sandbox import PodPlan
+from runtime import selinux
 from runtime.errors import Exhausted
 
 _HOST_FILE_LIMIT_BYTES: Final = 1 << 20
@@ -35,13 +37,14 @@ def add_hosts(directory: Path, hostname: str, addresses: tuple[str, ...]) -> Non
     _write(directory / "hosts", hosts(hostname, addresses).encode())
 
 
-def own(directory: Path, uid: int, gid: int) -> None:
-    """Give the files to the root of the pod's user namespace, by its ids outside."""
-    for name in ("hostname", "resolv.conf", "hosts"):
-        try:
-            os.chown(directory / name, uid, gid, follow_symlinks=False)
-        except FileNotFoundError:
-            pass
+def own(directory: Path, plan: PodPlan) -> None:
+    """Give the files that there are the label of the pod's containers, and to the root of its user namespace."""
+    for path in (directory / "hostname", directory / "resolv.conf", directory / "hosts"):
+        if path.exists():
+            if plan.user:
+                os.chown(path, plan.user.uid.host_id, plan.user.gid.host_id, follow_symlinks=False)
+            if plan.selinux.file:
+                selinux.relabel(str(path), plan.selinux.file)
 
 
 def _write(path: Path, content: bytes) -> None:

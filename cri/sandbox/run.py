@@ -137,10 +137,7 @@ async def _start(node: Node, pod: Pod, timing: Timing) -> tuple[str, ...]:
         with timing.step("files", f"write hostname and resolv.conf in {directory}"):
             hostname = plan.etc_hostname(node.defaults.node_name)
             files.make(directory, hostname, plan.resolv_conf, host_network=not plan.network)
-            if plan.user:
-                files.own(directory, plan.user.uid.host_id, plan.user.gid.host_id)
-            if plan.selinux.file:
-                selinux.relabel(str(directory), plan.selinux.file)
+            files.own(directory, plan)
         if pod.record.cgroups:
             path = init or pod.record.cgroup_path
             with timing.step("cgroup", f"make {path}"):
@@ -192,10 +189,7 @@ def _connect(node: Node, pod: Pod, timing: Timing) -> tuple[str, ...]:
         attachment = node.network.attach(identity, netns, wants(pod, node.handlers.cni_conf_dir(pod.record.handler)))
     with timing.step("files", "write hosts"):
         files.add_hosts(node.directory(pod.id), pod.plan.hostname or node.defaults.node_name, attachment.ips)
-        if user := pod.plan.user:
-            files.own(node.directory(pod.id), user.uid.host_id, user.gid.host_id)
-        if pod.plan.selinux.file:
-            selinux.relabel(str(node.directory(pod.id) / "hosts"), pod.plan.selinux.file)
+        files.own(node.directory(pod.id), pod.plan)
     return attachment.ips
 
 
