@@ -38,7 +38,7 @@ class Machine:
     @classmethod
     def now(cls) -> Machine:
         return cls(
-            processes=frozenset(f"{pid} {text}" for pid, text in enclosure.descendants().items()),
+            processes=frozenset(_named_processes()),
             mounts=frozenset(_mounts()),
             links=frozenset(name for _, name in socket.if_nameindex()),
             tables=frozenset(_tables()),
@@ -58,6 +58,7 @@ def left_since(before: Machine, settle_s: float = SETTLE_S) -> list[str]:
 def _difference(before: Machine, after: Machine) -> list[str]:
     # A process is the same one whatever has become of its state and command line.
     known = {text.split()[0] for text in before.processes}
+    known |= {f"{pid}'s" for pid in known}
     left = [f"process {text}" for text in sorted(after.processes) if text.split()[0] not in known]
     left += [f"mount {text}" for text in sorted(after.mounts - before.mounts)]
     left += [f"network interface {name}" for name in sorted(after.links - before.links)]
@@ -65,6 +66,18 @@ def _difference(before: Machine, after: Machine) -> list[str]:
     left += [f"cgroup {path}" for path in _ours(after.cgroups - before.cgroups)]
     left += [f"file {path}" for path in sorted(after.files - before.files)]
     return left
+
+
+def _named_processes() -> Iterator[str]:
+    for pid, text in enclosure.descendants().items():
+        if text.endswith(" crib-spare"):  # a zygote's, which makes and replaces it as it finds the time: part of it
+            try:
+                parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            yield f"{parent}'s spare, {pid} {text}"
+        else:
+            yield f"{pid} {text}"
 
 
 def _mounts() -> Iterator[str]:
