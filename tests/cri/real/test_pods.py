@@ -47,6 +47,7 @@ async def test_a_pod_with_a_network(real: Real) -> None:
     assert found.image_id.startswith("sha256:")
     assert found.image.image == "localhost/crib/busybox:latest"
     assert found.user.linux.uid == 0
+    await until(lambda: len(logged(real)) == 2)
     lines = logged(real)
     assert {line.split(" ", 1)[1] for line in lines} == {"stdout F out", "stderr F err"}
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}Z .*", lines[0])
@@ -109,6 +110,7 @@ async def test_pid_namespaces(real: Real, mode: pb.NamespaceMode) -> None:
     await real.run(pod, "sleep", "1002", name="two")
     seen = (await real.sh(one, "ps -o args")).stdout.decode()
     assert ("sleep 1002" in seen) == (mode != pb.CONTAINER)
+    await until(lambda: logged(real, "one"))
     assert (logged(real, "one")[0].split()[-1] == "1") == (mode == pb.CONTAINER)
 
 

@@ -107,11 +107,15 @@ def _fill(draw: Callable[[st.SearchStrategy[Any]], Any], message: Message, densi
 def pods(draw: Any) -> pb.PodSandboxConfig:
     config = pb.PodSandboxConfig()
     _fill(draw, config, draw(st.sampled_from([0.05, 0.1, 0.3])))
-    if draw(st.floats(0, 1)) < 0.9:
-        config.metadata.MergeFrom(pb.PodSandboxMetadata(name="p", namespace="n", uid="u"))
-        config.log_directory = "/var/log/pods/crib-tests"
-        config.ClearField("hostname")
-        config.linux.ClearField("cgroup_parent")
+    return usual_pod(config) if draw(st.floats(0, 1)) < 0.9 else config
+
+
+def usual_pod(config: pb.PodSandboxConfig) -> pb.PodSandboxConfig:
+    """With what a pod can't do without."""
+    config.metadata.MergeFrom(pb.PodSandboxMetadata(name="p", namespace="n", uid="u"))
+    config.log_directory = "/var/log/pods/crib-tests"
+    config.ClearField("hostname")
+    config.linux.ClearField("cgroup_parent")
     return config
 
 
@@ -120,15 +124,21 @@ def containers(draw: Any) -> pb.ContainerConfig:
     config = pb.ContainerConfig()
     _fill(draw, config, draw(st.sampled_from([0.03, 0.06, 0.2])))
     if draw(st.floats(0, 1)) < 0.9:
-        config.metadata.name = "c"
-        config.image.image = IMAGE
-        config.image.ClearField("runtime_handler")
-        config.ClearField("log_path")
-        del config.command[:]
-        config.command.extend(["/bin/sh", "-c", "sleep 1000"])
+        usual_container(config)
     for mount in config.mounts:  # what comes in read-only can't be spoilt
         mount.readonly, mount.propagation = True, pb.PROPAGATION_PRIVATE
         mount.selinux_relabel = False
+    return config
+
+
+def usual_container(config: pb.ContainerConfig) -> pb.ContainerConfig:
+    """With what a container can't do without."""
+    config.metadata.name = "c"
+    config.image.image = IMAGE
+    config.image.ClearField("runtime_handler")
+    config.ClearField("log_path")
+    del config.command[:]
+    config.command.extend(["/bin/sh", "-c", "sleep 1000"])
     return config
 
 
@@ -165,7 +175,7 @@ async def asked(call: Any, request: Message) -> Any:
 
 async def test_any_pod(real: Real) -> None:
     made = 0
-    for config in tried(pods()):
+    for config in (usual_pod(pb.PodSandboxConfig()), *tried(pods())):
         answer = await asked(real.client.RunPodSandbox, pb.RunPodSandboxRequest(config=config))
         if answer is not None:
             made += 1
@@ -180,7 +190,7 @@ async def test_any_container(real: Real) -> None:
     pod = await real.pod()
     config = real.pod_config()
     made = 0
-    for wanted in tried(containers()):
+    for wanted in (usual_container(pb.ContainerConfig()), *tried(containers())):
         request = pb.CreateContainerRequest(pod_sandbox_id=pod, config=wanted, sandbox_config=config)
         answer = await asked(real.client.CreateContainer, request)
         if answer is None:
