@@ -37,9 +37,9 @@ def add_hosts(directory: Path, hostname: str, addresses: tuple[str, ...]) -> Non
     _write(directory / "hosts", hosts(hostname, addresses).encode())
 
 
-def own(directory: Path, plan: PodPlan) -> None:
-    """Give the files that there are the label of the pod's containers, and to the root of its user namespace."""
-    for path in (directory / "hostname", directory / "resolv.conf", directory / "hosts"):
+def own(directory: Path, plan: PodPlan, *names: str) -> None:
+    """Give those files that there are the label of the pod's containers, and to the root of its user namespace."""
+    for path in (directory / name for name in names):
         if path.exists():
             if plan.user:
                 os.chown(path, plan.user.uid.host_id, plan.user.gid.host_id, follow_symlinks=False)

@@ -137,7 +137,7 @@ async def _start(node: Node, pod: Pod, timing: Timing) -> tuple[str, ...]:
         with timing.step("files", f"write hostname and resolv.conf in {directory}"):
             hostname = plan.etc_hostname(node.defaults.node_name)
             files.make(directory, hostname, plan.resolv_conf, host_network=not plan.network)
-            files.own(directory, plan)
+            files.own(directory, plan, "hostname", "resolv.conf", "hosts")
         if pod.record.cgroups:
             path = init or pod.record.cgroup_path
             with timing.step("cgroup", f"make {path}"):
@@ -189,7 +189,7 @@ def _connect(node: Node, pod: Pod, timing: Timing) -> tuple[str, ...]:
         attachment = node.network.attach(identity, netns, wants(pod, node.handlers.cni_conf_dir(pod.record.handler)))
     with timing.step("files", "write hosts"):
         files.add_hosts(node.directory(pod.id), pod.plan.hostname or node.defaults.node_name, attachment.ips)
-        files.own(node.directory(pod.id), pod.plan)
+        files.own(node.directory(pod.id), pod.plan, "hosts")
     return attachment.ips
 
 

@@ -60,6 +60,22 @@ class MakeSource(Step):
         return f"make {self.path} if it is missing"
 
 
+def _attach(tree: int, path: str) -> None:
+    """Attach a detached mount at `path`, which is made to fit it, and close its descriptor."""
+    try:
+        if stat.S_ISDIR(os.fstat(tree).st_mode):
+            os.makedirs(path, 0o700, exist_ok=True)
+        else:
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        target = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        try:
+            move_mount(tree, target, path)
+        finally:
+            os.close(target)
+    finally:
+        os.close(tree)
+
+
 class AttachAt(Step):
     """Attach the detached mount `key` at `path` in this mount namespace, which is made to fit it."""
 
@@ -67,19 +83,7 @@ class AttachAt(Step):
     path: str
 
     def run(self, context: Context) -> None:
-        tree = context.take(self.key)
-        try:
-            if stat.S_ISDIR(os.fstat(tree).st_mode):
-                os.makedirs(self.path, 0o700, exist_ok=True)
-            else:
-                os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
-            target = os.open(self.path, os.O_PATH | os.O_CLOEXEC)
-            try:
-                move_mount(tree, target, self.path)
-            finally:
-                os.close(target)
-        finally:
-            os.close(tree)
+        _attach(context.take(self.key), self.path)
 
     def describe(self) -> str:
         return f"attach at {self.path}"
@@ -104,13 +108,7 @@ class AttachOwn(Step):
             tree = open_tree("", dirfd=source)
         finally:
             os.close(source)
-        os.makedirs(self.path, 0o700, exist_ok=True)
-        target = os.open(self.path, os.O_PATH | os.O_CLOEXEC)
-        try:
-            move_mount(tree, target, self.path)
-        finally:
-            os.close(target)
-            os.close(tree)
+        _attach(tree, self.path)
 
     def describe(self) -> str:
         return f"attach the root file system's {self.target} at {self.path}"
