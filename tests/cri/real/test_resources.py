@@ -246,6 +246,7 @@ async def test_updates_that_nobody_waits_for(real: Real) -> None:
     pod = await real.pod(real.pod_config(network=False))
     start = limits(memory_limit_in_bytes=64 * MIB, cpu_quota=50_000, cpu_period=100_000, cpu_shares=512)
     containers = [await real.run(pod, "sleep", "1000", name=f"c{n}", linux=start) for n in range(4)]
+    bystander = await real.run(pod, "sleep", "1000", name="bystander", linux=start)
     paths = {container: cgroup_path(await real.pid(container)) for container in containers}
     chance = random.Random(1)
 
@@ -261,6 +262,8 @@ async def test_updates_that_nobody_waits_for(real: Real) -> None:
             pass
 
     await asyncio.gather(*(change(number, chance.random() / 5) for number in range(200)))
+    # Changes of a pod take turns: when the bystander's is made, those that were given up on are.
+    assert await update(real, bystander, pb.LinuxContainerResources(cpu_shares=100)) == grpc.StatusCode.OK
     for container in containers:
         assert shown(await real.status(container)) == in_force(paths[container])
     for turn in range(6):
