@@ -29,6 +29,7 @@ MESSAGE_LIMIT_BYTES: Final = 16 << 20  # what the kubelet's client accepts
 _NO_DEADLINE_S: Final = 1e9  # grpcio reports about 9.2e18 seconds where the caller set none
 _READS: Final = re.compile(r"^(List|Stream|Get)|(Status|Stats|Info)$|^(Version|RuntimeConfig|Plan|Doctor|ExecSync)$")
 """Calls that change nothing, or, as probes do with ExecSync, come every second: their lines are DEBUG."""
+_NO_TROUBLE: Final = (grpc.StatusCode.OK, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNIMPLEMENTED)
 _BATCH: Final = 1000  # items of 1 to 4 KiB
 _logger = logging.getLogger(__name__)
 
@@ -160,13 +161,14 @@ def _remaining_s(context: _Context) -> float | None:
 
 
 def _write(name: str, code: grpc.StatusCode, text: str, failure: BaseException | None, seconds: float) -> None:
-    """The call's one line: INFO for a change, DEBUG for `_READS`; worse for what went wrong."""
+    """The call's one line: INFO for a change, DEBUG for `_READS`, also those nobody waits for; worse if it went wrong."""
     extra: dict[str, object] = {"code": code.name, "ms": f"{seconds * 1e3:.1f}"}
     if text:
         extra["error"] = text
-    level = logging.DEBUG if _READS.search(name) else logging.INFO
+    reads = _READS.search(name) is not None
+    level = logging.DEBUG if reads else logging.INFO
     if failure is not None:
         level = logging.ERROR
-    elif code not in (grpc.StatusCode.OK, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.UNIMPLEMENTED):
+    elif code not in _NO_TROUBLE and not (reads and code is grpc.StatusCode.CANCELLED):
         level = logging.WARNING
     _logger.log(level, "call", extra={"fields": extra}, exc_info=failure)

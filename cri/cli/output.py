@@ -20,7 +20,7 @@ _COLOURS: Final = {
     "not-ready": "dim",
     "no": "red",
 }
-_FOLDED: Final = ("STEP", "DETAIL", "FIX")  # of columns with sentences nothing is left out
+_FOLDED: Final = ("STEP", "DETAIL", "FIX", "INSTEAD", "RULE", "LEADS TO")  # columns of sentences
 
 
 def show(rows: Sequence[Row], columns: Mapping[str, Callable[[Row], str]], as_json: bool) -> None:
@@ -44,12 +44,14 @@ def _show_rich(titles: list[str], lines: list[list[str]]) -> None:
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
-    for title in titles:
-        folded = title in _FOLDED
-        table.add_column(title, no_wrap=not folded, overflow="fold" if folded else "ellipsis")
+    for title, *cells in zip(titles, *lines, strict=True):
+        if title in _FOLDED:
+            table.add_column(title, overflow="fold")
+        else:  # whole, however narrow the terminal: it is what commands are given
+            table.add_column(title, no_wrap=True, min_width=max(map(len, (title, *cells))))
     for line in lines:
         table.add_row(*(Text(cell, style=_COLOURS.get(cell.partition(" ")[0], "")) for cell in line))
-    Console(highlight=False).print(table)
+    Console(highlight=False).print(table, crop=False)
 
 
 def show_json(value: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
 import grpc
@@ -39,6 +40,16 @@ async def life(served: Served) -> tuple[str, str]:
     await client.StopPodSandbox(pb.StopPodSandboxRequest(pod_sandbox_id=pod))
     await client.RemovePodSandbox(pb.RemovePodSandboxRequest(pod_sandbox_id=pod))
     return pod, container
+
+
+async def test_a_listener_that_goes_is_no_trouble(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, "cri.rpc"):
+        call = await subscribed(served)
+        call.cancel()
+        async with asyncio.timeout(scaled(20)):
+            while not caplog.records:
+                await asyncio.sleep(0)
+    assert [(record.levelname, vars(record)["fields"]["code"]) for record in caplog.records] == [("DEBUG", "CANCELLED")]
 
 
 async def test_a_life_in_order_told_to_all(served: Served) -> None:

@@ -64,13 +64,17 @@ class Crib:
         assert text.count("\n") == 1 and text.endswith("\n"), text
         return text.rstrip("\n")
 
-    def on_terminal(self, *arguments: str) -> str:
-        """What a terminal of 120 columns shows."""
+    def on_terminal(self, *arguments: str, columns: int = 120) -> str:
+        """What a terminal shows."""
         master, slave = pty.openpty()
         with open(master, "rb", buffering=0) as screen:
             with open(slave, "wb", buffering=0) as terminal:
                 process = subprocess.Popen(
-                    self.command(*arguments), env=self.environment, stdin=terminal, stdout=terminal, stderr=terminal
+                    self.command(*arguments),
+                    env=self.environment | {"COLUMNS": str(columns)},
+                    stdin=terminal,
+                    stdout=terminal,
+                    stderr=terminal,
                 )
             shown = b""
             try:

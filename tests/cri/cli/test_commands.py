@@ -67,6 +67,7 @@ def test_table_on_a_terminal(crib: Crib, running: Start) -> None:
     running("web")
     shown = crib.on_terminal("ps")
     assert "\x1b[" in shown and "web" in shown and "running" in shown
+    assert IMAGE in crib.on_terminal("ps", columns=40), "what commands are given is whole on any terminal"
 
 
 def test_what_fits_several_is_refused(crib: Crib, fake: Fake, running: Start) -> None:
