@@ -161,7 +161,7 @@ def _remaining_s(context: _Context) -> float | None:
 
 
 def _write(name: str, code: grpc.StatusCode, text: str, failure: BaseException | None, seconds: float) -> None:
-    """The call's one line: INFO for a change, DEBUG for `_READS`, also those nobody waits for; worse if it went wrong."""
+    """The call's one line: INFO for a change, DEBUG for `_READS`, also unheard ones; worse for what went wrong."""
     extra: dict[str, object] = {"code": code.name, "ms": f"{seconds * 1e3:.1f}"}
     if text:
         extra["error"] = text
