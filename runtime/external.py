@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import subprocess
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from socket import AF_UNIX, SOCK_NONBLOCK, SOCK_STREAM, socket
@@ -126,9 +127,14 @@ class Bundle:
         self._name = f"bundle-{container_id}"
         self._directory = f"{self._pod}/{self._name}"
         self.title = f"runtime handler {runtime.name!r} ({runtime.path})"
+        self._cgroup: dict[str, int] = {}  # its directories, and what tells them from later ones of the same names
 
-    def create(self, spec: Spec, rootfs: RootFs, environment: Environment) -> Call:
-        """Write the bundle; what makes the container, and doesn't start it yet. Raises Unsupported or OSError."""
+    def create(self, spec: Spec, rootfs: RootFs, environment: Environment, cgroup: tuple[str, ...]) -> Call:
+        """Write the bundle; what makes the container, and doesn't start it yet. `cgroup` are the directories of its own.
+
+        Raises Unsupported, OSError, or CribError where there is no cgroup.
+        """
+        self._cgroup = _inodes(cgroup)
         call = self._call("create", spec.process, "--bundle", self._directory)
         command, host = call.plan[-1].values()[0], f"/proc/{os.getpid()}/ns"
         bundle = compile_bundle(spec, rootfs, environment, self._directory, command, host)
@@ -138,7 +144,12 @@ class Bundle:
         return Call(bundle.plan, call.adopt, call.console)
 
     async def start(self, pid: int) -> None:
-        """Have the process that `create` has made become its program. Raises CribError."""
+        """Have the process that `create` has made become its program.
+
+        Raises CribError, also where the cgroup was removed meanwhile: the runtime makes another, which has no limits.
+        """
+        if _inodes(self._cgroup) != self._cgroup:
+            raise CribError(f"cgroup {next(iter(self._cgroup))}: was removed while the container was made")
         await self._run("start", "start", self._id)
 
     def exec(self, exec_id: str, process: Process, environment: Environment) -> Call:
@@ -244,6 +255,14 @@ class Bundle:
                     os.killpg(process.pid, signal.SIGKILL)
         if code:
             raise CribError(f"{title}: {self.complaint(name, f'exit code {code}')}")
+
+
+def _inodes(directories: Iterable[str]) -> dict[str, int]:
+    """Of a cgroup's directories. Raises CribError where one is gone."""
+    try:
+        return {directory: os.stat(directory).st_ino for directory in directories}
+    except FileNotFoundError as error:
+        raise CribError(f"cgroup {error.filename}: was removed") from error
 
 
 def _environment() -> dict[str, str]:

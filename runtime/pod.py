@@ -143,7 +143,7 @@ class Pod:
         call: Call | None = None
         if request.runtime:
             external = Bundle(request.runtime, self.environment.directory, request.id)
-            call = external.create(request.spec, request.rootfs, self.environment)
+            call = external.create(request.spec, request.rootfs, self.environment, cgroup.kill_dirs)
             start = Start(call.plan, "host", "", request.spec.process.terminal)
             target, state, created = "", {}, external.start  # the runtime joins what paths lead to
         else:

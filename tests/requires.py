@@ -68,6 +68,12 @@ def _program(name: str, package: str) -> Callable[[], str | None]:
     return probe
 
 
+def _builtin() -> str | None:
+    """The engine itself: what a test shows of it isn't another runtime's."""
+    runtime = os.environ.get("CRIB_TEST_RUNTIME")
+    return f"{runtime} runs the containers (CRIB_TEST_RUNTIME)" if runtime else None
+
+
 def _root() -> str | None:
     if os.geteuid() != 0:
         return "not root"
@@ -203,6 +209,7 @@ def _recordings() -> str | None:
 VOCABULARY: dict[str, Callable[[], str | None]] = {
     "apparmor": _apparmor,
     "bridge": _bridge,
+    "builtin": _builtin,
     "busybox": _program("busybox", "busybox-static"),
     "cgroup1": _cgroup1,
     "cgroup2": _cgroup2,

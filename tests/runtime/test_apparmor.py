@@ -77,6 +77,18 @@ async def test_the_default_profile(bench: Bench) -> None:
     assert (await asyncio.wait_for(bench.exited("d"), TIMEOUT_S)).code == 137
 
 
+async def test_what_newer_kernels_mediate_is_allowed_by_the_default(bench: Bench) -> None:
+    """Local sockets and user namespaces, which a policy that names no ABI would deny (containerd #12726)."""
+    name = apparmor.load_default()
+    pod = await bench.pod()
+    script = "syslogd -O /said && logger over a local socket; until grep -o 'over.*' /said; do :; done; unshare -U echo in"
+    spec = container(
+        pod, "sh", "-c", script, process=lambda process: msgspec.structs.replace(process, apparmor_profile=name)
+    )
+    _, log = await bench.run(pod, "c", spec)
+    assert log.splitlines() == ["over a local socket", "in"]
+
+
 async def test_a_profile_that_is_not_loaded(bench: Bench) -> None:
     pod = await bench.pod()
     spec = container(

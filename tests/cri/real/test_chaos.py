@@ -34,7 +34,7 @@ _CONTAINERS = 2
 
 pytestmark = [
     pytest.mark.asyncio,
-    requires("root", "busybox", "bridge", "overlay", "nft"),
+    requires("root", "busybox", "bridge", "overlay"),
     pytest.mark.timeout(scaled(240)),
 ]
 

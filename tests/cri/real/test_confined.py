@@ -20,14 +20,15 @@ from tests.cri.real.test_modes import linux, refused
 from tests.requires import requires
 from tests.runtime.images.given import Layer
 
-pytestmark = [pytest.mark.asyncio, requires("root", "busybox", "bridge", "overlay", "nft")]
+pytestmark = [pytest.mark.asyncio, requires("root", "busybox", "bridge", "overlay")]
 MERGE, STRICT = pb.SupplementalGroupsPolicy.Merge, pb.SupplementalGroupsPolicy.Strict
 _PROFILE = pb.SecurityProfile
 
 
 @pytest.fixture
 def settings() -> str:
-    return f"{BUILTIN}[handlers.bare]\nprivileged_without_host_devices = true\n"
+    path = f"path = '{RUNTIME}'\n" if RUNTIME else ""
+    return f"{BUILTIN}[handlers.bare]\nprivileged_without_host_devices = true\n{path}"
 
 
 def held(status: str, name: str) -> set[str]:
@@ -107,7 +108,6 @@ async def test_paths(real: Real) -> None:
     assert (await real.sh(plain, "cat /proc/uptime")).stdout, "exactly the request's: none"
 
 
-@pytest.mark.skipif(bool(RUNTIME), reason="the handler is the built-in engine's")
 @pytest.mark.parametrize("handler", ["", "bare"])
 async def test_privileged(real: Real, handler: str) -> None:
     config = real.pod_config()

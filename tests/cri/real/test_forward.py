@@ -21,7 +21,7 @@ from tests.cri.streaming.client import Spdy, Stream
 from tests.limits import scaled
 from tests.requires import requires
 
-pytestmark = [pytest.mark.asyncio, requires("root", "busybox", "bridge", "overlay", "nft")]
+pytestmark = [pytest.mark.asyncio, requires("root", "busybox", "bridge", "overlay")]
 
 Servers: TypeAlias = list[subprocess.Popen[bytes]]
 _PROTOCOL = "portforward.k8s.io"

@@ -17,7 +17,7 @@ from tests.cri.real.conftest import Real
 from tests.cri.real.daemon import Daemon, load_image
 from tests.requires import requires
 
-pytestmark = [pytest.mark.asyncio, requires("root", "busybox", "bridge", "overlay", "nft")]
+pytestmark = [pytest.mark.asyncio, requires("root", "busybox", "bridge", "overlay")]
 
 
 @pytest_asyncio.fixture

@@ -19,7 +19,7 @@ from tests.cri.real.conftest import Real
 from tests.cri.real.daemon import BUILTIN, RUNTIME
 from tests.requires import requires
 
-pytestmark = [pytest.mark.asyncio, requires("root", "busybox", "bridge", "overlay", "nft", "runc")]
+pytestmark = [pytest.mark.asyncio, requires("root", "busybox", "bridge", "overlay", "runc")]
 
 
 def program() -> str:

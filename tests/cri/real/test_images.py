@@ -15,7 +15,7 @@ from tests.cri.real.test_modes import MAPPED
 from tests.requires import requires
 from tests.runtime.images.given import Layer, build, oci_archive, serving
 
-pytestmark = [pytest.mark.asyncio, requires("root", "busybox", "bridge", "overlay", "nft")]
+pytestmark = [pytest.mark.asyncio, requires("root", "busybox", "bridge", "overlay")]
 
 APPLETS = ("sh", "cat", "stat", "mkdir", "touch", "ls", "grep", "sleep")
 

@@ -19,7 +19,7 @@ from tests.cri.real.test_images import busybox, load
 from tests.cri.real.test_modes import refused
 from tests.requires import requires
 
-pytestmark = [pytest.mark.asyncio, requires("root", "busybox", "bridge", "overlay", "nft")]
+pytestmark = [pytest.mark.asyncio, requires("root", "busybox", "bridge", "overlay")]
 STUBBORN = 'trap "echo TERM" TERM; trap "echo USR1" USR1; trap "echo USR2" USR2; echo up; while :; do sleep 0.02; done'
 STAGES = ("createRuntime", "createContainer", "startContainer", "poststart", "poststop")
 
@@ -141,8 +141,10 @@ async def test_hooks_of_every_kind(real: Real, hooks_dir: Path, tmp_path: Path) 
     found["startContainer"] = told
     host = [os.readlink("/proc/self/ns/mnt"), os.readlink("/proc/self/ns/net")]
     for stage, status in (("createRuntime", "creating"), ("poststart", "running"), ("poststop", "stopped")):
-        assert found[stage][:2] == host, stage
-        assert json.loads(found[stage][-1])["status"] == status
+        assert found[stage][1] == host[1], stage
+        if not RUNTIME or stage == "poststop":  # runc runs the others in `create`, in a mount namespace of its own
+            assert found[stage][0] == host[0], stage
+            assert json.loads(found[stage][-1])["status"] == status
     assert found["createContainer"][:2] == [mount_ns, net_ns]
     assert found["startContainer"][:2] == [mount_ns, net_ns]
     for stage in STAGES:
@@ -154,7 +156,7 @@ async def test_hooks_of_every_kind(real: Real, hooks_dir: Path, tmp_path: Path) 
     assert (await real.sh(plain, "test -e /startContainer")).exit_code == 1, "its condition doesn't hold"
 
 
-@pytest.mark.skipif(bool(RUNTIME), reason="another runtime has other words")
+@requires("builtin")  # another runtime has other words
 async def test_a_hook_that_fails_or_hangs(real: Real, hooks_dir: Path, tmp_path: Path) -> None:
     """The start fails, says what the hook said, and leaves nothing; others' calls are answered meanwhile."""
     hook(hooks_dir, "fails", "echo no room here >&2; exit 3", "createRuntime")

@@ -14,7 +14,7 @@ from tests.requires import requires
 
 pytestmark = [
     pytest.mark.asyncio,
-    requires("root", "busybox", "bridge", "overlay", "nft"),
+    requires("root", "busybox", "bridge", "overlay"),
     pytest.mark.timeout(scaled(240)),
 ]
 PODS = 100

@@ -15,7 +15,7 @@ from tests.cri.test_metrics import figures
 from tests.requires import requires
 from tests.runtime.images.given import free_port
 
-pytestmark = [pytest.mark.asyncio, requires("root", "busybox", "bridge", "overlay", "nft")]
+pytestmark = [pytest.mark.asyncio, requires("root", "busybox", "bridge", "overlay")]
 
 
 async def listed(real: Real) -> tuple[dict[str, int], dict[str, int]]:

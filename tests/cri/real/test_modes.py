@@ -16,7 +16,7 @@ from tests.cri.real.conftest import Real
 from tests.cri.real.daemon import IMAGE, RUNTIME
 from tests.requires import requires
 
-pytestmark = [pytest.mark.asyncio, requires("root", "busybox", "bridge", "overlay", "nft")]
+pytestmark = [pytest.mark.asyncio, requires("root", "busybox", "bridge", "overlay")]
 FIRST_ID = 1 << 20
 MAPPED = [pb.IDMapping(container_id=0, host_id=FIRST_ID, length=1 << 16)]
 OVERLAP = [pb.IDMapping(container_id=first, host_id=first + 100, length=10) for first in (0, 5)]

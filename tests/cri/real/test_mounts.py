@@ -15,7 +15,7 @@ from tests.cri.real.conftest import Real
 from tests.cri.real.test_modes import linux, refused
 from tests.requires import requires
 
-pytestmark = [pytest.mark.asyncio, requires("root", "busybox", "bridge", "overlay", "nft")]
+pytestmark = [pytest.mark.asyncio, requires("root", "busybox", "bridge", "overlay")]
 BOTH_WAYS, FROM_HOST = (
     pb.MountPropagation.PROPAGATION_BIDIRECTIONAL,
     pb.MountPropagation.PROPAGATION_HOST_TO_CONTAINER,

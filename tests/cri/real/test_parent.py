@@ -21,6 +21,7 @@ from runtime.cgroup.dbus import PRIVATE_SOCKET, SYSTEM_SOCKET
 from runtime.errors import NotFound, WrongState
 from tests.cri.client import until
 from tests.cri.real.conftest import Real
+from tests.cri.real.daemon import RUNTIME
 from tests.cri.real.test_resources import MIB, V2, cgroup_path, held, limits, update
 from tests.limits import scaled
 from tests.requires import requires
@@ -77,7 +78,8 @@ async def test_one_that_somebody_froze_can_be_changed_and_ended(real: Real) -> N
     assert await update(real, container, pb.LinuxContainerResources(cpu_shares=700)) == grpc.StatusCode.OK
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await real.sh(container, "true", limit_s=1)
-    assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    refused = RUNTIME and "paused" in (caught.value.details() or "")
+    assert refused or caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
     assert "killing a command failed" not in real.daemon.log(), "on v1 what is killed stays frozen"
     assert await real.pid(container) in cgroups.procs(path), "nobody thawed the rest"
     assert len(cgroups.procs(path)) == 1
@@ -160,8 +162,9 @@ async def test_a_kubelet_that_asks_nobody(real: Real) -> None:
                 await real.start(container)
             except grpc.aio.AioRpcError as error:
                 reasons.append(error)
-            for reason in reasons:
-                assert re.search("cgroup|slice|killed|died before it could start", reason.details() or ""), reason
+            for reason in reasons:  # another runtime doesn't say what its process died of
+                told = "cgroup|slice|killed|died before it could start" + ("|runtime handler" if RUNTIME else "")
+                assert re.search(told, reason.details() or ""), reason
             if container:
                 await real.client.StopContainer(pb.StopContainerRequest(container_id=container, timeout=0))
                 found = await real.status(container)

@@ -18,7 +18,7 @@ from tests.cri.client import until
 from tests.cri.real.conftest import Real
 from tests.requires import need, requires
 
-pytestmark = [pytest.mark.asyncio, requires("root", "busybox", "bridge", "overlay", "nft")]
+pytestmark = [pytest.mark.asyncio, requires("root", "busybox", "bridge", "overlay")]
 
 
 async def refused(call: object) -> tuple[grpc.StatusCode, str]:

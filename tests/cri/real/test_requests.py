@@ -27,7 +27,7 @@ _EXAMPLES = 60
 
 pytestmark = [
     pytest.mark.asyncio,
-    requires("root", "busybox", "bridge", "overlay", "nft"),
+    requires("root", "busybox", "bridge", "overlay"),
     pytest.mark.timeout(scaled(120 + 120 * MORE)),
 ]
 

@@ -23,7 +23,7 @@ from tests.cri.real.daemon import BUILTIN, REPOSITORY, Daemon
 from tests.limits import scaled
 from tests.requires import requires
 
-pytestmark = [pytest.mark.asyncio, requires("root", "busybox", "bridge", "overlay", "nft")]
+pytestmark = [pytest.mark.asyncio, requires("root", "busybox", "bridge", "overlay")]
 
 
 async def again(real: Real) -> None:

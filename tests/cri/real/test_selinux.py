@@ -22,7 +22,7 @@ from tests.cri.real.test_modes import linux, refused, user_pod
 from tests.requires import requires
 from tests.runtime.test_clean import hosts_files
 
-pytestmark = [pytest.mark.asyncio, requires("root", "busybox", "bridge", "overlay", "nft", "selinux")]
+pytestmark = [pytest.mark.asyncio, requires("root", "busybox", "bridge", "overlay", "selinux")]
 # Asked by a Python whose files are the host's: the label of the session keyring, and a message queue.
 PROBE = """
 import ctypes, json, os
