@@ -14,7 +14,11 @@ _ENABLED: Final = Path("/sys/module/apparmor/parameters/enabled")
 _PARSER_TIMEOUT_S: Final = 30
 # What a container has no business with even as root: the kernel's own files but for those of its namespaces, mounting,
 # and processes outside. `attach_disconnected`: descriptors from outside the container's mount namespace are no error.
+# The ABI is named, or else each newer parser and kernel would forbid what this doesn't allow because it is older: user
+# namespaces from 4.0 on, then local sockets (containerd #12726). Where a distribution has a profile for an OCI runtime,
+# it is that which signals.
 _TEXT: Final = f"""
+abi <abi/3.0>,
 profile {DEFAULT} flags=(attach_disconnected,mediate_deleted) {{
   network,
   capability,
@@ -22,12 +26,14 @@ profile {DEFAULT} flags=(attach_disconnected,mediate_deleted) {{
   umount,
 
   signal (receive) peer=unconfined,
+  signal (receive) peer=runc,
+  signal (receive) peer=crun,
   signal (send, receive) peer={DEFAULT},
   ptrace (trace, read, tracedby, readby) peer={DEFAULT},
 
   deny mount,
   deny /proc/* w,
-  deny /proc/{{[^1-9],[^1-9][^0-9],[^1-9s][^0-9y][^0-9s],[^1-9][^0-9][^0-9][^0-9]*}}/** w,
+  deny /proc/{{[^1-9/],[^1-9/][^0-9/],[^1-9s/][^0-9y/][^0-9s/],[^1-9/][^0-9/][^0-9/][^0-9/]*}}/** w,
   deny /proc/sys/[^kn]** w,
   deny /proc/sys/kernel/{{?,??,[^s][^h][^m]**}} w,
   deny /proc/sysrq-trigger rwklx,
@@ -38,6 +44,7 @@ profile {DEFAULT} flags=(attach_disconnected,mediate_deleted) {{
   deny /sys/fs/c[^g]*/** wklx,
   deny /sys/fs/cg[^r]*/** wklx,
   deny /sys/firmware/** rwklx,
+  deny /sys/devices/virtual/powercap/** rwklx,
   deny /sys/kernel/security/** rwklx,
 }}
 """

@@ -130,7 +130,7 @@ class Bundle:
         self._cgroup: dict[str, int] = {}  # its directories, and what tells them from later ones of the same names
 
     def create(self, spec: Spec, rootfs: RootFs, environment: Environment, cgroup: tuple[str, ...]) -> Call:
-        """Write the bundle; what makes the container, and doesn't start it yet. `cgroup` are the directories of its own.
+        """Write the bundle; what makes the container, and doesn't start it yet. `cgroup` are its cgroup's directories.
 
         Raises Unsupported, OSError, or CribError where there is no cgroup.
         """
@@ -226,8 +226,12 @@ class Bundle:
         return listener
 
     def _write(self, name: str, content: Spec | Process) -> None:
-        with open(f"{self._directory}/{name}", "wb") as file:
-            file.write(msgspec.json.encode(content))
+        path = f"{self._directory}/{name}"
+        try:
+            with open(path, "wb") as file:
+                file.write(msgspec.json.encode(content))
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, path) from None
 
     async def _run(self, name: str, *words: str) -> None:
         """A command that makes no process of the container's. Raises CribError."""

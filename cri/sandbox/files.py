@@ -49,12 +49,12 @@ def own(directory: Path, plan: PodPlan, *names: str) -> None:
 
 def _write(path: Path, content: bytes) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-    with open(fd, "wb", buffering=0) as file:
-        os.fchmod(fd, 0o644)
-        try:
+    try:
+        with open(fd, "wb") as file:
+            os.fchmod(fd, 0o644)
             file.write(content)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(path)) from None
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _host_file(path: str, default: bytes) -> bytes:

@@ -60,7 +60,8 @@ class Adoption:
         """The command has ended, and left a process or a failure."""
         self.runs = False
         code = info.si_status if info.si_code == os.CLD_EXITED else info.si_status + 128
-        if (code or not self.take(process)) and process.failure is None:
+        made = self.take(process)  # also where the command was killed after that
+        if (code or not made) and process.failure is None:
             process.failure = {"failed": -1, "errno": 0, "detail": f"exit code {code}"}
         if self._listener >= 0:
             with socket.socket(fileno=self._listener) as listener:

@@ -111,6 +111,8 @@ class Execs:
         """SIGKILL to the process and its descendants. Raises OSError."""
         process = self._execs.get(exec_id)
         if process and not process.ended:
+            if process.adoption:  # what the command has made may be its child no more
+                process.adoption.take(process)
             directories = self._exec_of[exec_id].kill_dirs
             kill_tree(process.pid, directories)
             process.kill()  # it may not be in its cgroup yet

@@ -17,11 +17,14 @@ _PASSES: Final = 64
 def kill_tree(root: int, directories: tuple[str, ...]) -> None:
     """SIGKILL the process `root`, its descendants, and whoever shares a session with one, in the container's cgroup.
 
-    They are stopped first, and killed when a pass over the cgroup finds no more of them: what is stopped doesn't fork,
-    and a parent that is dead can't be told any more. What daemonized before still has the session, unless it made a
-    new one and its parent has gone.
+    `root` itself may be outside. They are stopped first, and killed when a pass over the cgroup finds no more of them:
+    what is stopped doesn't fork, and a parent that is dead can't be told any more. What daemonized before still has the
+    session, unless it made a new one and its parent has gone.
     """
     known: dict[int, int] = {}
+    if stat := _stat(root):
+        known[root] = stat[3]
+        _signal(root, stat[3], signal.SIGSTOP)
     tree = {root}
     for _ in range(_PASSES):
         members = _members(directories)

@@ -78,15 +78,18 @@ async def test_the_default_profile(bench: Bench) -> None:
 
 
 async def test_what_newer_kernels_mediate_is_allowed_by_the_default(bench: Bench) -> None:
-    """Local sockets and user namespaces, which a policy that names no ABI would deny (containerd #12726)."""
+    """Local sockets, user namespaces (containerd #12726); and a namespace's own parameters, below /proc/sys."""
     name = apparmor.load_default()
     pod = await bench.pod()
-    script = "syslogd -O /said && logger over a local socket; until grep -o 'over.*' /said; do :; done; unshare -U echo in"
+    script = (
+        "syslogd -O /said && logger over a local socket; until grep -o 'over.*' /said; do :; done; unshare -U echo in; "
+        "cat /proc/sys/kernel/shmmni > /proc/sys/kernel/shmmni && echo set"
+    )
     spec = container(
         pod, "sh", "-c", script, process=lambda process: msgspec.structs.replace(process, apparmor_profile=name)
     )
     _, log = await bench.run(pod, "c", spec)
-    assert log.splitlines() == ["over a local socket", "in"]
+    assert log.splitlines() == ["over a local socket", "in", "set"]
 
 
 async def test_a_profile_that_is_not_loaded(bench: Bench) -> None:

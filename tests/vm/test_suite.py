@@ -15,7 +15,8 @@ pytestmark = [requires("root", "vm"), pytest.mark.timeout(LIMIT_S + 120)]
 # Without systemd what meets the cgroups: the rest doesn't know the difference.
 CGROUPS = ("tests/runtime", "--ignore=tests/runtime/images", "tests/cri/real")
 # On 6.1, which CI has: its User-Mode Linux is slower, and without nftables most of the network's tests are skipped.
-OLD = ("tests/runtime", "--ignore=tests/runtime/images", "tests/security")
+MOUNTS = tuple(f"tests/cri/real/test_{name}.py" for name in ("mounts", "images", "modes"))
+OLD = ("tests/runtime", "--ignore=tests/runtime/images", "tests/security", *MOUNTS)
 
 
 @pytest.mark.parametrize(

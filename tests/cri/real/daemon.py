@@ -24,14 +24,20 @@ RUNTIME = os.environ.get("CRIB_TEST_RUNTIME", "")
 class Daemon:
     """`start` returns when cribd is ready; `stop` ends it as systemd would, `kill` as a crash does.
 
-    `prefix` is a command that ends by executing the words after it; `code` holds the packages.
+    `prefix` is a command that ends by executing the words after it; `code` holds the packages; `root` is cribd's, in
+    `directory` unless it is given.
     """
 
     def __init__(
-        self, directory: Path, config: str = BUILTIN, prefix: tuple[str, ...] = (), code: Path = REPOSITORY
+        self,
+        directory: Path,
+        config: str = BUILTIN,
+        prefix: tuple[str, ...] = (),
+        code: Path = REPOSITORY,
+        root: Path | None = None,
     ) -> None:
         self.directory = directory
-        self.root = directory / "root"
+        self.root = root or directory / "root"
         self.state = directory / "state"
         self.listen = f"unix://{directory}/s"
         self.config = directory / "config.toml"

@@ -14,9 +14,12 @@ import grpc
 import pytest
 
 from cri.api import cri_pb2 as pb
+from runtime.cgroup import detect
 from tests.cri.client import until
 from tests.cri.real.conftest import Real
 from tests.cri.real.daemon import BUILTIN, RUNTIME
+from tests.cri.real.test_resources import cgroup_path
+from tests.limits import scaled
 from tests.requires import requires
 
 pytestmark = [pytest.mark.asyncio, requires("root", "busybox", "bridge", "overlay", "runc")]
@@ -129,6 +132,22 @@ async def test_a_runtime_that_is_gone(real: Real) -> None:
     assert (await real.status(container)).state == pb.CONTAINER_RUNNING
     await real.client.StopContainer(pb.StopContainerRequest(container_id=container, timeout=0))
     assert (await real.status(container)).exit_code == 137
+
+
+async def test_a_command_that_is_killed_while_the_runtime_makes_it(real: Real) -> None:
+    """Its caller goes at any moment; of what the runtime has made by then nothing is left."""
+    container = await real.run(await pod_of(real, "oci"), "sleep", "1000")
+    path = cgroup_path(await real.pid(container))
+    request = pb.ExecSyncRequest(container_id=container, cmd=["sleep", "1234"])
+
+    async def once(number: int) -> None:
+        with pytest.raises(grpc.aio.AioRpcError):
+            await real.client.ExecSync(request, timeout=scaled(number / 200))
+
+    for begin in range(1, 41, 4):
+        await asyncio.gather(*(once(number) for number in range(begin, begin + 4)))
+    await until(lambda: len(detect().procs(path)) == 1)
+    assert (await real.sh(container, "echo on")).stdout == b"on\n"
 
 
 async def test_an_unknown_handler(real: Real) -> None:

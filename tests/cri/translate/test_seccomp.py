@@ -166,12 +166,11 @@ def test_the_default_profile_decides_on_every_call_of_the_table() -> None:
     since_450 = """
         set_mempolicy_home_node cachestat fchmodat2 map_shadow_stack futex_wake futex_wait futex_requeue statmount
         listmount lsm_get_self_attr lsm_set_self_attr lsm_list_modules mseal setxattrat getxattrat listxattrat
-        removexattrat open_tree_attr file_getattr file_setattr
+        removexattrat open_tree_attr file_getattr file_setattr listns rseq_slice_yield
     """.split()
     table = {*since_450, "uretprobe", "uprobe"}
     for header in Path("/usr/include").glob("*/asm/unistd_[36][24].h"):
         table |= set(re.findall(r"#define __NR_(\w+)", header.read_text()))
-    table.discard("listns")  # since 6.19: not decided on, so ENOSYS
     assert table - named() == set()
 
 
@@ -184,6 +183,7 @@ def test_the_default_profile_decides_on_every_call_of_the_table() -> None:
         (308, (), "CAP_SYS_ADMIN", errno.EPERM),  # setns
         (435, (), "CAP_SYS_ADMIN", errno.ENOSYS),  # clone3
         (467, (), "CAP_SYS_ADMIN", errno.EPERM),  # open_tree_attr
+        (470, (), "CAP_SYS_ADMIN", errno.EPERM),  # listns
         (321, (), "CAP_BPF", errno.EPERM),  # bpf
         (298, (), "CAP_PERFMON", errno.EPERM),  # perf_event_open
         (304, (), "CAP_DAC_READ_SEARCH", errno.EPERM),  # open_by_handle_at
@@ -217,7 +217,8 @@ NEWNS, NEWUSER, SIGCHLD = 0x20000, 0x10000000, 17
         (452, (), 0),  # fchmodat2
         (462, (), 0),  # mseal
         (469, (), 0),  # file_setattr
-        (470, (), errno.ENOSYS),  # listns, 6.19
+        (471, (), 0),  # rseq_slice_yield, 7.0
+        (472, (), errno.ENOSYS),
         (600, (), errno.ENOSYS),
         (335, (), 0),  # uretprobe
         (101, (), 0),  # ptrace
