@@ -6,10 +6,12 @@ carries it, those of lower rooms included. Credentials, environment values and s
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 import re
-import sys
+import select
 import time
 from contextvars import ContextVar
 from typing import Final
@@ -19,6 +21,7 @@ sandbox: ContextVar[str] = ContextVar("sandbox", default="")
 container: ContextVar[str] = ContextVar("container", default="")
 
 _CONTEXT: Final = (("rpc", rpc), ("sandbox", sandbox), ("container", container))
+_PATIENCE_MS: Final = 100
 _PLAIN: Final = re.compile(r"[!#-<>-\[\]-~]+")
 LEVELS: Final = ("debug", "info", "warning", "error")
 
@@ -33,7 +36,7 @@ def bind(*, sandbox_id: str = "", container_id: str = "") -> None:
 
 def setup(level: str, form: str) -> None:
     """Log to standard error from `level` on, in `form` "text" (key=value) or "json"."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _StandardError()
     handler.setFormatter(_Json() if form == "json" else _KeyValue())
     root = logging.getLogger()
     root.handlers[:] = [handler]
@@ -60,6 +63,31 @@ def fields(record: logging.LogRecord) -> dict[str, object]:
     if record.exc_info:
         found["traceback"] = logging.Formatter().formatException(record.exc_info)
     return found
+
+
+class _StandardError(logging.Handler):
+    """Doesn't wait for who reads standard error (a journald that hangs, a full pipe): what finds no room is counted.
+
+    The first such line waits a moment. One of more than 4 KiB may wait for a pipe.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lost = 0
+        self._room = select.poll()
+        self._room.register(2, select.POLLOUT)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not self._room.poll(0 if self._lost else _PATIENCE_MS):
+            self._lost += 1
+            return
+        text = f"{self.format(record)}\n"
+        if self._lost:
+            words = {"levelname": "WARNING", "msg": f"{self._lost} lines are missing: standard error was not read"}
+            text = f"{self.format(logging.makeLogRecord(words))}\n{text}"
+            self._lost = 0
+        with contextlib.suppress(OSError):  # nobody is there to be told
+            os.write(2, text.encode(errors="backslashreplace"))
 
 
 class _Json(logging.Formatter):

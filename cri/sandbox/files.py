@@ -6,15 +6,17 @@ They are under <state>/pods/<id>, a tmpfs as a rule, and written by worker threa
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 from typing import Final
 
 from cri.translate.etc import hosts
 from cri.translate.sandbox import PodPlan
 from runtime import selinux
-from runtime.errors import Exhausted
+from runtime.errors import Exhausted, WrongState
 
 _HOST_FILE_LIMIT_BYTES: Final = 1 << 20
+_RESOLVER: Final = "/etc/resolv.conf"
 _NO_RESOLVER: Final = b"# the node has no /etc/resolv.conf\n"
 
 
@@ -26,7 +28,7 @@ def make(directory: Path, hostname: str, resolv_conf: str | None, *, host_networ
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     _write(directory / "hostname", hostname.encode())
-    resolver = _host_file("/etc/resolv.conf", _NO_RESOLVER) if resolv_conf is None else resolv_conf.encode()
+    resolver = _host_file(_RESOLVER, _NO_RESOLVER) if resolv_conf is None else resolv_conf.encode()
     _write(directory / "resolv.conf", resolver)
     if host_network:
         _write(directory / "hosts", _host_file("/etc/hosts", hosts(hostname.strip(), ()).encode()))
@@ -59,10 +61,14 @@ def _write(path: Path, content: bytes) -> None:
 
 def _host_file(path: str, default: bytes) -> bytes:
     try:
-        with open(path, "rb") as file:
-            content = file.read(_HOST_FILE_LIMIT_BYTES + 1)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         return default
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise WrongState(f"{path} is not a regular file")
+    with open(fd, "rb") as file:
+        content = file.read(_HOST_FILE_LIMIT_BYTES + 1)
     if len(content) > _HOST_FILE_LIMIT_BYTES:
         raise Exhausted(f"{path} is larger than {_HOST_FILE_LIMIT_BYTES} bytes")
     return content

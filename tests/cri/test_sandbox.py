@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
+from pathlib import Path
 
 import grpc
 import pytest
@@ -289,3 +291,19 @@ async def test_an_interrupted_run_is_taken_down(cribd: Start) -> None:
         assert not (await served.client.ListPodSandbox(pb.ListPodSandboxRequest())).items
         assert not served.world.remains()
         assert await run_pod(served.client)
+
+
+async def test_a_node_s_resolver_file(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is there in its place, a pod doesn't wait for it."""
+    resolver = tmp_path / "resolv.conf"
+    monkeypatch.setattr("cri.sandbox.files._RESOLVER", str(resolver))
+    pod = await run_pod(served.client, pod_config("none"))
+    assert "has no" in (served.node.directory(pod) / "resolv.conf").read_text()
+    for make, undo in ((os.mkfifo, os.unlink), (os.mkdir, os.rmdir)):
+        make(resolver)
+        code, text = await code_of(served.client.RunPodSandbox(run_request(pod_config("odd"))))
+        assert (code, text) == (grpc.StatusCode.FAILED_PRECONDITION, f"{resolver} is not a regular file")
+        undo(resolver)
+    resolver.write_bytes(b"x" * (2 << 20))
+    code, text = await code_of(served.client.RunPodSandbox(run_request(pod_config("odd"))))
+    assert code == grpc.StatusCode.RESOURCE_EXHAUSTED and str(resolver) in text
