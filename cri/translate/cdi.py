@@ -214,7 +214,7 @@ def paths(edits: Iterable[Edits]) -> tuple[str, ...]:
 
 
 def apply(spec: Spec, edits: Iterable[Edits], found: Mapping[str, Sequence[HostDevice]], *, hooks: bool) -> Spec:
-    """The spec with the edits made; what they replace goes, and mounts are sorted by depth again.
+    """The spec with the edits made; what they replace goes, and the request's mounts are sorted by depth again.
 
     `found` holds what each of `paths(edits)` is. `hooks`: whether they can be run.
     """
@@ -251,10 +251,18 @@ def apply(spec: Spec, edits: Iterable[Edits], found: Mapping[str, Sequence[HostD
     return replace(
         spec,
         process=replace(spec.process, env=tuple(env.values()), user=user),
-        mounts=tuple(sorted(mounts.values(), key=lambda mount: mount.destination.count("/"))),
+        mounts=_by_depth(list(mounts.values())),
         hooks=replace(before, **merged) if merged else spec.hooks,
         linux=replace(linux, devices=tuple(devices.values()), resources=replace(resources, devices=tuple(rules))),
     )
+
+
+def _by_depth(mounts: list[Mount]) -> tuple[Mount, ...]:
+    """Sorted, but for what comes before the last of the image's own volumes: those are made before anything else is
+    mounted that a link in the image could lead to."""
+    own = [number for number, mount in enumerate(mounts) if mount.source == f"rootfs{mount.destination}"]
+    first = own[-1] + 1 if own else 0
+    return (*mounts[:first], *sorted(mounts[first:], key=lambda mount: mount.destination.count("/")))
 
 
 def _mount(bind: BindMount) -> Mount:

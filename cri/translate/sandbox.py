@@ -180,6 +180,8 @@ def _check_identity(context: pb.LinuxSandboxSecurityContext) -> None:
         identity("run_as_user", context.run_as_user.value)
     for group in context.supplemental_groups:
         identity("supplemental_groups", group)
+    if context.supplemental_groups_policy not in pb.SupplementalGroupsPolicy.values():
+        raise InvalidSpec(f"supplemental_groups_policy {context.supplemental_groups_policy}: neither Merge nor Strict")
 
 
 def cgroup_parent(value: str) -> str:

@@ -14,7 +14,7 @@ from cri.container import host
 from cri.translate import HostDevice, ResolvedUser, cdi
 from runtime.errors import InvalidSpec, Unsupported
 from runtime.spec import Device, DeviceCgroup, Hook, Mount
-from tests.cri.translate.given import container, linux, mount_at, spec
+from tests.cri.translate.given import container, image, linux, mount_at, spec
 
 NULL = HostDevice("c", 1, 3, 0o666, 0, 0)
 
@@ -128,6 +128,14 @@ def test_environment_and_mounts_replace() -> None:
     assert mount_at(made, "/t/u/v").options == ("rbind",)
     depths = [mount.destination.count("/") for mount in made.mounts]
     assert depths == sorted(depths)
+
+
+def test_an_images_own_volumes_stay_before_what_is_mounted() -> None:
+    """A link in the image leads none of them onto a mount (CVE-2022-23648)."""
+    edited = one_device(mounts=[{"hostPath": "/x", "containerPath": "/t"}])
+    made = applied(edited, img=image(volumes=("/a/b/c/d",)))
+    places = [mount.destination for mount in made.mounts]
+    assert places.index("/a/b/c/d") < min(places.index(each) for each in ("/t", "/etc/hosts"))
 
 
 def test_devices_are_completed_from_the_host_and_allowed() -> None:

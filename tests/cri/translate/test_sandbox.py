@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -27,6 +27,7 @@ from runtime.errors import InvalidSpec
 from tests.cri.translate.given import DEFAULTS, HOST, container, sandbox, sandbox_with
 
 NODE = pb.NamespaceMode.NODE
+NO_POLICY = cast(pb.SupplementalGroupsPolicy, 9)
 HOST_NETWORK = pb.LinuxSandboxSecurityContext(namespace_options=pb.NamespaceOption(network=NODE, ipc=NODE))
 
 
@@ -86,6 +87,7 @@ def test_a_pod_without_a_hostname_has_the_node_s() -> None:
         (sandbox_with(pb.LinuxSandboxSecurityContext(run_as_group=pb.Int64Value(value=5))), "run_as_group 5"),
         (sandbox_with(pb.LinuxSandboxSecurityContext(run_as_user=pb.Int64Value(value=-5))), "run_as_user -5"),
         (sandbox_with(pb.LinuxSandboxSecurityContext(supplemental_groups=[1 << 40])), "supplemental_groups 1099"),
+        (sandbox_with(pb.LinuxSandboxSecurityContext(supplemental_groups_policy=NO_POLICY)), "policy 9: neither"),
         (
             sandbox_with(pb.LinuxSandboxSecurityContext(seccomp=pb.SecurityProfile(profile_type=9))),  # type: ignore[arg-type]
             "seccomp.profile_type 9",
