@@ -269,6 +269,12 @@ def everything(real: Real) -> list[Path]:
     return found
 
 
+def in_the_open(real: Real) -> None:
+    """Let everybody into the tests' own directories: /run and /var/lib are open."""
+    for path in (real.daemon.directory, real.daemon.root.parent):
+        path.chmod(0o755)
+
+
 @attack(
     "CVE-2024-25621",
     sentence="An ordinary user lists, reads, writes or connects to anything of crib's: sockets, state, records, "
@@ -281,7 +287,7 @@ def everything(real: Real) -> list[Path]:
 async def test_cve_2024_25621(real: Real) -> None:
     pod = await real.pod(real.pod_config(network=False))
     await real.run(pod, "sleep", "1000")
-    real.daemon.directory.chmod(0o755)  # the tests' own; /run and /var/lib are open
+    in_the_open(real)
     paths = [path for path in everything(real) if path.parent != real.daemon.directory or not path.is_file()]
     sockets = [path for path in paths if stat.S_ISSOCK(path.lstat().st_mode) and path.name != "notify"]  # the tests'
     assert len(sockets) >= 2
@@ -295,7 +301,7 @@ async def test_cve_2024_25621(real: Real) -> None:
 @pytest.mark.asyncio
 @real_kernel
 async def test_25621_control_wider_modes(real: Real) -> None:
-    real.daemon.directory.chmod(0o755)
+    in_the_open(real)
     real.daemon.state.chmod(0o755)
     real.daemon.root.chmod(0o755)
     socket = Path(real.daemon.listen.removeprefix("unix://"))

@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,17 +108,17 @@ def settings() -> str:
 
 
 @pytest.fixture
-def daemon(run_dir: Path, tmp_path: Path, settings: str) -> Iterator[Daemon]:
+def daemon(run_dir: Path, settings: str) -> Iterator[Daemon]:
     """A cribd that a test may end and start again; whatever pods are left at the end are its failure.
 
     Its images are on a disk, as a node's are: before Linux 6.3 memory has no idmapped mounts.
     """
-    made = Daemon(run_dir, settings, root=tmp_path / "root")
-    made.start()
-    yield made
-    if made.process is not None:
-        assert made.stop() == 0, made.log()
-    shutil.rmtree(made.root, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="crib-test-") as disk:
+        made = Daemon(run_dir, settings, root=Path(disk, "root"))
+        made.start()
+        yield made
+        if made.process is not None:
+            assert made.stop() == 0, made.log()
 
 
 @pytest_asyncio.fixture
