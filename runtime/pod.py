@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from socket import AF_UNIX, SOCK_SEQPACKET, SOL_SOCKET, socket, socketpair
 from typing import Any, Final
@@ -51,6 +52,23 @@ ATTACH_BUFFER_BYTES: Final = 4 << 20
 _ESRCH: Final = 3
 
 
+@dataclass(frozen=True, slots=True)
+class _Command:
+    """A command and its plan; `held`: others in the pod are frozen until it runs."""
+
+    request: ExecStart
+    plan: Plan
+    encoded: bytes
+    held: bool
+
+    def fits(self, request: ExecStart) -> bool:
+        """Whether this is the plan of `request` as well: by identity, where comparing would cost more than it saves."""
+        mine = self.request
+        where = request.clone_dir, request.join_files
+        same = request.process is mine.process and request.linux is mine.linux
+        return same and where == (mine.clone_dir, mine.join_files)
+
+
 class Exec:
     """An exec'd process."""
 
@@ -63,7 +81,7 @@ class Exec:
         self._exited = exited
 
     async def started(self) -> int:
-        """Wait until it has become its program; its terminal's master, the caller's from here on, or -1.
+        """Wait until one with a terminal has become its program; the terminal's master, the caller's from here on.
 
         Raises what `wait` raises. Cancelling the wait leaves the process alone.
         """
@@ -104,7 +122,8 @@ class Pod:
         self.on_lost: Callable[[], None] | None = None
         self._pidfd = pidfd
         self._channel = channel
-        self._execs: dict[str, asyncio.Future[ExecExit]] = {}
+        self._execs: dict[str, tuple[int, asyncio.Future[ExecExit]]] = {}  # with the request's number
+        self._commands: dict[str, _Command] = {}  # by container, the last one
         self.run_hooks: hooks.Run = hooks.none
         self._starting: dict[str, Callable[[int], Awaitable[None]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -152,7 +171,7 @@ class Pod:
             start = compile_start(request.spec, request.rootfs, cgroup, self.environment, state)
             created = partial(self._created, found, state)
         sent_ns = time.time_ns()
-        memfd = _memfd(start.plan)
+        memfd = _memfd(encode(start.plan))
         log = request.log or LogFile("", -1)
         self._starting[request.id] = created
         try:
@@ -245,11 +264,9 @@ class Pod:
         if request.runtime:
             external = Bundle(request.runtime, self.environment.directory, request.container_id)
             call = external.exec(request.id, request.process, self.environment)
-            plan, held = call.plan, False
+            compiled = _Command(request, call.plan, encode(call.plan), False)
         else:
-            last_cap = self.environment.last_cap
-            plan = compile_exec(request.process, request.linux, request.join_files, request.clone_dir, last_cap)
-            held = watches(request.process, request.linux)
+            compiled = self._compiled(request)
         loop = asyncio.get_running_loop()
         started: asyncio.Future[int] = loop.create_future()
         exited: asyncio.Future[ExecExit] = loop.create_future()
@@ -261,29 +278,39 @@ class Pod:
             else:
                 self._execs.pop(request.id, None)
                 if not exited.done():
-                    exited.set_exception(_failure(plan, reply.fields, external, request.id))
+                    exited.set_exception(_failure(compiled.plan, reply.fields, external, request.id))
             if external:
                 external.discard(request.id)
 
-        memfd = _memfd(plan)
+        memfd = _memfd(compiled.encoded)
         streams = () if request.process.terminal else (stdin, stdout, stderr)
         try:
-            self._channel.post(
+            number = self._channel.post(
                 Kind.EXEC,
                 (memfd, *(call.descriptors if call else ()), *streams),
                 replied,
                 id=request.container_id,
                 exec=request.id,
-                clone_dir="" if held or call else request.clone_dir,
-                join_files=request.join_files if held else (),
+                clone_dir="" if compiled.held or call else request.clone_dir,
+                join_files=request.join_files if compiled.held else (),
                 adopt=call.adopt if call else "",
+                quiet=not (call or request.process.terminal),
             )
         finally:
             os.close(memfd)
             if call:
                 call.close()
-        self._execs[request.id] = exited
+        self._execs[request.id] = number, exited
         return Exec(self, request.id, started, exited)
+
+    def _compiled(self, request: ExecStart) -> "_Command":
+        """A probe's command is the one before, for its container: the same plan."""
+        kept = self._commands.get(request.container_id)
+        if kept is None or not kept.fits(request):
+            process, linux = request.process, request.linux
+            plan = compile_exec(process, linux, request.join_files, request.clone_dir, self.environment.last_cap)
+            kept = self._commands[request.container_id] = _Command(request, plan, encode(plan), watches(process, linux))
+        return kept
 
     async def attach(self, container_id: str, stdin: bool) -> socket:
         """Share a container's streams by `runtime.zygote.packets`, on the returned non-blocking socket.
@@ -335,6 +362,7 @@ class Pod:
 
     async def forget(self, container_id: str) -> None:
         """Drop the monitor's record of an exited container."""
+        self._commands.pop(container_id, None)
         await self.request(Kind.FORGET, id=container_id)
 
     async def containers(self) -> list[ContainerFact]:
@@ -380,7 +408,8 @@ class Pod:
         if kind == Kind.EXITED and self.on_exit:
             self.on_exit(container_exit(fields))
         elif kind == Kind.EXEC_EXITED:
-            future = self._execs.pop(fields["exec"], None)
+            number, future = self._execs.pop(fields["exec"], (0, None))
+            self._channel.forget(number)
             if future and not future.done():
                 future.set_result(ExecExit(fields["code"], fields["exited_ns"]))
 
@@ -395,7 +424,7 @@ class Pod:
             self.on_lost()
 
     def _fail_execs(self) -> None:
-        for future in self._execs.values():
+        for _, future in self._execs.values():
             if not future.done():
                 future.set_exception(Unavailable(f"pod {self.id}: its monitor is gone"))
         self._execs.clear()
@@ -438,8 +467,8 @@ def _failure(plan: Plan, fields: Mapping[str, Any], external: Bundle | None, com
     return WrongState(f"what it was to join has ended: {failure}") if errno == _ESRCH else failure
 
 
-def _memfd(plan: Plan) -> int:
-    data = memoryview(encode(plan))
+def _memfd(plan: bytes) -> int:
+    data = memoryview(plan)
     fd = os.memfd_create("crib-plan", os.MFD_CLOEXEC)
     while data:
         data = data[os.write(fd, data) :]

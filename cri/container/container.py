@@ -9,7 +9,7 @@ from cri.api import cri_pb2 as pb
 from cri.state.records import ContainerRecord, ContainerState
 from runtime.engine import ContainerExit, LogLoss
 from runtime.images import RootFs
-from runtime.spec import Spec
+from runtime.spec import Process, Spec
 
 if TYPE_CHECKING:
     from cri.sandbox.pod import Pod
@@ -27,6 +27,7 @@ class Container:
     """`ended` is set once it is EXITED, or never will run. `stop_by` is the loop's time of the earliest stop asked for.
 
     `spec` (until its end) and `rootfs` (until its start) are None where they have to be read back.
+    `command` is the last one that was run in it, without a terminal: a probe's is the same each time.
     `removing`: RemoveContainer has begun. `settled`: its cgroup has been given back.
     `log_loss`: what of its output its monitor said isn't in its log.
     `exit` is an exit that was told before the start that it belongs to had been recorded.
@@ -37,6 +38,7 @@ class Container:
         self.pod = pod
         self.spec: Spec | None = None
         self.rootfs: RootFs | None = None
+        self.command: Process | None = None
         self.exit: ContainerExit | None = None
         self.log_loss = LogLoss()
         self.started = asyncio.Event()

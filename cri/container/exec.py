@@ -151,18 +151,21 @@ async def kill(process: Exec) -> None:
 
 def exec_start(node: Node, container: Container, command: list[str], *, terminal: bool = False) -> ExecStart:
     """What the engine is asked to run. Raises InvalidSpec, or WrongState unless the container runs."""
-    if not command or not command[0]:
-        raise InvalidSpec("cmd is missing")
-    sizes = [len(word.encode()) for word in command]
-    if max(sizes) > STRING_LIMIT_BYTES or sum(sizes) > TOTAL_LIMIT_BYTES or any("\0" in word for word in command):
-        raise InvalidSpec("cmd is longer than the kernel takes, or holds a NUL character")
+    args = tuple(command)
+    process = container.command
+    if process is None or process.args != args:
+        _check(args)
     if container.state is not ContainerState.RUNNING:
         raise WrongState(f"{container.title} is not running")
     spec = spec_of(node, container)
     env = spec.process.env
-    if terminal and not any(item.startswith("TERM=") for item in env):
-        env = (*env, "TERM=xterm")
-    process = msgspec.structs.replace(spec.process, args=tuple(command), env=env, terminal=terminal, console_size=None)
+    if terminal:
+        if not any(item.startswith("TERM=") for item in env):
+            env = (*env, "TERM=xterm")
+        process = msgspec.structs.replace(spec.process, args=args, env=env, terminal=True, console_size=None)
+    elif process is None or process.args != args:
+        process = msgspec.structs.replace(spec.process, args=args, terminal=False, console_size=None)
+        container.command = process
     return ExecStart(
         id=node.new_id()[:16],
         container_id=container.id,
@@ -172,3 +175,11 @@ def exec_start(node: Node, container: Container, command: list[str], *, terminal
         clone_dir=node.cgroups.clone_dir(container.record.cgroup_path) or "",
         runtime=container.pod.record.runtime,
     )
+
+
+def _check(command: tuple[str, ...]) -> None:
+    if not command or not command[0]:
+        raise InvalidSpec("cmd is missing")
+    sizes = [len(word.encode()) for word in command]
+    if max(sizes) > STRING_LIMIT_BYTES or sum(sizes) > TOTAL_LIMIT_BYTES or any("\0" in word for word in command):
+        raise InvalidSpec("cmd is longer than the kernel takes, or holds a NUL character")

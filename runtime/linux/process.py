@@ -182,12 +182,12 @@ class Exec:
     """An execve whose arguments are encoded and allocated beforehand, so that `run` is a single system call."""
 
     def __init__(self, path: str, args: tuple[str, ...], env: tuple[str, ...]) -> None:
-        self._path = os.fsencode(path)
+        self.path = os.fsencode(path)
         self._args = (ctypes.c_char_p * (len(args) + 1))(*[os.fsencode(arg) for arg in args], None)
         self._env = (ctypes.c_char_p * (len(env) + 1))(*[os.fsencode(item) for item in env], None)
         self._execve = function("execve", 3)
 
     def run(self) -> int:
         """Replace this process; returns errno if the kernel refuses."""
-        self._execve(self._path, ctypes.byref(self._args), ctypes.byref(self._env))
+        self._execve(self.path, ctypes.byref(self._args), ctypes.byref(self._env))
         return ctypes.get_errno()

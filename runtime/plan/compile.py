@@ -5,6 +5,7 @@ import json
 import os.path
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Final
 
@@ -270,7 +271,6 @@ def _become(process: Process, linux: Linux, last_cap: int) -> list[Step]:
     except KeyError as error:
         raise InvalidSpec(f"capability {error.args[0]} is unknown") from None
     bounding, effective, permitted, inheritable, ambient = (mask & (1 << last_cap + 1) - 1 for mask in masks)
-    filtered = linux.seccomp is not None
     who = process.user
     label = process.selinux_label
     if process.apparmor_profile and process.apparmor_profile != "unconfined":
@@ -292,7 +292,7 @@ def _become(process: Process, linux: Linux, last_cap: int) -> list[Step]:
             last_cap=last_cap,
             umask=0o022 if who.umask is None else who.umask,
             no_new_privileges=process.no_new_privileges,
-            seccomp=_filter(linux) if filtered else "",
+            seccomp=_text(seccomp_compiler.bpf(linux.seccomp)) if linux.seccomp else "",
             seccomp_flags=0 if linux.seccomp is None else seccomp_compiler.flags(linux.seccomp),
             label=label,
         )
@@ -300,6 +300,7 @@ def _become(process: Process, linux: Linux, last_cap: int) -> list[Step]:
     return steps
 
 
-def _filter(linux: Linux) -> str:
-    assert linux.seccomp is not None
-    return binascii.b2a_base64(seccomp_compiler.bpf(linux.seccomp), newline=False).decode("ascii")
+@lru_cache(maxsize=64)
+def _text(program: bytes) -> str:
+    """In base64; the same object each time, since plans are kept."""
+    return binascii.b2a_base64(program, newline=False).decode("ascii")

@@ -10,7 +10,6 @@ import binascii
 import fcntl
 import os
 import resource
-import signal
 import socket
 import struct
 from errno import EACCES, ENOENT, ENOTTY, EPERM
@@ -34,17 +33,6 @@ from runtime.linux.seccomp import Filter
 from runtime.linux.userns import become_root
 from runtime.plan.plan import Context, Step
 
-# Python ignores the first two, the zygote and monitors the next four (they handle SIGCHLD), and what is ignored stays
-# ignored after execve.
-INHERITED_DISPOSITIONS = (
-    signal.SIGPIPE,
-    signal.SIGXFSZ,
-    signal.SIGTERM,
-    signal.SIGINT,
-    signal.SIGHUP,
-    signal.SIGQUIT,
-    signal.SIGCHLD,
-)
 # By number; asm-generic/resource.h. The standard library's `resource` lacks LOCKS.
 RLIMIT_NAMES = (
     "CPU FSIZE DATA STACK CORE RSS NPROC NOFILE MEMLOCK AS LOCKS SIGPENDING MSGQUEUE NICE RTPRIO RTTIME".split()
@@ -56,9 +44,10 @@ TIOCSWINSZ = 0x5414
 
 
 class Detach(Step):
-    """Let go of what the parent was: session, keyring, signals, scheduling, parent-death signal, directory.
+    """Let go of what the parent was: session, keyring, scheduling, parent-death signal, directory.
 
-    The umask is 0 until `Execute` sets the process's own: what the steps make has exactly the modes they say.
+    Of signals there is nothing to let go: none is blocked in a monitor, nor ignored (see `Zygote`), and what it handles
+    the kernel resets in a child. The umask is 0 until `Execute` sets the process's own: what the steps make has exactly the modes they say.
     `key_label` is the SELinux label of the keyring, or "".
     """
 
@@ -67,7 +56,6 @@ class Detach(Step):
     key_label: str
 
     def run(self, context: Context) -> None:
-        os.setsid()
         if self.key_label:  # until execve
             _write("/proc/self/attr/keycreate", self.key_label)
         try:
@@ -78,12 +66,10 @@ class Detach(Step):
         default_scheduling()
         os.umask(0)
         os.chdir("/")
-        for number in INHERITED_DISPOSITIONS:
-            signal.signal(number, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        os.setsid()
 
     def describe(self) -> str:
-        return "new session and keyring, default signals and scheduling"
+        return "new session and keyring, default scheduling"
 
 
 def _write(path: str, value: str, call: str = "write") -> None:
@@ -328,10 +314,10 @@ class FindExecutable(Step):
         for directory in self.path.split(":"):
             candidate = f"{directory or '.'}/{self.name}"
             try:
-                if not os.path.isdir(candidate) and os.access(candidate, os.X_OK):
+                if os.access(candidate, os.X_OK) and not os.path.isdir(candidate):
                     context.executable = candidate
                     return
-                denied = denied or os.path.exists(candidate)
+                denied = denied or os.access(candidate, os.F_OK)
             except ValueError as error:
                 raise SyscallError("execve", ENOENT, self.name) from error
         raise SyscallError(f'exec: "{self.name}": executable file not found in $PATH', EACCES if denied else ENOENT)
@@ -367,10 +353,18 @@ class Execute(Step):
     seccomp_flags: int
     label: str
 
+    def prepare(self) -> tuple[Exec, Filter | None]:
+        """What `run` encodes and allocates; kept, so that a plan that is run again needn't."""
+        if "prepared" not in self.__dict__:
+            program = Filter(binascii.a2b_base64(self.seccomp)) if self.seccomp else None
+            self.__dict__["prepared"] = Exec("", tuple(self.args), tuple(self.env)), program
+        prepared: tuple[Exec, Filter | None] = self.__dict__["prepared"]
+        return prepared
+
     def run(self, context: Context) -> None:
         self.standard_streams(context)
-        execve = Exec(context.executable, tuple(self.args), tuple(self.env))
-        program = Filter(binascii.a2b_base64(self.seccomp)) if self.seccomp else None
+        execve, program = self.prepare()
+        execve.path = os.fsencode(context.executable)
         close_range(3, 0xFFFFFFFF, CLOSE_RANGE_CLOEXEC)
         os.umask(self.umask)
         if self.label:

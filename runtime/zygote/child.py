@@ -13,6 +13,8 @@ The handshake on the SEQPACKET socket `sync`:
  2b. or a step fails: {"failed": index, "errno": n, "detail": text}, and the child exits
 """
 
+from __future__ import annotations
+
 import os
 import socket
 
@@ -22,15 +24,19 @@ from runtime.plan import external, hooks, identity, layers, mounts, user  # noqa
 from runtime.plan.plan import Context, Outcome, decode, run
 from runtime.zygote.messages import pack
 
+TYPE_CHECKING = False  # typing costs a monitor memory
+if TYPE_CHECKING:
+    from runtime.plan.plan import Plan
 
-def become(plan: bytes, fds: dict[str, int], sync: socket.socket, *, traced: bool) -> None:
-    """Run the plan in this process, `traced` by the one that cloned it; never returns."""
+
+def become(plan: bytes | Plan, fds: dict[str, int], sync: socket.socket, *, traced: bool) -> None:
+    """Run the plan, encoded or not, in this process, `traced` by the one that cloned it; never returns."""
     try:
         if traced:
             ptrace(PTRACE_TRACEME)
         keep = (0, 1, 2, sync.fileno(), *fds.values())
         close_all_but(keep)
-        steps = decode(plan)
+        steps = decode(plan) if isinstance(plan, bytes) else plan
         context = Context(fds)
         context.announce = lambda pid, pidfd: _announce(sync, pid, pidfd)
         context.pause = lambda: _pause(sync)

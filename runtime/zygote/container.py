@@ -30,7 +30,7 @@ class Process:
     """One child of the monitor. `sync` is open until the child has become its program or failed.
 
     `staged`: `pid` is a process that will be replaced by one which it clones. `paused`: it waits for a word to go on.
-    `adoption`: it is made by an OCI runtime's command, which `pid` is until there is the process itself.
+    `quiet`: nobody wants to know when it has become its program, only how it ends. `adoption`: it is made by an OCI runtime's command, which `pid` is until there is the process itself.
     """
 
     __slots__ = (
@@ -46,6 +46,7 @@ class Process:
         "paused",
         "pid",
         "pidfd",
+        "quiet",
         "report",
         "staged",
         "started_ns",
@@ -60,6 +61,7 @@ class Process:
         self.hold_until = 0.0
         self.join_files: tuple[str, ...] = ()
         self.paused = False
+        self.quiet = False
         self.asker = asker  # who waits for the start,
         self.n = n  # and the number of the request
         self.pid = pid

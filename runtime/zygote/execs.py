@@ -6,6 +6,8 @@ import select
 import socket
 
 from runtime.cgroup import files as cgroup_files
+from runtime.plan.identity import Execute
+from runtime.plan.plan import decode
 from runtime.zygote.child import become
 from runtime.zygote.container import Process
 from runtime.zygote.messages import Kind, close_all, read_plan
@@ -13,14 +15,44 @@ from runtime.zygote.tree import kill_tree
 
 TYPE_CHECKING = False  # typing costs a monitor memory
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, Final
 
+    from runtime.plan.plan import Plan
     from runtime.zygote.adoption import Adoptions
     from runtime.zygote.container import Container
     from runtime.zygote.containers import Containers
     from runtime.zygote.hold import Holds
     from runtime.zygote.podspace import PodSpace
     from runtime.zygote.server import Server
+
+
+_KEPT: Final = 4
+
+
+class Plans:
+    """Plans that come again, as a probe's do every time: decoded here once, and not by each child.
+
+    Kept are the last few, in a monitor that is asked for them; of what came once no more than a number.
+    """
+
+    def __init__(self) -> None:
+        self._seen: list[int] = []
+        self._decoded: dict[bytes, Plan] = {}
+
+    def get(self, data: bytes) -> bytes | Plan:
+        """The plan, decoded if that is worth it. Raises ValueError."""
+        plan = self._decoded.get(data)
+        if plan is None:
+            number = hash(data)
+            if number not in self._seen:
+                self._seen = [*self._seen[1 - _KEPT :], number]
+                return data
+            if len(self._decoded) == _KEPT:
+                del self._decoded[next(iter(self._decoded))]
+            plan = self._decoded[data] = decode(data)
+            if isinstance(plan[-1], Execute):
+                plan[-1].prepare()
+        return plan
 
 
 class Execs:
@@ -34,13 +66,17 @@ class Execs:
         self._holds = holds
         self._adoptions = adoptions
         self._containers = containers
+        self._plans = Plans()
         self._execs: dict[str, Process] = {}
         self._exec_of: dict[str, Container] = {}
 
     def start(self, connection: socket.socket, fields: dict[str, Any], fds: list[int]) -> None:
-        """As the EXEC message asks; it is answered when that is decided. Raises OSError, KeyError or ValueError."""
+        """As the EXEC message asks. Raises OSError, KeyError or ValueError.
+
+        It is answered when that is decided; a `quiet` one only when it fails: its end tells the rest.
+        """
         container = self._containers.running(fields["id"])
-        plan = read_plan(fds[0])
+        plan = self._plans.get(read_plan(fds[0]))
         silent = [self._space.null] * 3
         streams = fds[-3:] if len(fds) > 3 else silent
         child = dict(zip(("stdin", "stdout", "stderr"), streams, strict=True))
@@ -68,7 +104,9 @@ class Execs:
         self._adoptions.begin(process, adopt, fds[1:2] if streams is silent else [])
         self._execs[fields["exec"]] = process
         self._exec_of[fields["exec"]] = container
-        self._server.watch(mine.fileno(), lambda: self._started(fields["exec"], process, mine.fileno()))
+        process.quiet = fields.get("quiet", False)
+        if not process.quiet:
+            self._server.watch(mine.fileno(), lambda: self._started(fields["exec"], process, mine.fileno()))
 
     def _started(self, exec_id: str, process: Process, fd: int) -> None:
         self._server.rewatch(fd, 0)  # silent while this decides; a closed descriptor leaves epoll by itself
@@ -129,7 +167,10 @@ class Execs:
 
     def _ended(self, exec_id: str, process: Process) -> None:
         while process.sync:
-            self._server.handle(process.sync.fileno())
+            if process.quiet:
+                process.read_sync()
+            else:
+                self._server.handle(process.sync.fileno())
         if process.failure is not None:
             self._server.send(process.asker, Kind.FAILED, re=process.n, **process.failure)
             self._drop(exec_id)

@@ -46,7 +46,7 @@ class Kind:
     POD = "pod"  # cribd → monitor: make the pod's namespaces; reply fds: net namespace, netlink socket
     START = "start"  # cribd → monitor: start a container by its plan
     EXEC = "exec"  # cribd → monitor: run a process in a container by its plan; fds: plan, and stdin, stdout, stderr
-    # where it gets no terminal; reply fd: the terminal's master
+    # where it gets no terminal; reply fd: the terminal's master. A quiet one is only answered by FAILED
     ATTACH = "attach"  # cribd → monitor: share a container's streams; fd: a socket for runtime.zygote.attach's packets
     SOCKET = "socket"  # cribd → monitor: make a socket in the pod's network namespace; reply fd: that
     SIGNAL = "signal"

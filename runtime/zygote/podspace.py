@@ -32,6 +32,7 @@ _NEWNET: Final = int(CLONE.NEWNET)
 _NEWIPC: Final = int(CLONE.NEWIPC)
 _NEWUTS: Final = int(CLONE.NEWUTS)
 NEWPID: Final = int(CLONE.NEWPID)
+_CLEAR_SIGHAND: Final = int(CLONE.CLEAR_SIGHAND)
 USUAL: Final = _NEWNET | _NEWIPC | _NEWUTS
 """The namespaces that a pod makes for itself where nothing else is asked for."""
 _SHM_ATTRIBUTES: Final = int(mount.MountAttr.NOSUID | mount.MountAttr.NODEV | mount.MountAttr.NOEXEC)
@@ -108,8 +109,10 @@ class PodSpace:
     def clone(self, pid_ns: int, flags: int, cgroup_dir: str) -> tuple[int, int]:
         """clone3 with the child in the pid namespace of descriptor `pid_ns` (-1: as it is). Raises OSError.
 
-        The child has no command line that tells of crib: what enters a container is seen there.
+        The child has no command line that tells of crib: what enters a container is seen there. Signals do to it what
+        they do by default.
         """
+        flags |= _CLEAR_SIGHAND
         cgroup = os.open(cgroup_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC) if cgroup_dir else -1
         title = set_title(b"")
         pid = -1

@@ -32,6 +32,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+_UNHEEDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE, signal.SIGXFSZ)
+"""What does nothing to this process nor to monitors. Not ignored, as Python ignores the last two: that would pass through
+execve, and what is handled doesn't."""
 _WARM_UP_ROUNDS = 12  # the interpreter specializes a function at its eighth call
 _FAILING_PLAN = pack([["FindExecutable", "nothing", "/"]])
 _POD: dict[str, Any] = {
@@ -108,8 +111,8 @@ class Zygote:
     def _settle(self) -> None:
         """Everything is loaded: from here on nothing is imported, by anybody."""
         set_title(b"crib-zygote")
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
-            signal.signal(number, signal.SIG_IGN)
+        for number in _UNHEEDED:
+            signal.signal(number, lambda *_: None)
         for encoding in ("ascii", "utf-8", "latin-1"):
             codecs.lookup(encoding)
         sys.path.clear()
