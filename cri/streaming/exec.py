@@ -59,9 +59,8 @@ class ExecSession(Command):
                 flow.close()
 
     async def _attend(self, process: Process) -> bytes:
-        terminal = await process.started()
-        if terminal >= 0:
-            self._take_terminal(terminal)
+        if self._request.streams.tty:
+            self._take_terminal(await process.started())
         exit = await process.wait()
         for flow in self._flows.values():
             await flow.finish(self._node.config.limits.exec_drain_s)

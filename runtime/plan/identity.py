@@ -46,8 +46,9 @@ TIOCSWINSZ = 0x5414
 class Detach(Step):
     """Let go of what the parent was: session, keyring, scheduling, parent-death signal, directory.
 
-    Of signals there is nothing to let go: none is blocked in a monitor, nor ignored (see `Zygote`), and what it handles
-    the kernel resets in a child. The umask is 0 until `Execute` sets the process's own: what the steps make has exactly the modes they say.
+    Of signals there is nothing to let go: a monitor blocks none and ignores none (see `Zygote`), and what it handles
+    the kernel resets in a child. The umask is 0 until `Execute` sets the process's own: what the steps make has exactly
+    the modes they say.
     `key_label` is the SELinux label of the keyring, or "".
     """
 

@@ -25,6 +25,7 @@ from runtime.zygote.log import Stream
 from runtime.zygote.messages import Kind, close_all, pack, receive, send
 from runtime.zygote.monitor import Monitor
 from runtime.zygote.podspace import PodSpace
+from runtime.zygote.rehearsal import rehearse_child
 from runtime.zygote.spare import Spare, become_monitor
 from runtime.zygote.spool import Log, Spool
 
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
     from typing import Any
 
 _UNHEEDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE, signal.SIGXFSZ)
-"""What does nothing to this process nor to monitors. Not ignored, as Python ignores the last two: that would pass through
-execve, and what is handled doesn't."""
+"""What does nothing to this process nor to monitors. Handled, and not ignored as Python does with the last two: that
+would stay so after execve."""
 _WARM_UP_ROUNDS = 12  # the interpreter specializes a function at its eighth call
 _FAILING_PLAN = pack([["FindExecutable", "nothing", "/"]])
 _POD: dict[str, Any] = {
@@ -168,6 +169,7 @@ def _warm_up() -> None:
     for _ in range(_WARM_UP_ROUNDS):
         _live(f"/proc/self/fd/{directory}")
         _log()
+        rehearse_child()
     for namespace in before:
         setns(namespace, 0)
     close_all([directory, *before])
