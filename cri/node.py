@@ -17,6 +17,7 @@ import msgspec
 
 from cri.config import Config
 from cri.container.container import Container
+from cri.container.turns import Turns
 from cri.container.user import Users
 from cri.events import Events
 from cri.flights import Flights
@@ -65,6 +66,7 @@ class Node:
         self.names = Names()
         self.users = Users(images)
         self.flights = Flights()
+        self.turns = Turns()
         self.events = Events()
         self.metrics = Metrics(self) if config.metrics.port else None
         self.boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

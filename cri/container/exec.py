@@ -109,10 +109,20 @@ class Output:
 async def exec_sync(node: Node, container: Container, command: list[str], timeout_s: int) -> tuple[bytes, bytes, int]:
     """Run `command`; its stdout, stderr and exit code. With `timeout_s` 0 it may take as long as the caller waits.
 
-    Raises DeadlineExceeded when the time is over, WrongState unless the container runs, StepFailed for a command that
-    can't be run. However this ends, cancellation included, the command and its descendants don't outlive it, except
-    for what a command that ended by itself has left running.
+    Where commands come faster than the pod can start them it waits for its turn first, outside that time.
+
+    Raises Exhausted where too many wait, DeadlineExceeded when the time is over, WrongState unless the container runs,
+    StepFailed for a command that can't be run. However this ends, cancellation included, the command and what descends
+    from it don't outlive it, except for what a command that ended by itself has left running.
     """
+    turn = await node.turns.take(container.pod.id)
+    try:
+        return await _exec_sync(node, container, command, timeout_s)
+    finally:
+        turn.end()
+
+
+async def _exec_sync(node: Node, container: Container, command: list[str], timeout_s: int) -> tuple[bytes, bytes, int]:
     request = exec_start(node, container, command)
     output = Output()
     try:

@@ -259,8 +259,8 @@ LESS = caps.mask(tuple(f"CAP_{name}" for name in NO_PTRACE))
 EQUAL: weak.Edits = (
     (
         "zygote/child.py",
-        "        steps = decode(plan)\n",
-        f"        identity.caps.capset({LESS}, {LESS}, 0)\n        steps = decode(plan)\n",
+        "        context = Context(fds)\n",
+        f"        identity.caps.capset({LESS}, {LESS}, 0)\n        context = Context(fds)\n",
     ),
 )
 DUMPABLE: weak.Edits = (("zygote/zygote.py", "prctl(PR_SET_DUMPABLE, 0)", "pass"),)
