@@ -26,7 +26,8 @@ from runtime.images.image import ImagesConfig
 
 _START = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]);"
-    "from runtime.images.unpack.child import serve; serve(int(sys.argv[2]), int(sys.argv[3]))"
+    "from runtime.images.unpack.child import Limits, serve;"
+    "serve(int(sys.argv[2]), int(sys.argv[3]), Limits(**json.loads(sys.argv[4])))"
 )
 # What cribd may be ahead of the child: the most that the kernel gives without being configured to.
 _PIPE_BYTES = 1 << 20
@@ -59,24 +60,85 @@ class Unpacked:
 
 
 class Unpacker:
-    """The program that unpacks, `runtime.images.unpack.child`: started once for an image, it forks for each layer.
+    """Unpacks layers, each in a process of its own, forked by a program that is started with the first and ends when
+    there has been none for a while.
 
-    It ends with the thread that made it, which therefore stays until `close`. It and its forks hold `lock`, the
-    store's: nobody else takes the store while one of them can still write to it. Thread-safe.
+    The program and its forks hold `store_lock`: nobody else takes the store while one of them can still write to it.
+    Thread-safe.
     """
 
-    def __init__(self, config: ImagesConfig, lock: int) -> None:
-        self._config = config
+    def __init__(self, config: ImagesConfig, store_lock: int, idle_s: float = 30.0) -> None:
+        self._store_lock = store_lock
+        self._limits = json.dumps(
+            {
+                "idle_s": idle_s,
+                "unpacked_limit_bytes": config.unpacked_limit_bytes,
+                "ratio_limit": config.ratio_limit,
+                "ratio_from_bytes": config.ratio_from_bytes,
+                "entries_limit": config.entries_limit,
+            }
+        )
         self._lock = threading.Lock()
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        paths = json.dumps([path for path in sys.path if path])
+        self._program: _Program | None = None
+
+    def begin(self, target: Path, recipe: int) -> "Unpack":
+        """Start on a layer, whose bytes are then written to what is returned; `target` is an empty directory, `recipe`
+        an empty file (see `runtime.images.unpack.recipe`).
+
+        Raises Unavailable.
+        """
+        blob_theirs, blob = os.pipe()
+        report, report_theirs = os.pipe()
         try:
+            with contextlib.suppress(OSError):  # the usual size will do
+                fcntl.fcntl(blob, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+            pid, pidfd = self._fork(os.fsencode(target), [blob_theirs, report_theirs, recipe])
+            return Unpack(pid, pidfd, blob, report)
+        except BaseException:
+            os.close(blob)
+            os.close(report)
+            raise
+        finally:
+            os.close(blob_theirs)
+            os.close(report_theirs)
+
+    def _fork(self, target: bytes, descriptors: list[int]) -> tuple[int, int]:
+        with self._lock:
+            if self._program is not None:
+                with contextlib.suppress(OSError, ValueError):
+                    return self._program.fork(target, descriptors)
+                self._program.close()  # it had nothing to do for a while, or was killed
+            self._program = _Program(self._store_lock, self._limits)
+            try:
+                return self._program.fork(target, descriptors)
+            except (OSError, ValueError) as error:
+                raise Unavailable("the unpacking program has ended") from error
+
+    def close(self) -> None:
+        """No layer is being unpacked any more, or what is ends now."""
+        with self._lock:
+            if self._program is not None:
+                self._program.close()
+                self._program = None
+
+
+class _Program:
+    """`runtime.images.unpack.child`. It ends with the thread that starts it, which is its own."""
+
+    def __init__(self, store_lock: int, limits: str) -> None:
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._thread = threading.Thread(target=self._run, args=(theirs, store_lock, limits), daemon=True)
+        self._thread.start()
+
+    def _run(self, theirs: socket.socket, store_lock: int, limits: str) -> None:
+        paths = json.dumps([path for path in sys.path if path])
+        with theirs:
             # Isolated and without site: nothing in the environment or the working directory decides what is imported.
-            self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", _START, paths, str(theirs.fileno()), str(os.getpid())],
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", _START, paths, str(theirs.fileno()), str(os.getpid()), limits],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(), lock),
+                pass_fds=(theirs.fileno(), store_lock),
                 cwd="/",
                 # Freed memory is kept: each piece of a layer would else be made of fresh pages.
                 env={
@@ -86,46 +148,17 @@ class Unpacker:
                 },
                 process_group=0,
             )
-        except BaseException:
-            self._socket.close()
-            raise
-        finally:
-            theirs.close()
+        process.wait()
 
-    def begin(self, target: Path, recipe: int) -> "Unpack":
-        """Start on a layer, whose bytes are then written to what is returned; `target` is an empty directory, `recipe`
-        an empty file (see `runtime.images.unpack.recipe`).
-
-        Raises Unavailable.
-        """
-        job = {
-            "root": str(target),
-            "unpacked_limit_bytes": self._config.unpacked_limit_bytes,
-            "ratio_limit": self._config.ratio_limit,
-            "ratio_from_bytes": self._config.ratio_from_bytes,
-            "entries_limit": self._config.entries_limit,
-        }
-        blob_theirs, blob = os.pipe()
-        report, report_theirs = os.pipe()
-        try:
-            with contextlib.suppress(OSError):  # the usual size will do
-                fcntl.fcntl(blob, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-            with self._lock:
-                message = json.dumps(job).encode()
-                socket.send_fds(self._socket, [message], [blob_theirs, report_theirs, recipe])
-                answer, [pidfd], _, _ = socket.recv_fds(self._socket, 64, 1)
-            return Unpack(int(answer), pidfd, blob, report)
-        except (OSError, ValueError) as error:
-            os.close(blob)
-            os.close(report)
-            raise Unavailable("the unpacking program has ended") from error
-        finally:
-            os.close(blob_theirs)
-            os.close(report_theirs)
+    def fork(self, target: bytes, descriptors: list[int]) -> tuple[int, int]:
+        """The pid and pidfd of a process for the layer. Raises OSError, ValueError when the program has ended."""
+        socket.send_fds(self._socket, [target], descriptors)
+        answer, [pidfd], _, _ = socket.recv_fds(self._socket, 64, 1)
+        return int(answer), pidfd
 
     def close(self) -> None:
         self._socket.close()
-        self._process.wait()
+        self._thread.join()
 
 
 class Unpack:

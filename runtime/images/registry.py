@@ -29,6 +29,9 @@ log = logging.getLogger(__name__)
 # A registry that cuts every connection still makes progress; this bounds how often one blob is resumed.
 _RESUMES = 100
 
+# Unpacking keeps up with little more than one connection that brings so much.
+_FAST_BYTES_S = 256 << 20
+
 T = TypeVar("T")
 
 
@@ -146,7 +149,7 @@ class Registry:
                 take(chunk)
                 asked = time.monotonic()
         if large and ranged and state.position == until:
-            state.fast = waited_s < (asked - began) / 2
+            state.fast = waited_s < max((asked - began) / 2, (until - start) / _FAST_BYTES_S)
             if state.fast:
                 return
             self._receive_pieces(endpoint, descriptor, state, take, spool)

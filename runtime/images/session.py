@@ -234,16 +234,18 @@ class Session:
 
     def _pool(self, endpoint: Endpoint, url: str) -> urllib3.PoolManager:
         proxy = _proxy(url)
+        encrypted = url.startswith("https:") or (proxy or "").startswith("https:")
         with self._lock:
-            pool = self._pools.get((endpoint.tls, proxy))
+            pool = self._pools.get((endpoint.tls, encrypted, proxy))
             if pool is None:
                 options: dict[str, Any] = {
-                    "ssl_context": endpoint.tls.context(),
                     "maxsize": self._config.max_parallel * max(1, self._config.max_ranges) + 1,
                     "timeout": urllib3.Timeout(
                         connect=self._config.connect_timeout_s, read=self._config.progress_timeout_s
                     ),
                 }
+                if encrypted:  # it takes 20 ms to read the system's authorities
+                    options["ssl_context"] = endpoint.tls.context()
                 if endpoint.tls.skip_verify:
                     options |= {"cert_reqs": "CERT_NONE", "assert_hostname": False}
                 if proxy:
@@ -253,7 +255,7 @@ class Session:
                 else:
                     pool = urllib3.PoolManager(**options)
                 pool.pool_classes_by_scheme = self._pool_classes()
-                self._pools[endpoint.tls, proxy] = pool
+                self._pools[endpoint.tls, encrypted, proxy] = pool
             return pool
 
     def _pool_classes(self) -> dict[str, type[HTTPConnectionPool]]:

@@ -26,9 +26,8 @@ _SEAL = ".seal"
 class Shelf:
     """Thread-safe; its lock is never held across work on the disk."""
 
-    def __init__(self, base: Path, recipes: Path, records: ImageRecords, lock: int) -> None:
+    def __init__(self, base: Path, recipes: Path, records: ImageRecords) -> None:
         self.base = base
-        self.store_lock = lock
         self.recipes = recipes
         self._records = records
         self._lock = threading.Lock()

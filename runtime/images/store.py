@@ -18,7 +18,7 @@ from runtime.images import merged
 from runtime.images.catalogue import Catalogue
 from runtime.images.health import Health
 from runtime.images.image import Auth, FsUsage, Image, ImagesConfig, Progress, RootFs
-from runtime.images.layers import short_name, usage_of
+from runtime.images.layers import Unpacker, short_name, usage_of
 from runtime.images.records import ImageRecords, Layer, RootFsRecords, lock
 from runtime.images.reference import Reference, parse
 from runtime.images.rootfs import Roots, lowers
@@ -69,7 +69,8 @@ class Images:
         self._records = ImageRecords(self._root)
         self._rootfs_records = RootFsRecords(self._root)
         self._rootfs_records.checkpoint()
-        self._shelf = Shelf(self._base, self._recipes, self._records, self._lock_file)
+        self._unpacker = Unpacker(self._config, self._lock_file)
+        self._shelf = Shelf(self._base, self._recipes, self._records)
         self._roots = Roots(self._containers, self._shelf, self._rootfs_records)
         self._catalogue = Catalogue(self._shelf, self._config.pinned)
         self._load()
@@ -124,6 +125,7 @@ class Images:
             pull.cancel()
         for thread in threads:
             thread.join()
+        self._unpacker.close()
         self._records.close()
         self._rootfs_records.checkpoint()
         self._rootfs_records.close()
@@ -209,7 +211,7 @@ class Images:
             for layer in content.manifest.layers:
                 report(Progress(layer.digest, "exists", layer.size, layer.size))
         else:
-            transfer = Transfer(content, source, self._shelf, self._records, self._config, report)
+            transfer = Transfer(content, source, self._shelf, self._records, self._unpacker, self._config, report)
             when_cancelled(transfer.cancel)
             stored = transfer.run()
             log.info("image %s of %d layers is in the store", id, len(stored.layers))

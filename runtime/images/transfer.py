@@ -68,6 +68,7 @@ class Transfer:
         source: Source,
         shelf: Shelf,
         records: ImageRecords,
+        unpacker: Unpacker,
         config: ImagesConfig,
         progress: Callable[[Progress], None],
     ) -> None:
@@ -75,6 +76,7 @@ class Transfer:
         self._source = source
         self._shelf = shelf
         self._records = records
+        self._unpacker = unpacker
         self._config = config
         self._progress = progress
         self._lock = threading.Lock()
@@ -82,6 +84,7 @@ class Transfer:
         self._children: set[Unpack] = set()
         self._numbers: dict[str, int] = {}
         self._held: list[int] = []
+        self._fetching = threading.Semaphore(config.max_parallel)
         self._open: dict[str, tuple[int, Unpacked]] = {}
 
     def cancel(self) -> None:
@@ -130,12 +133,8 @@ class Transfer:
         for diff_id, (descriptor, _) in wanted.items():
             self._report(descriptor, "waiting" if diff_id in self._numbers else "exists", 0)
         if missing:
-            unpacker = Unpacker(self._config, self._shelf.store_lock)
-            try:
-                with self._synchronised_meanwhile():
-                    self._in_parallel([(diff_id, *wanted[diff_id], unpacker) for diff_id in missing])
-            finally:
-                unpacker.close()
+            with self._synchronised_meanwhile():
+                self._in_parallel([(diff_id, *wanted[diff_id]) for diff_id in missing])
         layers: list[Layer] = []
         for diff_id, below in zip(parsed.diff_ids, chains, strict=False):
             layers.append(self._settled(diff_id, below, layers))
@@ -165,8 +164,9 @@ class Transfer:
             ended.set()
             thread.join()
 
-    def _in_parallel(self, jobs: list[tuple[str, Descriptor, str, Unpacker]]) -> None:
-        with ThreadPoolExecutor(self._config.max_parallel, thread_name_prefix="layer") as pool:
+    def _in_parallel(self, jobs: list[tuple[str, Descriptor, str]]) -> None:
+        # While some are fetched, as many are about to be or come to the end of being unpacked.
+        with ThreadPoolExecutor(2 * self._config.max_parallel, thread_name_prefix="layer") as pool:
             futures = [pool.submit(self._layer, *job) for job in jobs]
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
             failures = [error for future in futures if future in done and (error := future.exception())]
@@ -176,13 +176,13 @@ class Transfer:
                 # The cause, not what followed from it.
                 raise next((error for error in failures if not isinstance(error, Cancelled)), failures[0])
 
-    def _layer(self, diff_id: str, descriptor: Descriptor, below: str, unpacker: Unpacker) -> None:
+    def _layer(self, diff_id: str, descriptor: Descriptor, below: str) -> None:
         with self._shelf.turn(diff_id, self._check):
             if self._on_shelf(diff_id, below):  # another transfer has brought it meanwhile
                 self._report(descriptor, "exists", descriptor.size)
                 return
             number = self._numbers[diff_id]
-            unpacked = self._brought(number, descriptor, unpacker)
+            unpacked = self._brought(number, descriptor)
             if unpacked.diff_id != diff_id:
                 raise BadContent(f"layer {descriptor.digest} unpacks to {unpacked.diff_id}, the image wants {diff_id}")
             if unpacked.spoilt:
@@ -199,53 +199,63 @@ class Transfer:
         more = seal.finish(shelf.path(number), shelf.recipe(number), shelf.seal(number), unpacked)
         return Layer(number, diff_id, below, unpacked.bytes_used + more[0], unpacked.inodes + more[1])
 
-    def _brought(self, number: int, descriptor: Descriptor, unpacker: Unpacker) -> Unpacked:
+    def _brought(self, number: int, descriptor: Descriptor) -> Unpacked:
         """Unpack the layer, from another host when one has sent something else."""
         while True:
             try:
-                return self._unpack(number, descriptor, unpacker)
+                return self._unpack(number, descriptor)
             except BadContent as error:
                 if not self._source.another(descriptor):
                     raise
                 log.warning("%s; another host is asked", error)
                 remove_tree(self._shelf.path(number))
 
-    def _unpack(self, number: int, descriptor: Descriptor, unpacker: Unpacker) -> Unpacked:
+    def _unpack(self, number: int, descriptor: Descriptor) -> Unpacked:
         if descriptor.size > self._config.layer_limit_bytes:
             limit = self._config.layer_limit_bytes
             raise Exhausted(f"layer {descriptor.digest} of {descriptor.size} bytes, the limit is {limit}")
+        with self._begun(number) as child:
+            with self._fetching:
+                self._feed(child, descriptor)
+            self._report(descriptor, "unpacking", descriptor.size)
+            return self._finished(child, descriptor)
+
+    @contextmanager
+    def _begun(self, number: int) -> Iterator[Unpack]:
+        """A child for the layer, which is over when the context is."""
         path = self._shelf.path(number)
         path.mkdir(0o755)
         os.chmod(path, 0o755)
         with open(self._shelf.recipe(number), "wb") as recipe:
-            child = unpacker.begin(path, recipe.fileno())
-            try:
-                with self._lock:
-                    self._children.add(child)
-                self._check()
-                position = 0
-                reported_at = 0.0
-                refused: BadImage | None = None
+            child = self._unpacker.begin(path, recipe.fileno())
+        try:
+            with self._lock:
+                self._children.add(child)
+            self._check()
+            yield child
+        finally:
+            with self._lock:
+                self._children.discard(child)
+            child.close()
 
-                def take(data: bytes) -> None:
-                    nonlocal position, reported_at, refused
-                    if refused is None and not child.write(data):
-                        refused = self._refusal(child, descriptor)
-                    position += len(data)
-                    now = time.monotonic()
-                    if now - reported_at >= _REPORT_EVERY_S:
-                        reported_at = now
-                        self._report(descriptor, "downloading", position)
+    def _feed(self, child: Unpack, descriptor: Descriptor) -> None:
+        position = 0
+        reported_at = 0.0
+        refused: BadImage | None = None
 
-                self._source.fetch(descriptor, take)
-                if refused is not None:
-                    raise refused
-                self._report(descriptor, "unpacking", descriptor.size)
-                return self._finished(child, descriptor)
-            finally:
-                with self._lock:
-                    self._children.discard(child)
-                child.close()
+        def take(data: bytes) -> None:
+            nonlocal position, reported_at, refused
+            if refused is None and not child.write(data):
+                refused = self._refusal(child, descriptor)
+            position += len(data)
+            now = time.monotonic()
+            if now - reported_at >= _REPORT_EVERY_S:
+                reported_at = now
+                self._report(descriptor, "downloading", position)
+
+        self._source.fetch(descriptor, take)
+        if refused is not None:
+            raise refused
 
     def _refusal(self, child: Unpack, descriptor: Descriptor) -> BadImage:
         """Why the child has ended before its input has. If it found nonsense, the rest is fetched to tell whether the

@@ -1,8 +1,11 @@
 """The unpacking program: forks for each layer that cribd hands it; the fork confines itself and unpacks.
 
-Started by `runtime.images.layers`. Each message on its socket is a job as JSON with three descriptors: a pipe that
-brings the blob, a pipe for the report, one line of JSON, and the file for the layer's recipe. The answer is the fork's
-pid and pidfd. The blob ends when the pipe does: who gives it up kills the fork first.
+Started by `runtime.images.layers`. Each message on its socket is the path of an empty directory, with three
+descriptors: a pipe that brings the blob, a pipe for the report, one line of JSON, and the file for the layer's recipe.
+The answer is the fork's pid and pidfd. The blob ends when the pipe does: who gives it up kills the fork first. Without
+work for a while the program ends; a message that it has not answered then was in vain.
+
+A fork costs what it touches, page by page: what can be done once is done before it.
 
 Threat model: a layer may try to exploit a decompressor or the reader. The fork that reads it has the layer's directory
 as its root, no descriptor but those three, the store's lock (an empty file, to be read) and a path to its root, few
@@ -14,10 +17,11 @@ import gc
 import json
 import os
 import resource
+import select
 import signal
 import socket
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from runtime.images.unpack.apply import Applier
 from runtime.images.unpack.calls import only_unpacking
@@ -34,13 +38,14 @@ _KEEP = caps.mask(
     ("CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID", "CAP_MKNOD", "CAP_SETFCAP", "CAP_SYS_ADMIN")
 )
 _MEMORY_LIMIT_BYTES = 512 << 20
+_REAP_MS = 1_000
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """What cribd asks for."""
+class Limits:
+    """Of each layer; `idle_s` is how long the program stays without work."""
 
-    root: str
+    idle_s: float
     unpacked_limit_bytes: int
     ratio_limit: int
     ratio_from_bytes: int
@@ -53,7 +58,8 @@ def _die_with(parent: int) -> None:
         os._exit(1)
 
 
-def _confine(job: Job, filter: Filter) -> None:
+def _lessen() -> None:
+    """For this process, and so for its forks."""
     for limit, value in (
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_AS, _MEMORY_LIMIT_BYTES),
@@ -62,27 +68,30 @@ def _confine(job: Job, filter: Filter) -> None:
         hard = resource.getrlimit(limit)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(limit, (value, value))
-    last = caps.last_cap()
     os.umask(0)
-    os.chroot(job.root)  # noqa: TID251 (this is the program that is to be confined, not cribd)
+    caps.drop_bounding(_KEEP, caps.last_cap())
+    prctl(PR_SET_NO_NEW_PRIVS, 1)
+
+
+def _confine(root: str, filter: Filter) -> None:
+    os.chroot(root)  # noqa: TID251 (this is the program that is to be confined, not cribd)
     os.chdir("/")
     # What was not imported yet never is: a layer has files at the interpreter's paths.
     sys.path.clear()
     sys.meta_path.clear()
-    caps.drop_bounding(_KEEP, last)
     caps.capset(_KEEP, _KEEP, 0)
-    prctl(PR_SET_NO_NEW_PRIVS, 1)
     filter.load()
 
 
-def _unpack(job: Job, blob: int, recipe: int) -> dict[str, object]:
-    pipeline = Pipeline(Blob(blob), job.unpacked_limit_bytes, job.ratio_limit, job.ratio_from_bytes)
+def _unpack(limits: Limits, blob: int, recipe: int) -> dict[str, object]:
+    pipeline = Pipeline(Blob(blob), limits.unpacked_limit_bytes, limits.ratio_limit, limits.ratio_from_bytes)
     recorder = Recorder(recipe)
     stream = Stream(pipeline, recorder.plain)
-    applied = Applier(stream, job.entries_limit, recorder).apply(Reader(stream))
+    applied = Applier(stream, limits.entries_limit, recorder).apply(Reader(stream))
     recorder.finish()
     return {
-        **asdict(applied),
+        "bytes_used": applied.bytes_used,
+        "inodes": applied.inodes,
         "implied": [os.fsdecode(path) for path in applied.implied],
         "lower_links": [[os.fsdecode(name), os.fsdecode(target)] for name, target in applied.lower_links],
         "diff_id": pipeline.diff_id,
@@ -94,10 +103,10 @@ def _failure(kind: str, message: str, errno: int = 0) -> dict[str, object]:
     return {"failed": kind, "message": message, "errno": errno}
 
 
-def _report(job: Job, filter: Filter, blob: int, recipe: int) -> dict[str, object]:
+def _report(root: str, limits: Limits, filter: Filter, blob: int, recipe: int) -> dict[str, object]:
     try:
-        _confine(job, filter)
-        return _unpack(job, blob, recipe)
+        _confine(root, filter)
+        return _unpack(limits, blob, recipe)
     except LimitReached as error:
         return _failure("limit", str(error))
     except BadLayer as error:
@@ -111,12 +120,12 @@ def _report(job: Job, filter: Filter, blob: int, recipe: int) -> dict[str, objec
         return _failure("defect", f"{type(error).__name__}: {error}")
 
 
-def _work(job: Job, filter: Filter, blob: int, report: int, recipe: int) -> None:
+def _work(root: str, limits: Limits, filter: Filter, blob: int, report: int, recipe: int) -> None:
     """One layer, in the fork; never returns."""
     status = 1
     try:
         os.dup2(0, 2)  # cribd's log is not the layer's
-        left = memoryview(json.dumps(_report(job, filter, blob, recipe)).encode() + b"\n")
+        left = memoryview(json.dumps(_report(root, limits, filter, blob, recipe)).encode() + b"\n")
         while left:
             left = left[os.write(report, left) :]
         status = 0
@@ -125,24 +134,35 @@ def _work(job: Job, filter: Filter, blob: int, report: int, recipe: int) -> None
         os._exit(status)
 
 
-def _reap() -> None:
-    """The forks that have ended by now; what they took counts as this process's, and so as cribd's."""
+def _reap() -> int:
+    """How many forks have ended since; what they took counts as this process's, and so as cribd's."""
+    ended = 0
     try:
         while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
+            ended += 1
     except ChildProcessError:
         pass
+    return ended
 
 
-def serve(number: int, parent: int) -> None:
-    """Take jobs from the socket with this descriptor until cribd closes its end."""
+def serve(number: int, parent: int, limits: Limits) -> None:
+    """Take jobs from the socket with this descriptor until cribd closes its end or has none for a while."""
     _die_with(parent)
     filter = only_unpacking()
+    _lessen()
     gc.disable()
     gc.freeze()
     me = os.getpid()
     jobs = socket.socket(fileno=number)
+    waiting = select.poll()
+    waiting.register(jobs, select.POLLIN)
+    forks = 0
     while True:
+        if not waiting.poll(_REAP_MS if forks else limits.idle_s * 1000):
+            if not forks:
+                os._exit(0)
+            forks -= _reap()
+            continue
         message, descriptors, _, _ = socket.recv_fds(jobs, 1 << 16, 3)
         if not message:
             _reap()
@@ -151,9 +171,10 @@ def serve(number: int, parent: int) -> None:
         if not pid:
             jobs.close()
             _die_with(me)
-            _work(Job(**json.loads(message)), filter, *descriptors)
+            _work(os.fsdecode(message), limits, filter, *descriptors)
+        forks += 1
         pidfd = os.pidfd_open(pid)
         socket.send_fds(jobs, [str(pid).encode()], [pidfd])
         for descriptor in (pidfd, *descriptors):
             os.close(descriptor)
-        _reap()
+        forks -= _reap()

@@ -3,17 +3,22 @@
 Compressed blobs aren't kept, which would nearly double what an image takes. The recipe (headers and padding, compressed
 to a few per cent) gives the very bytes of the diff id back: `save` writes them, `check` hashes them.
 
-A zstd stream of records: kind (0 bytes, 1 file data), length, and either the bytes or offset, length and path.
+Frames of zstd with records: kind (0 bytes, 1 file data), length, and either the bytes or offset, length and path.
 """
+
+from __future__ import annotations
 
 import os
 import struct
 from collections.abc import Iterator
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import zstandard
 
 from runtime.images.unpack.errors import BadLayer
+
+if TYPE_CHECKING:
+    from pathlib import Path  # costs each fork
 
 _RECORD = struct.Struct("<BI")
 _PLACE = struct.Struct("<QQ")
@@ -28,7 +33,7 @@ class Recorder:
 
     def __init__(self, file: int) -> None:
         self._file = file
-        self._compressor = zstandard.ZstdCompressor(level=1).compressobj()
+        self._compressor = zstandard.ZstdCompressor(level=1)
         self._plain: list[bytes] = []
         self._plain_bytes = 0
         self._records: list[bytes] = []
@@ -49,7 +54,6 @@ class Recorder:
     def finish(self) -> None:
         self._end_plain()
         self._flush()
-        self._write(self._compressor.flush())
 
     def _end_plain(self) -> None:
         if self._plain:
@@ -63,17 +67,15 @@ class Recorder:
             self._flush()
 
     def _flush(self) -> None:
-        self._write(self._compressor.compress(b"".join(self._records)))
+        frame = memoryview(self._compressor.compress(b"".join(self._records)))
+        while frame:
+            frame = frame[os.write(self._file, frame) :]
         self._records, self._records_bytes = [], 0
-
-    def _write(self, data: bytes) -> None:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(self._file, view) :]
 
 
 def _records(recipe: Path) -> Iterator[tuple[int, bytes]]:
-    with open(recipe, "rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as reader:
+    decompressor = zstandard.ZstdDecompressor()
+    with open(recipe, "rb") as file, decompressor.stream_reader(file, read_across_frames=True) as reader:
 
         def exactly(size: int) -> bytes:
             data = b""

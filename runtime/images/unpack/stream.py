@@ -18,6 +18,8 @@ except ImportError:
 
 CHUNK = 1 << 18
 _INPUT = 1 << 18
+# A layer of so little is done before a thread would have begun.
+_ALONE_BYTES = 1 << 20
 # RFC 8878 recommends 8 MiB; `zstd --long` and BuildKit's best level go up to this.
 _ZSTD_WINDOW = 1 << 27
 _DAMAGE: Any = (zlib.error, zstandard.ZstdError)
@@ -122,8 +124,6 @@ class Pipeline:
         self._ratio = ratio
         self._ratio_from = ratio_from
         self._hash = hashlib.sha256()
-        self._queue: Queue[bytes | BaseException | None] = Queue(6)
-        self._stopped = threading.Event()
         self.size = 0
 
     @property
@@ -131,7 +131,16 @@ class Pipeline:
         return f"sha256:{self._hash.hexdigest()}"
 
     def __iter__(self) -> Iterator[bytes]:
-        thread = threading.Thread(target=self._produce, daemon=True)
+        chunks = self._chunks()
+        for chunk in chunks:
+            yield chunk
+            if self.size > _ALONE_BYTES:
+                yield from self._ahead(chunks)
+
+    def _ahead(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
+        self._queue: Queue[bytes | BaseException | None] = Queue(6)
+        self._stopped = threading.Event()
+        thread = threading.Thread(target=self._produce, args=(chunks,), daemon=True)
         thread.start()
         try:
             while (item := self._queue.get()) is not None:
@@ -142,15 +151,19 @@ class Pipeline:
         finally:
             self._stopped.set()
 
-    def _produce(self) -> None:
+    def _chunks(self) -> Iterator[bytes]:
+        for chunk in decompressed(self._blob):
+            self._hash.update(chunk)
+            self.size += len(chunk)
+            if self.size > self._limit:
+                raise LimitReached(f"layer unpacks to more than {self._limit} bytes")
+            if self.size > self._ratio_from and self.size > self._blob.position * self._ratio:
+                raise LimitReached(f"layer unpacks to more than {self._ratio} times its size")
+            yield chunk
+
+    def _produce(self, chunks: Iterator[bytes]) -> None:
         try:
-            for chunk in decompressed(self._blob):
-                self._hash.update(chunk)
-                self.size += len(chunk)
-                if self.size > self._limit:
-                    raise LimitReached(f"layer unpacks to more than {self._limit} bytes")
-                if self.size > self._ratio_from and self.size > self._blob.position * self._ratio:
-                    raise LimitReached(f"layer unpacks to more than {self._ratio} times its size")
+            for chunk in chunks:
                 self._put(chunk)
             self._put(None)
         except BaseException as error:

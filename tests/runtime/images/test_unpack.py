@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import select
+import signal
 import stat
 import subprocess
 import sys
@@ -319,6 +321,38 @@ def test_the_child_is_confined(target: Path, run_dir: Path) -> None:
         with pytest.raises(Cancelled):
             child.finish()
     os.close(lock(run_dir / "lock"))
+
+
+def test_a_program_that_has_ended_is_started_again(run_dir: Path) -> None:
+    """It is one for all layers while they come, ends by itself when none does, and may be killed."""
+    programs = []
+
+    def one(unpacker: Unpacker, name: str) -> None:
+        (run_dir / name).mkdir()
+        with open("/dev/null", "wb") as recipe, closing(unpacker.begin(run_dir / name, recipe.fileno())) as child:
+            programs.append(int(Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[1]))
+            child.write(Layer().file("file", name).tar())
+            child.finish()
+        assert (run_dir / name / "file").read_text() == name
+
+    def ended(pid: int, kill: bool) -> None:
+        pidfd = os.pidfd_open(pid)
+        if kill:
+            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        assert select.select([pidfd], [], [], 20)[0]
+        os.close(pidfd)
+
+    with tempfile.TemporaryFile() as lock, closing(Unpacker(ImagesConfig(), lock.fileno())) as unpacker:
+        one(unpacker, "first")
+        one(unpacker, "second")
+        assert programs[0] == programs[1]
+        ended(programs[1], kill=True)
+        one(unpacker, "third")
+        assert programs[2] != programs[1]
+    with tempfile.TemporaryFile() as lock, closing(Unpacker(ImagesConfig(), lock.fileno(), idle_s=0.05)) as unpacker:
+        one(unpacker, "fourth")
+        ended(programs[3], kill=False)
+        one(unpacker, "fifth")
 
 
 ESCAPES = """
