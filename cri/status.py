@@ -46,6 +46,7 @@ _ERRNOS: Final = {
     errno.ENOMEM: StatusCode.RESOURCE_EXHAUSTED,
     errno.ETIMEDOUT: StatusCode.DEADLINE_EXCEEDED,
 }
+_NO_THREAD: Final = "can't start new thread"
 _MESSAGE_LIMIT: Final = 4096  # gRPC sends it as a header, and the client's header limit is 8 KiB by default
 
 
@@ -62,6 +63,8 @@ def status_of(error: BaseException) -> tuple[StatusCode, str, bool]:
         return StatusCode.CANCELLED, "the caller went away", True
     if isinstance(error, OSError) and error.errno in _ERRNOS:
         return _ERRNOS[error.errno], _text(error), True
+    if isinstance(error, RuntimeError) and str(error) == _NO_THREAD:  # all that Python tells of EAGAIN
+        return StatusCode.RESOURCE_EXHAUSTED, _NO_THREAD, True
     return StatusCode.UNKNOWN, f"{type(error).__name__}: {_text(error)}", False
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import grpc
 import pytest
 
@@ -32,3 +35,13 @@ def test_errors_that_the_kubelet_knows(kind: type[Exception]) -> None:
 )
 def test_other_errors_of_images(error: Exception, code: grpc.StatusCode) -> None:
     assert status_of(error) == (code, "x", True)
+
+
+def test_no_thread_is_to_be_had() -> None:
+    """At a limit of processes; Python has only words for it."""
+    start = "import resource, threading; resource.setrlimit(resource.RLIMIT_AS, (1 << 28, 1 << 28));"
+    start += "threading.stack_size(1 << 29); threading.Thread(target=print).start()"
+    failed = subprocess.run([sys.executable, "-c", start], capture_output=True, text=True, check=False)
+    kind, _, words = failed.stderr.splitlines()[-1].partition(": ")
+    assert kind == "RuntimeError"
+    assert status_of(RuntimeError(words)) == (grpc.StatusCode.RESOURCE_EXHAUSTED, words, True)
