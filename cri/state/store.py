@@ -67,6 +67,7 @@ class Store:
                 with contextlib.suppress(FileNotFoundError):
                     path.with_name(name).rename(path.with_name(name.replace(path.name, aside.name)))
             self._db = self._open()
+            _logger.warning("%s records of it could be read", self._salvage(aside))
         self._refill()
 
     def _open(self) -> sqlite3.Connection:
@@ -75,6 +76,8 @@ class Store:
             db.execute("PRAGMA journal_mode = WAL")
             db.execute("PRAGMA synchronous = NORMAL")
             db.execute("PRAGMA wal_autocheckpoint = 0")
+            if (found := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+                raise sqlite3.DatabaseError(found.replace("\n", " "))
             version = db.execute("PRAGMA user_version").fetchone()[0]
             if version > SCHEMA_VERSION:
                 raise Unavailable(
@@ -87,6 +90,16 @@ class Store:
             db.close()
             raise
         return db
+
+    def _salvage(self, damaged: Path) -> int:
+        """Copy the records before the damage and those after it; how many there are."""
+        with contextlib.closing(sqlite3.connect(damaged)) as old, self._together():
+            for order in ("", "DESC"):
+                with contextlib.suppress(sqlite3.DatabaseError):
+                    for row in old.execute(f"SELECT kind, id, body FROM record ORDER BY kind {order}, id {order}"):
+                        if [type(value) for value in row] == [str, str, bytes]:
+                            self._db.execute("INSERT OR IGNORE INTO record VALUES (?, ?, ?)", row)
+            return int(self._db.execute("SELECT count(*) FROM record").fetchone()[0])
 
     def close(self) -> None:
         self._db.close()
@@ -167,7 +180,7 @@ class Store:
             try:
                 self._db.execute(statement, values)
                 return
-            except sqlite3.OperationalError as error:
+            except sqlite3.DatabaseError as error:
                 if "full" not in str(error):
                     raise Unavailable(f"state database {self._path}: {error}") from error
                 if not rooms:

@@ -102,6 +102,27 @@ def test_a_damaged_database_is_moved_aside(path: Path) -> None:
     assert list(path.parent.glob("state.db.broken-*"))
 
 
+def test_what_is_left_of_a_damaged_database(path: Path) -> None:
+    """Whichever page is lost, the store opens, and of many records most are there."""
+    store = Store(path)
+    for number in range(100):
+        store.put_container(container(f"c{number:02}"), bytes(500))
+    store.checkpoint()
+    store.close()
+    whole = path.read_bytes()
+    kept = []
+    for page in range(0, len(whole), 4096):
+        for stale in path.parent.glob(f"{path.name}-*"):
+            stale.unlink()
+        path.write_bytes(whole[:page] + b"\xa5" * 4096 + whole[page + 4096 :])
+        store = Store(path)
+        store.put_sandbox(sandbox())
+        assert [one.id for one in store.load()[0]] == ["a"]
+        kept.append(len(store.load()[1]))
+        store.close()
+    assert len(kept) > 10 and sorted(kept)[len(kept) // 2] >= 90, kept
+
+
 def test_a_newer_database_is_refused(path: Path) -> None:
     Store(path).close()
     with sqlite3.connect(path) as db:
