@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextvars import Context
 from dataclasses import dataclass
 from socket import socket
@@ -72,8 +72,13 @@ class Channel:
         """Wait no longer for the answer to a request: there will be none."""
         self._waiting.pop(number, None)
 
-    async def request(self, kind: str, fds: tuple[int, ...], timeout_s: float, **fields: Any) -> Reply:
-        """Send a request and wait for its answer. Raises DeadlineExceeded, or Unavailable when the peer is gone."""
+    def request(
+        self, kind: str, fds: tuple[int, ...], timeout_s: float, **fields: Any
+    ) -> Coroutine[Any, Any, Reply]:
+        """Send a request, now, and return what waits for its answer.
+
+        Raises Unavailable when the peer is gone; waiting raises DeadlineExceeded or Unavailable.
+        """
         future: asyncio.Future[Reply] = self._loop.create_future()
 
         def replied(reply: Reply) -> None:
@@ -82,7 +87,9 @@ class Channel:
             else:
                 future.set_result(reply)
 
-        number = self.post(kind, fds, replied, **fields)
+        return self._answer(kind, self.post(kind, fds, replied, **fields), future, timeout_s)
+
+    async def _answer(self, kind: str, number: int, future: asyncio.Future[Reply], timeout_s: float) -> Reply:
         try:
             async with asyncio.timeout(timeout_s):
                 reply = await future

@@ -175,7 +175,7 @@ class Pod:
         log = request.log or LogFile("", -1)
         self._starting[request.id] = created
         try:
-            reply = await self._channel.request(
+            answer = self._channel.request(
                 Kind.START,
                 (memfd, *(call.descriptors if call else ()), *((log.fd,) if request.log else ())),
                 START_TIMEOUT_S,
@@ -196,6 +196,8 @@ class Pod:
                 memory_events=cgroup.memory_events,
                 adopt=call.adopt if call else "",
             )
+            steps = [(step.phase, step.describe()) for step in start.plan]  # while the monitor is at it
+            reply = await answer
         except DeadlineExceeded:
             await self.kill(request.id)
             raise
@@ -212,7 +214,7 @@ class Pod:
         timeline = (
             StepTiming("plan", f"compile {len(start.plan)} steps", sent_ns - begun_ns),
             StepTiming("namespaces", "have the monitor clone the process", fields["started_ns"] - sent_ns),
-            *(StepTiming(at.phase, at.describe(), ns) for at, ns in zip(start.plan, [*durations, last], strict=True)),
+            *(StepTiming(*step, ns) for step, ns in zip(steps, [*durations, last], strict=True)),
         )
         warnings = tuple(fields["warnings"])
         if found.poststart and not call:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 import struct
@@ -11,13 +12,18 @@ from runtime.linux.lib import SyscallError, check, function, syscall
 
 TYPE_CHECKING = False  # typing costs a monitor memory
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Final
 
 RESOLVE_NO_MAGICLINKS: Final = 0x02
 RESOLVE_IN_ROOT: Final = 0x10
 _IN_ROOT: Final = RESOLVE_IN_ROOT | RESOLVE_NO_MAGICLINKS
 SYNC_FILE_RANGE_WRITE: Final = 2
+_MISSING: Final = 40  # directories and dangling links, for one path
 _sync_file_range: Final = function("sync_file_range", 4)
+_FS_IOC_GETFLAGS: Final = 0x80086601
+_FS_IOC_SETFLAGS: Final = 0x40086602
+_TOPDIR: Final = 0x00020000  # ext4 alone knows it
 
 
 def open_in_root(root: int, path: str, flags: int, mode: int = 0) -> int:
@@ -45,14 +51,32 @@ def make_directories(root: int, path: str, mode: int = 0o755) -> int:
 
     Symlinks are followed inside the root; the target of a dangling one is made. Raises SyscallError.
     """
-    for _ in range(40):  # each turn makes one directory or follows one dangling link
-        try:
-            return open_directory(root, path)
-        except SyscallError as error:
-            if error.errno != errno.ENOENT:
-                raise
-        _make_first_missing(root, path, mode)
-    raise SyscallError("openat2", errno.ELOOP, path)
+    return _make_directories(root, path, mode, iter(range(_MISSING)))
+
+
+def _make_directories(root: int, path: str, mode: int, turns: Iterator[int]) -> int:
+    try:
+        return open_directory(root, path)
+    except SyscallError as error:
+        if error.errno != errno.ENOENT:
+            raise
+    if next(turns, None) is None:
+        raise SyscallError("openat2", errno.ELOOP, path)
+    parent, _, name = path.rstrip("/").rpartition("/")
+    directory = _make_directories(root, parent or "/", mode, turns)
+    try:
+        if name not in ("", ".", ".."):
+            try:
+                os.mkdir(name, mode, dir_fd=directory)
+                return _as_made(directory, name, mode)
+            except FileExistsError:  # now, or it is a dangling link
+                target = _link(directory, name)
+            if target:
+                where = target if target.startswith("/") else f"{parent}/{target}"
+                os.close(_make_directories(root, where, mode, turns))
+    finally:
+        os.close(directory)
+    return open_directory(root, path)  # by the kernel's judgement: a link of /proc's is not what it reads as
 
 
 def make_file(root: int, path: str, mode: int = 0o644) -> int:
@@ -71,42 +95,41 @@ def make_file(root: int, path: str, mode: int = 0o644) -> int:
     return open_in_root(root, path, os.O_PATH)
 
 
-def _make_first_missing(root: int, path: str, mode: int) -> None:
-    done = ""
-    for name in path.split("/"):
-        if not name or name == ".":
-            continue
-        parent, done = done, f"{done}/{name}"
-        try:
-            os.close(open_in_root(root, done, os.O_PATH))
-            continue
-        except SyscallError as error:
-            if error.errno != errno.ENOENT:
-                raise
-        directory = open_directory(root, parent or "/")
-        try:
-            if _is_link(directory, name):
-                target = os.readlink(name, dir_fd=directory)
-                where = target if target.startswith("/") else f"{parent}/{target}"
-                _make_first_missing(root, where, mode)
-            else:
-                os.mkdir(name, mode, dir_fd=directory)
-                # mkdir honours the umask; what a mount point looks like shall not depend on it.
-                child = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=directory)
-                os.fchmod(child, mode)
-                os.close(child)
-        except FileExistsError:
-            pass
-        finally:
-            os.close(directory)
-        return
+def _as_made(directory: int, name: str, mode: int) -> int:
+    """An O_PATH descriptor of the new directory `name`, whose mode is this one whatever umask and parent say."""
+    flags = os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    made = os.open(name, os.O_PATH | flags, dir_fd=directory)
+    if stat.S_IMODE(os.fstat(made).st_mode) != mode:
+        readable = os.open(name, os.O_RDONLY | flags, dir_fd=directory)
+        os.fchmod(readable, mode)
+        os.close(readable)
+    return made
 
 
-def _is_link(directory: int, name: str) -> bool:
+def _link(directory: int, name: str) -> str:
+    """Where the symlink `name` leads to; "" for what is none."""
     try:
-        return stat.S_ISLNK(os.lstat(name, dir_fd=directory).st_mode)
-    except FileNotFoundError:
-        return False
+        return os.readlink(name, dir_fd=directory)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOENT):
+            raise
+        return ""
+
+
+def spread(directory: str) -> None:
+    """Say that directories in this one have nothing to do with each other, for ext4 to lay them apart (chattr(1), T).
+
+    Nothing happens on other file systems. Raises OSError where there is no such directory.
+    """
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        (flags,) = struct.unpack("I", fcntl.ioctl(fd, _FS_IOC_GETFLAGS, bytes(4)))
+        if not flags & _TOPDIR:
+            fcntl.ioctl(fd, _FS_IOC_SETFLAGS, struct.pack("I", flags | _TOPDIR))
+    except OSError:
+        pass
+    finally:
+        os.close(fd)
 
 
 def start_writeback(file: int) -> None:

@@ -1,5 +1,6 @@
 """OCI mount option strings to kernel flags."""
 
+import functools
 from dataclasses import dataclass
 from typing import Final
 
@@ -70,6 +71,7 @@ class Options:
     propagation: int = 0
 
 
+@functools.lru_cache(256)  # a pod's volumes all have the same few
 def parse(options: tuple[str, ...]) -> Options:
     """Sort OCI option strings (runtime-spec, config.md, "Linux mount options"); what is no flag is data."""
     flags = set_ = clear = recursive_set = recursive_clear = propagation = 0

@@ -61,10 +61,11 @@ class Step:
         KINDS[cls.__name__] = cls
 
     def __init__(self, *values: Any, **named: Any) -> None:
-        given = dict(zip(self.fields, values, strict=False)) | named
-        if len(given) != len(values) + len(named) or given.keys() != set(self.fields):
+        given = dict(zip(self.fields, values, strict=False))
+        given.update(named)
+        if not len(given) == len(values) + len(named) == len(self.fields) or (named and named.keys() - self.fields):
             raise TypeError(f"{type(self).__name__} takes {', '.join(self.fields)}")
-        self.__dict__.update(given)
+        self.__dict__ = given
 
     def values(self) -> list[Any]:
         """The fields' values, in order."""
