@@ -134,12 +134,10 @@ class Node:
         pod.show(record)
         self.events.pod_became(pod, before, self.now_ns())
 
-    def save_container(
-        self, container: Container, spec: bytes | None = None, timeline: Timeline | None = None, **changes: object
-    ) -> None:
+    def save_container(self, container: Container, spec: bytes | None = None, **changes: object) -> None:
         """Change a container's record, on disk first."""
         record: ContainerRecord = msgspec.structs.replace(container.record, **changes)
-        self.store.put_container(record, spec, timeline)
+        self.store.put_container(record, spec)
         before = container.state
         container.show(record)
         self.events.container_became(container, before, self.now_ns())

@@ -72,9 +72,7 @@ class Channel:
         """Wait no longer for the answer to a request: there will be none."""
         self._waiting.pop(number, None)
 
-    def request(
-        self, kind: str, fds: tuple[int, ...], timeout_s: float, **fields: Any
-    ) -> Coroutine[Any, Any, Reply]:
+    def request(self, kind: str, fds: tuple[int, ...], timeout_s: float, **fields: Any) -> Coroutine[Any, Any, Reply]:
         """Send a request, now, and return what waits for its answer.
 
         Raises Unavailable when the peer is gone; waiting raises DeadlineExceeded or Unavailable.

@@ -1,6 +1,7 @@
 """A running pod as cribd holds it: its monitor's channel, its containers' starts, execs and ends."""
 
 import asyncio
+import dataclasses
 import os
 import signal
 import time
@@ -125,6 +126,7 @@ class Pod:
         self._execs: dict[str, tuple[int, asyncio.Future[ExecExit]]] = {}  # with the request's number
         self._commands: dict[str, _Command] = {}  # by container, the last one
         self.run_hooks: hooks.Run = hooks.none
+        self._prepared: dict[str, tuple[Start, bytes]] = {}
         self._starting: dict[str, Callable[[int], Awaitable[None]]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         channel.peer_pid = pid
@@ -153,48 +155,57 @@ class Pod:
         """Ask the monitor. Raises WrongState (nothing runs by that name), Unavailable or DeadlineExceeded."""
         return checked(await self._channel.request(kind, (), timeout_s, **fields))
 
+    def prepare(self, request: ContainerStart) -> bool:
+        """Have the process of a `start` to come cloned ahead, without its log: it waits, until `forget` at the latest.
+
+        False where others would have to be held still meanwhile, or hooks or a runtime are to be run. Raises
+        InvalidSpec, Unsupported, Unavailable.
+        """
+        if request.runtime or request.spec.hooks or request.pid_target:
+            return False
+        start = compile_start(request.spec, request.rootfs, request.cgroup, self.environment)
+        if start.pid != "new":
+            return False
+        plan = encode(start.plan)
+        memfd = _memfd(plan)
+        try:
+            self._channel.post(Kind.PREPARE, (memfd,), lambda _: None, **_asked(request, start))
+        finally:
+            os.close(memfd)
+        self._prepared[request.id] = start, plan
+        return True
+
     async def start(self, request: ContainerStart) -> Started:
         """Start a container. Raises StepFailed, with the cause, after which nothing of it is left in the monitor."""
         begun_ns = time.time_ns()
-        cgroup, target = request.cgroup, request.pid_target
         found = request.spec.hooks or Hooks()
         external: Bundle | None = None
         call: Call | None = None
-        if request.runtime:
+        state: dict[str, object] = {}
+        created: Callable[[int], Awaitable[None]] = partial(self._created, found, state)
+        if request.id in self._prepared:
+            start, plan = self._prepared.pop(request.id)
+        elif request.runtime:
             external = Bundle(request.runtime, self.environment.directory, request.id)
-            call = external.create(request.spec, request.rootfs, self.environment, cgroup.kill_dirs)
+            call = external.create(request.spec, request.rootfs, self.environment, request.cgroup.kill_dirs)
             start = Start(call.plan, "host", "", request.spec.process.terminal)
-            target, state, created = "", {}, external.start  # the runtime joins what paths lead to
+            plan, created = encode(start.plan), external.start
+            request = dataclasses.replace(request, pid_target="")  # the runtime joins what paths lead to
         else:
             bundle = self._bundle(request) if request.spec.hooks else ""
             state = hooks.state(request.id, "creating", bundle, request.spec.annotations)
-            start = compile_start(request.spec, request.rootfs, cgroup, self.environment, state)
-            created = partial(self._created, found, state)
+            start = compile_start(request.spec, request.rootfs, request.cgroup, self.environment, state)
+            plan, created = encode(start.plan), partial(self._created, found, state)
         sent_ns = time.time_ns()
-        memfd = _memfd(encode(start.plan))
-        log = request.log or LogFile("", -1)
+        memfd = _memfd(plan)
+        log = request.log
         self._starting[request.id] = created
         try:
             answer = self._channel.request(
                 Kind.START,
-                (memfd, *(call.descriptors if call else ()), *((log.fd,) if request.log else ())),
+                (memfd, *(call.descriptors if call else ()), *((log.fd,) if log else ())),
                 START_TIMEOUT_S,
-                id=request.id,
-                pid="target" if target else start.pid,
-                pid_ns=target or start.pid_ns,
-                own_pid=start.pid == "new" and not target,
-                terminal=start.terminal,
-                watches=start.watches,
-                stdin=request.stdin,
-                stdin_once=request.stdin_once,
-                log=log.path,
-                log_size=log.size,
-                log_max_bytes=log.max_bytes,
-                cgroup=cgroup.path,
-                clone_dir="" if call else cgroup.clone_dir,
-                kill_dirs=cgroup.kill_dirs,
-                memory_events=cgroup.memory_events,
-                adopt=call.adopt if call else "",
+                **_asked(request, start, log, call),
             )
             steps = [(step.phase, step.describe()) for step in start.plan]  # while the monitor is at it
             reply = await answer
@@ -363,7 +374,8 @@ class Pod:
         checked(reply)
 
     async def forget(self, container_id: str) -> None:
-        """Drop the monitor's record of an exited container."""
+        """Drop the monitor's record of a container that has exited, or what waits for its start."""
+        self._prepared.pop(container_id, None)
         self._commands.pop(container_id, None)
         await self.request(Kind.FORGET, id=container_id)
 
@@ -467,6 +479,31 @@ def _failure(plan: Plan, fields: Mapping[str, Any], external: Bundle | None, com
         return StepFailed("make the process", 0, len(plan), errno, detail)
     failure = StepFailed(plan[index].describe(), index + 1, len(plan), errno, detail)
     return WrongState(f"what it was to join has ended: {failure}") if errno == _ESRCH else failure
+
+
+def _asked(
+    request: ContainerStart, start: Start, log: LogFile | None = None, call: Call | None = None
+) -> dict[str, Any]:
+    """What PREPARE and START say."""
+    cgroup, target = request.cgroup, request.pid_target
+    return {
+        "id": request.id,
+        "pid": "target" if target else start.pid,
+        "pid_ns": target or start.pid_ns,
+        "own_pid": start.pid == "new" and not target,
+        "terminal": start.terminal,
+        "watches": start.watches,
+        "stdin": request.stdin,
+        "stdin_once": request.stdin_once,
+        "log": log.path if log else "",
+        "log_size": log.size if log else 0,
+        "log_max_bytes": log.max_bytes if log else 0,
+        "cgroup": cgroup.path,
+        "clone_dir": "" if call else cgroup.clone_dir,
+        "kill_dirs": cgroup.kill_dirs,
+        "memory_events": cgroup.memory_events,
+        "adopt": call.adopt if call else "",
+    }
 
 
 def _memfd(plan: bytes) -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from typing import TYPE_CHECKING, Final
 
 from cri.api import cri_pb2 as pb
 from cri.state.records import ContainerRecord, ContainerState
-from runtime.engine import ContainerExit, LogLoss
+from runtime.engine import ContainerExit, ContainerStart, LogFile, LogLoss
 from runtime.images import RootFs
 from runtime.spec import Process, Spec
 
@@ -26,7 +27,8 @@ _STATES: Final = {
 class Container:
     """`ended` is set once it is EXITED, or never will run. `stop_by` is the loop's time of the earliest stop asked for.
 
-    `spec` (until its end) and `rootfs` (until its start) are None where they have to be read back.
+    `spec` (until its end) and `rootfs` (until its start) are None where they have to be read back. `prepared` and
+    `log`, which is being opened, are for the start to come.
     `command` is the last one that was run in it, without a terminal: a probe's is the same each time.
     `removing`: RemoveContainer has begun. `settled`: its cgroup has been given back.
     `log_loss`: what of its output its monitor said isn't in its log.
@@ -38,6 +40,8 @@ class Container:
         self.pod = pod
         self.spec: Spec | None = None
         self.rootfs: RootFs | None = None
+        self.prepared: ContainerStart | None = None
+        self.log: asyncio.Task[LogFile | None] | None = None
         self.command: Process | None = None
         self.exit: ContainerExit | None = None
         self.log_loss = LogLoss()
@@ -89,6 +93,17 @@ class Container:
         if self.record.resources:
             return pb.LinuxContainerResources.FromString(self.record.resources)
         return self.config.linux.resources
+
+    def close_log(self) -> None:
+        """Nobody is going to start it: close what was opened for that, if it was."""
+
+        def close(opening: asyncio.Task[LogFile | None]) -> None:
+            if not opening.cancelled() and not opening.exception() and (log := opening.result()):
+                os.close(log.fd)
+
+        if self.log:
+            self.log.add_done_callback(close)
+            self.log = None
 
     @property
     def alive(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -13,6 +14,7 @@ from cri.container import host, log, volumes
 from cri.container.container import Container
 from cri.container.end import settle
 from cri.container.remove import forget
+from cri.container.start import prepare
 from cri.state.records import ContainerId, ContainerRecord, ContainerState, SandboxId, UserRecord, VolumeRecord
 from cri.translate.container import ContainerInput, check_container, container_to_spec
 from cri.translate.fingerprint import difference
@@ -41,6 +43,7 @@ async def create(node: Node, pod: Pod, config: pb.ContainerConfig) -> Container:
     container = _reserve(node, pod, config)
     if container.state is ContainerState.CREATING:
         await node.flights.join(("create", container.id), lambda: _make(node, container))
+        asyncio.get_running_loop().call_soon(prepare, node, container)  # while the answer is on its way
     return container
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import os
@@ -18,6 +19,7 @@ from cri.state.records import ContainerState
 from cri.timing import Timing
 from runtime.engine import Cgroup, ContainerStart, Started
 from runtime.errors import CribError, DeadlineExceeded, NotFound, WrongState
+from runtime.images import RootFs
 from runtime.spec import Spec
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from cri.node import Node
 
 START_ERROR_EXIT: Final = 128
+_PREPARED_S: Final = 10.0
 _decode_spec: Final = msgspec.json.Decoder(Spec).decode
 _logger = logging.getLogger(__name__)
 
@@ -61,12 +64,12 @@ async def _start(node: Node, container: Container) -> None:
         raise WrongState(f"{container.title} was killed while it was starting")
     node.save_container(
         container,
-        timeline=timing.timeline(),
         state=ContainerState.RUNNING,
         pid=started.pid,
         started_ns=started.started_ns,
     )
     container.rootfs = None
+    asyncio.get_running_loop().call_soon(_keep, node, container, timing, started)  # while the answer is on its way
     if container.exit is not None:
         take_exit(node, container, container.exit)
 
@@ -74,24 +77,18 @@ async def _start(node: Node, container: Container) -> None:
 async def _run(node: Node, container: Container, timing: Timing) -> Started:
     pod, record = container.pod, container.record
     with timing.step("prepare", "take up the spec, the root file system and the cgroup"):
-        rootfs = container.rootfs
-        if rootfs is None:  # made by an earlier cribd
-            rootfs = await node.work(node.images.prepare, container.id, record.image_id)
-        request = ContainerStart(
-            id=container.id,
-            spec=spec_of(node, container),
-            rootfs=rootfs,
-            cgroup=Cgroup.of(node.cgroups, record.cgroup_path),
-            stdin=container.config.stdin,
-            stdin_once=container.config.stdin_once,
-            pid_target=host.target(node, container),
-            runtime=pod.record.runtime,
-        )
+        request = container.prepared
+        if request is None:
+            rootfs = container.rootfs
+            if rootfs is None:  # made by an earlier cribd
+                rootfs = await node.work(node.images.prepare, container.id, record.image_id)
+            request = _request(node, container, rootfs)
+    opening, container.log, container.prepared = container.log, None, None
     log = None
     try:
         async with asyncio.timeout(node.config.limits.start_timeout_s):
-            log = await opened(node, container)
-            started = await pod.monitor.start(dataclasses.replace(request, log=log))
+            log = await (opening or opened(node, container))
+            return await pod.monitor.start(dataclasses.replace(request, log=log))
     except TimeoutError:
         await node.work(node.cgroups.kill, record.cgroup_path)
         limit_s = node.config.limits.start_timeout_s
@@ -101,11 +98,57 @@ async def _run(node: Node, container: Container, timing: Timing) -> Started:
     finally:
         if log:
             os.close(log.fd)
+
+
+def _keep(node: Node, container: Container, timing: Timing, started: Started) -> None:
+    """Record how the start went."""
     at_ns = started.started_ns - sum(step.duration_ns for step in started.timeline)
     for step in started.timeline:
         timing.add(step.phase, step.text, at_ns, step.duration_ns)
         at_ns += step.duration_ns
-    return started
+    try:
+        node.store.put_timeline(container.id, timing.timeline())
+    except CribError as error:
+        _logger.warning("timeline not kept", extra={"fields": {"container": container.id, "error": str(error)}})
+
+
+def _request(node: Node, container: Container, rootfs: RootFs) -> ContainerStart:
+    return ContainerStart(
+        id=container.id,
+        spec=spec_of(node, container),
+        rootfs=rootfs,
+        cgroup=Cgroup.of(node.cgroups, container.record.cgroup_path),
+        stdin=container.config.stdin,
+        stdin_once=container.config.stdin_once,
+        pid_target=host.target(node, container),
+        runtime=container.pod.record.runtime,
+    )
+
+
+def prepare(node: Node, container: Container) -> None:
+    """Begin with what StartContainer needs for a container that was just made, since as a rule it follows at once.
+
+    Its log is opened, its process waits, for a while. What goes wrong is for the start to tell.
+    """
+    if container.state is not ContainerState.CREATED or container.rootfs is None or not container.pod.ready:
+        return
+    container.log = asyncio.create_task(opened(node, container))
+    try:
+        request = _request(node, container, container.rootfs)
+        waits = container.pod.monitor.prepare(request)
+    except (CribError, OSError) as error:
+        _logger.debug("not prepared", extra={"fields": {"container": container.id, "error": str(error)}})
+        return
+    if waits:
+        container.prepared = request
+        loop = asyncio.get_running_loop()
+        loop.call_later(_PREPARED_S, lambda: node.spawn(loop.create_task(_give_up(container))))
+
+
+async def _give_up(container: Container) -> None:
+    if container.state is ContainerState.CREATED and not container.removing and container.pod.running:
+        with contextlib.suppress(CribError):  # the monitor is gone, and it with that
+            await container.pod.running.forget(container.id)
 
 
 def spec_of(node: Node, container: Container) -> Spec:

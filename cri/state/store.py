@@ -34,7 +34,7 @@ CREATE TABLE IF NOT EXISTS quarantine (
 _PUT: Final = {
     rows: f"INSERT INTO record (kind, id, body) VALUES {', '.join(['(?, ?, ?)'] * rows)} "
     "ON CONFLICT DO UPDATE SET body = excluded.body"
-    for rows in (1, 2, 3)
+    for rows in (1, 2)
 }
 _logger = logging.getLogger(__name__)
 _Kind = TypeVar("_Kind", bound=msgspec.Struct)
@@ -119,17 +119,17 @@ class Store:
             rows += ["timeline", record.id, _encode(timeline)]
         self._put(rows, ends=record.state is SandboxState.NOTREADY)
 
-    def put_container(
-        self, record: ContainerRecord, spec: bytes | None = None, timeline: Timeline | None = None
-    ) -> None:
-        """Keep a container as it is now, the OCI spec (JSON) that it is run with, and how it was started."""
+    def put_container(self, record: ContainerRecord, spec: bytes | None = None) -> None:
+        """Keep a container as it is now, and the OCI spec (JSON) that it is run with."""
         rows: list[object] = ["container", record.id, _encode(record)]
         if spec is not None:
             rows += ["spec", record.id, spec]
-        if timeline is not None:
-            rows += ["timeline", record.id, _encode(timeline)]
         stops = record.stop_sent or record.stop_deadline_ns
         self._put(rows, ends=bool(stops) or record.state is ContainerState.EXITED)
+
+    def put_timeline(self, id: str, timeline: Timeline) -> None:
+        """Keep how a container was started."""
+        self._put(["timeline", id, _encode(timeline)], ends=False)
 
     def _put(self, rows: list[object], ends: bool) -> None:
         """One statement, so all or nothing without a transaction's two more."""

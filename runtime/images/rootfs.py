@@ -43,8 +43,8 @@ class Roots:
     def load(self, layers: Collection[int]) -> list[tuple[int, ...]]:
         """Read the records; returns the layers of each, to be held. One that lacks a layer, or was about to be made or
         removed, is forgotten."""
-        # In one group of ext4's without a journal each new directory would look at all that were removed within minutes:
-        # 90 µs for each mount point of a container, on a node where they come and go.
+        # A new directory looks at all that were removed within minutes in its group of an ext4 without a journal: 90 µs
+        # for each mount point of a container, on a node where they come and go.
         spread(str(self._directory))
         present = set(os.listdir(self._directory))
         for rootfs in self._records.all():

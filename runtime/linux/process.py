@@ -38,6 +38,7 @@ _ZEROS: Final = (0, 0, 0, 0)
 _prctl: Final = function("prctl", 5)
 _ptrace: Final = function("ptrace", 4)
 _personality: Final = function("personality", 1)
+_execve: Final = function("execve", 3)
 _PIDFD: Final = int(CLONE.PIDFD)
 _PARENT: Final = int(CLONE.PARENT)
 _INTO_CGROUP: Final = int(CLONE.INTO_CGROUP)
@@ -185,9 +186,8 @@ class Exec:
         self.path = os.fsencode(path)
         self._args = (ctypes.c_char_p * (len(args) + 1))(*[os.fsencode(arg) for arg in args], None)
         self._env = (ctypes.c_char_p * (len(env) + 1))(*[os.fsencode(item) for item in env], None)
-        self._execve = function("execve", 3)
 
     def run(self) -> int:
         """Replace this process; returns errno if the kernel refuses."""
-        self._execve(self.path, ctypes.byref(self._args), ctypes.byref(self._env))
+        _execve(self.path, ctypes.byref(self._args), ctypes.byref(self._env))
         return ctypes.get_errno()

@@ -119,13 +119,13 @@ class Outcome:
         self.detail = detail
 
 
-def run(plan: Plan, context: Context) -> Outcome:
-    """Run the steps in order and stop at the first that fails."""
+def run(plan: Plan, context: Context, begin: int = 0, end: int | None = None) -> Outcome:
+    """Run the steps, or those from `begin` to before `end`, in order, and stop at the first that fails."""
     clock = time.monotonic_ns
     started = time.time_ns()
     durations: list[int] = []
     before = clock()
-    for index, step in enumerate(plan):
+    for index, step in enumerate(plan[begin:end], begin):
         try:
             step.run(context)
         except SyscallError as error:

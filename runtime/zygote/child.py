@@ -6,6 +6,7 @@ travels as numbers and a string.
 
 The handshake on the SEQPACKET socket `sync`:
  0. a child that clones another process in its place sends {"pid": n} with the pidfd, and ends; that one goes on
+ 0a. a child that was cloned ahead has begun with its plan, and goes on when it gets a byte; without one it ends
  0b. a child that waits for hooks sends {"pause": True}, and goes on when it gets a word, which tells what is wrong
  1. the child runs every step but the last, and sends {"d": [ns, …], "s": started_ns, "w": [warning, …]}, with the
     terminal's master if one was opened
@@ -21,7 +22,7 @@ import socket
 from runtime.linux.lib import SyscallError
 from runtime.linux.process import PTRACE_TRACEME, close_all_but, ptrace
 from runtime.plan import external, hooks, identity, layers, mounts, user  # noqa: F401 - the kinds of steps that a plan can name
-from runtime.plan.plan import Context, Outcome, decode, run
+from runtime.plan.plan import Context, decode, run
 from runtime.zygote.messages import pack
 
 TYPE_CHECKING = False  # typing costs a monitor memory
@@ -29,8 +30,11 @@ if TYPE_CHECKING:
     from runtime.plan.plan import Plan
 
 
-def become(plan: bytes | Plan, fds: dict[str, int], sync: socket.socket, *, traced: bool) -> None:
-    """Run the plan, encoded or not, in this process, `traced` by the one that cloned it; never returns."""
+def become(plan: bytes | Plan, fds: dict[str, int], sync: socket.socket, *, traced: bool, waits: bool = False) -> None:
+    """Run the plan, encoded or not, in this process, `traced` by the one that cloned it; never returns.
+
+    It `waits` for a word after the first step, whose time is none of the start's then.
+    """
     try:
         if traced:
             ptrace(PTRACE_TRACEME)
@@ -40,13 +44,18 @@ def become(plan: bytes | Plan, fds: dict[str, int], sync: socket.socket, *, trac
         context = Context(fds)
         context.announce = lambda pid, pidfd: _announce(sync, pid, pidfd)
         context.pause = lambda: _pause(sync)
-        outcome = run(steps[:-1], context)
+        ahead, last = int(waits), len(steps) - 1
+        outcome = run(steps, context, 0, ahead)
+        if waits and outcome.failed < 0 and not sync.recv(1):
+            return
+        if outcome.failed < 0:
+            outcome = run(steps, context, ahead, last)
         if outcome.failed < 0:
             terminal = [context.fds["terminal"]] if "terminal" in context.fds else []
-            report = {"d": outcome.durations_ns, "s": outcome.started_ns, "w": context.warnings}
+            durations = [0] * ahead + outcome.durations_ns
+            report = {"d": durations, "s": outcome.started_ns, "w": context.warnings}
             socket.send_fds(sync, [pack(report)], terminal)
-            last = run(steps[-1:], context)
-            outcome = Outcome(last.started_ns, last.durations_ns, len(steps) - 1, last.errno, last.detail)
+            outcome = run(steps, context, last, last + 1)
         sync.send(pack({"failed": outcome.failed, "errno": outcome.errno, "detail": outcome.detail}))
     except BaseException as error:
         detail = str(error) if isinstance(error, SyscallError) else f"bug: {type(error).__name__}: {error}"

@@ -82,7 +82,10 @@ class Process:
     def read_sync(self) -> bool:
         """Take what the child reports; True when the start is decided, one way or the other."""
         assert self.sync is not None
-        data, fds, _, _ = socket.recv_fds(self.sync, _READ_BYTES, 1)
+        try:
+            data, fds, _, _ = socket.recv_fds(self.sync, _READ_BYTES, 1)
+        except ConnectionResetError:  # it died and hadn't read what it was told
+            data, fds = b"", []
         message = marshal.loads(data) if data else {}
         if fds and "pid" not in message:
             self.terminal = fds[0]
@@ -135,7 +138,7 @@ class Container(Process):
 
     __slots__ = (
         "cgroup", "clients", "holds", "id", "kill_dirs", "log", "memory_events", "oom_killed", "own_pid", "stderr",
-        "stdin", "stdin_once", "stdin_open", "streams", "watches",
+        "stdin", "stdin_once", "stdin_open", "streams", "waits", "watches",
     )  # fmt: skip
 
     def __init__(
@@ -145,6 +148,7 @@ class Container(Process):
         self.id: str = fields["id"]
         self.own_pid: bool = fields["own_pid"]
         self.watches: bool = fields["watches"]
+        self.waits = False  # for START: it was cloned ahead
         self.holds = 0
         self.cgroup: str = fields["cgroup"]
         self.kill_dirs: tuple[str, ...] = tuple(fields["kill_dirs"])
@@ -158,12 +162,27 @@ class Container(Process):
         self.clients: list[Client] = []
         self.streams: dict[int, Stream | None] = {}  # read ends of output pipes, and the terminal's master
 
+    def let_go(self, asker: socket.socket, n: int) -> None:
+        """Have one that waits start, for this request. If it has died meanwhile that is told when it is reaped."""
+        self.waits, self.asker, self.n = False, asker, n
+        if self.sync:
+            try:
+                self.sync.send(b"\0")
+            except OSError:
+                pass
+
     def add_stream(self, fd: int, name: bytes) -> None:
         """Log what comes out of `fd` as `name`; without a log it is read and dropped."""
         os.set_blocking(fd, False)
         if name == b"stderr":
             self.stderr = fd
         self.streams[fd] = Stream(self.log.write, name) if self.log else None
+
+    def log_to(self, log: Log) -> None:
+        """Have its output in this log from its first byte on."""
+        self.log = log
+        for fd in self.streams:
+            self.streams[fd] = Stream(log.write, b"stderr" if fd == self.stderr else b"stdout")
 
     def read_stream(self, fd: int) -> bool:
         """Log one read of `fd`; False at its end."""

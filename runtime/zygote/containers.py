@@ -47,10 +47,27 @@ class Containers:
 
     # Starting
 
+    def prepare(self, connection: socket.socket, fields: dict[str, Any], fds: list[int]) -> None:
+        """As the PREPARE message asks. Raises OSError, KeyError or ValueError."""
+        if fields["id"] in self._containers:
+            raise ValueError("made before")
+        self._clone(connection, fields, fds, waits=True)
+        self._server.send(connection, Kind.OK, re=fields["n"])
+
     def start(self, connection: socket.socket, fields: dict[str, Any], fds: list[int]) -> None:
         """As the START message asks; it is answered when that is decided. Raises OSError, KeyError or ValueError."""
-        if fields["id"] in self._containers:
+        container = self._containers.get(fields["id"])
+        if container is None:
+            container = self._clone(connection, fields, fds[:-1] if fields["log"] else fds, waits=False)
+        elif container.waits:
+            container.let_go(connection, fields["n"])
+        else:
             raise ValueError("started before")
+        if fields["log"]:
+            size, limit = fields["log_size"], fields["log_max_bytes"]
+            container.log_to(Log(self.spool, container.id, fields["log"], fds.pop(), size, limit))
+
+    def _clone(self, connection: socket.socket, fields: dict[str, Any], fds: list[int], *, waits: bool) -> Container:
         plan, adopt, space = read_plan(fds[0]), fields.get("adopt", ""), self._space
         child = {"stdin": space.null, "stdout": space.null, "stderr": space.null}
         ours: dict[str, int] = {}
@@ -74,7 +91,7 @@ class Containers:
             held = self.watchers(None) if fields["pid"] in ("pod", "target", "join") and space.user < 0 else []
             pid, pidfd = self._holds.clone(space, held, inherited, flags, fields["clone_dir"])
             if pid == 0:
-                become(plan, child, theirs, traced=bool(held))
+                become(plan, child, theirs, traced=bool(held), waits=waits)
         except BaseException:
             mine.close()
             close_all(list(ours.values()))
@@ -83,9 +100,7 @@ class Containers:
             theirs.close()
             close_all(lent)
         container = Container(connection, fields["n"], pid, pidfd, mine, fields)
-        if fields["log"]:
-            size, limit = fields["log_size"], fields["log_max_bytes"]
-            container.log = Log(self.spool, container.id, fields["log"], fds.pop(), size, limit)
+        container.waits = waits
         container.staged = space.user >= 0 and not adopt
         self._holds.add(container, held, ())
         self._adoptions.begin(container, adopt, fds[1:])
@@ -96,6 +111,7 @@ class Containers:
             container.add_stream(fd, name.encode())
         self._containers[container.id] = container
         self._server.watch(mine.fileno(), lambda: self._started(container, mine.fileno()))
+        return container
 
     def _pid_ns(self, fields: dict[str, Any]) -> int:
         """A descriptor, the caller's, of the pid namespace that a container is to be in; -1 for none but ours."""
@@ -193,10 +209,11 @@ class Containers:
         if container.failure is not None:
             if container.failure["failed"] < 0 and _oom_killed(container.memory_events):
                 container.failure["detail"] = "killed for memory: its limit is too low to start with"
-            self._server.send(
-                container.asker, Kind.FAILED, re=container.n, durations_ns=container.report.get("d", []),
-                warnings=container.report.get("w", []), **container.failure,
-            )  # fmt: skip
+            if not container.waits:  # else START clones another one, and tells
+                self._server.send(
+                    container.asker, Kind.FAILED, re=container.n, durations_ns=container.report.get("d", []),
+                    warnings=container.report.get("w", []), **container.failure,
+                )  # fmt: skip
             self.forget(container.id)
         elif container.started_ns:
             self._announce(container)
@@ -282,11 +299,15 @@ class Containers:
             self._server.tell(Kind.LOG, **container.fact())
 
     def forget(self, container_id: str) -> None:
-        """Drop all that is left of a container that has ended. Raises ValueError for one that runs."""
+        """Drop all that is left of a container that has ended or was never started. Raises ValueError for any other."""
         container = self._containers.get(container_id)
         if container is None:
             return
-        if not container.ended:
+        if container.waits and not container.ended:
+            container.kill()
+            if container.sync:
+                self._server.unwatch(container.sync.fileno())
+        elif not container.ended:
             raise ValueError("container is running")
         for fd in list(container.streams):
             if self._server.watched(fd):
@@ -303,6 +324,12 @@ class Containers:
             os.unlink(f"exit-{container_id}.json", dir_fd=self._directory)
         except FileNotFoundError:
             pass
+
+    def abandon(self, connection: socket.socket) -> None:
+        """Drop what waits for a START from a connection that is gone."""
+        for container in list(self._containers.values()):
+            if container.waits and container.asker is connection:
+                self.forget(container.id)
 
     def facts(self) -> list[dict[str, Any]]:
         """What a new cribd is told of those that were started."""

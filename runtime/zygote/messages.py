@@ -26,7 +26,7 @@ TYPE_CHECKING = False  # typing costs a monitor memory
 if TYPE_CHECKING:
     from typing import Any, Final
 
-VERSION: Final = 3
+VERSION: Final = 4
 LIMIT_BYTES: Final = 4 << 20
 _FORMAT: Final = 4
 # Small, since the buffer to receive one is as large, and what a monitor allocates is memory of its own.
@@ -44,6 +44,7 @@ class Kind:
     RUNNER = "runner"  # cribd → zygote: fork a process that runs hooks; fds: its end of a socket pair
     HOOKS = "hooks"  # cribd → that process: run these
     POD = "pod"  # cribd → monitor: make the pod's namespaces; reply fds: net namespace, netlink socket
+    PREPARE = "prepare"  # cribd → monitor: clone the process of a START to come, which waits for that
     START = "start"  # cribd → monitor: start a container by its plan
     EXEC = "exec"  # cribd → monitor: run a process in a container by its plan; fds: plan, and stdin, stdout, stderr
     # where it gets no terminal; reply fd: the terminal's master. A quiet one is only answered by FAILED

@@ -36,7 +36,7 @@ class Monitor:
     def __init__(self, pod_id: str, directory: str, connection: socket.socket, space: PodSpace) -> None:
         self._id = pod_id
         self._directory = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        self._server = Server(self._directory, self._request, lambda connection: self._execs.abandon(connection))
+        self._server = Server(self._directory, self._request, self._gone)
         self._space = space
         self._holds = Holds()
         self._adoptions = Adoptions(self._directory)
@@ -102,6 +102,8 @@ class Monitor:
             made = self._space.make(fields)
             self._server.send(connection, Kind.OK, made, re=n, **self._facts())
             close_all(list(made))
+        elif kind == Kind.PREPARE:
+            self._containers.prepare(connection, fields, fds)
         elif kind == Kind.START:
             self._containers.start(connection, fields, fds)
         elif kind == Kind.EXEC:
@@ -134,6 +136,10 @@ class Monitor:
             else:
                 raise ValueError("not a request")
             self._server.send(connection, Kind.OK, re=n, **reply)
+
+    def _gone(self, connection: socket.socket) -> None:
+        self._execs.abandon(connection)
+        self._containers.abandon(connection)
 
     def _socket(self, connection: socket.socket, n: int, family: int) -> None:
         """A socket belongs to the network namespace it was made in: cribd connects it without entering that."""

@@ -72,7 +72,8 @@ def test_what_is_put_is_there_after_a_crash(store: Store, path: Path) -> None:
     store.put_sandbox(sandbox())
     store.put_container(container())
     timeline = Timeline(steps=(StepRecord(phase="p", text="t", started_ns=1, duration_ns=2),), total_ns=3)
-    store.put_container(msgspec.structs.replace(container(), state=ContainerState.RUNNING), b"{}", timeline)
+    store.put_container(msgspec.structs.replace(container(), state=ContainerState.RUNNING), b"{}")
+    store.put_timeline(container().id, timeline)
     again = Store(path)  # the first is still open, as a killed process leaves it
     sandboxes, containers = again.load()
     assert sandboxes == [sandbox()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import shutil
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -75,20 +76,28 @@ class Bench:
         self.cgroups.create(path, resources)
         return Cgroup.of(self.cgroups, path)
 
-    async def start(
-        self, pod: Pod, container_id: str, spec: Spec, cgroup: Cgroup | None = None, *, pid_target: str = ""
-    ) -> Started:
+    def request(
+        self, container_id: str, spec: Spec, cgroup: Cgroup | None = None, *, pid_target: str = ""
+    ) -> ContainerStart:
+        """A container's start, with a root file system of its own."""
         self.count += 1
         upper, work = self.directory / f"upper{self.count}", self.directory / f"work{self.count}"
         upper.mkdir()
         work.mkdir()
         rootfs = RootFs(base=str(self.layer), lowers=("1",), upper=str(upper), work=str(work))
-        cgroup = cgroup or self.cgroup_of(container_id)
-        path = str(self.directory / f"{container_id}.log")
+        return ContainerStart(container_id, spec, rootfs, cgroup or self.cgroup_of(container_id), pid_target=pid_target)
+
+    async def start(
+        self, pod: Pod, container_id: str, spec: Spec, cgroup: Cgroup | None = None, *, pid_target: str = ""
+    ) -> Started:
+        return await self.begin(pod, self.request(container_id, spec, cgroup, pid_target=pid_target))
+
+    async def begin(self, pod: Pod, request: ContainerStart) -> Started:
+        """Start it, with a log."""
+        path = str(self.directory / f"{request.id}.log")
         fd = open_log(path)
         try:
-            log = LogFile(path, fd)
-            return await pod.start(ContainerStart(container_id, spec, rootfs, cgroup, log, pid_target=pid_target))
+            return await pod.start(dataclasses.replace(request, log=LogFile(path, fd)))
         finally:
             os.close(fd)
 
