@@ -256,6 +256,8 @@ def _mappings(where: str, field: str, requested: Iterable[pb.IDMapping]) -> tupl
         IDMapping(container_id=mapping.container_id, host_id=mapping.host_id, size=mapping.length)
         for mapping in requested
     )
+    if not mappings:
+        return ()
     for mapping in mappings:
         if mapping.size == 0 or max(mapping.container_id, mapping.host_id) + mapping.size > (1 << 32) - 1:
             raise InvalidSpec(f"{where}: {field} of length {mapping.size} is empty or beyond the greatest id")

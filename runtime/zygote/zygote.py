@@ -51,6 +51,10 @@ _POD: dict[str, Any] = {
     "mount_label": "",
 }
 _START = {
+    "id": "c",
+    "clone_dir": "",
+    "kill_dirs": [],
+    "memory_events": "",
     "pid": "host",
     "pid_ns": "",
     "own_pid": True,
@@ -65,7 +69,8 @@ _START = {
 }
 _WARM_UP: tuple[tuple[str, bool, dict[str, Any]], ...] = (
     (Kind.POD, False, {"init_cgroup": [], **_POD}),
-    (Kind.START, True, {"id": "c", "clone_dir": "", "kill_dirs": [], "memory_events": "", **_START}),
+    (Kind.PREPARE, True, {**_START, "log": ""}),
+    (Kind.START, True, _START),
     (Kind.FACTS, False, {}),
 )
 
