@@ -169,6 +169,7 @@ class FakePod:
         self.on_exit: Callable[[ContainerExit], None] | None = None
         self.on_lost: Callable[[], None] | None = None
         self.execs: list[FakeExec] = []
+        self.prepared: set[str] = set()
         ns = f"/proc/{monitor.pid}/ns"
         start = monitor.start
         self.namespaces = Namespaces(
@@ -185,9 +186,15 @@ class FakePod:
         if self._monitor.hangs or self.id not in self._world.monitors:
             raise Unavailable(f"pod {self.id}: its monitor does not answer")
 
+    def prepare(self, request: ContainerStart) -> bool:
+        self._answers()
+        self.prepared.add(request.id)
+        return True
+
     async def start(self, request: ContainerStart) -> Started:
         self._world.enter("start")
         self._answers()
+        self.prepared.discard(request.id)
         command = request.spec.process.args
         process = FakeProcess(request.id, self._world.pid(), request.cgroup.path, command)
         if command[0] == "missing":
@@ -259,6 +266,7 @@ class FakePod:
     async def forget(self, container_id: str) -> None:
         self._world.enter("forget")
         self._answers()
+        self.prepared.discard(container_id)
         self._monitor.processes.pop(container_id, None)
 
     async def containers(self) -> list[ContainerFact]:

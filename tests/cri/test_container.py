@@ -78,6 +78,31 @@ async def test_from_created_to_removed(served: Served) -> None:
     assert code == grpc.StatusCode.NOT_FOUND
 
 
+async def prepared(served: Served, container: str) -> set[str]:
+    """Which containers' processes wait for their start, in the pod of this one."""
+    await status(served.client, container)  # what follows an answer is done before the next call
+    pod = served.world.monitors[served.node.containers.get(container).pod.id].pod
+    assert pod is not None
+    return pod.prepared
+
+
+async def test_what_is_made_waits_for_its_start(served: Served) -> None:
+    container = await create(served.client, await run_pod(served.client))
+    waiting = await prepared(served, container)
+    assert waiting == {container}
+    await served.client.RemoveContainer(pb.RemoveContainerRequest(container_id=container))
+    assert not waiting
+
+
+async def test_what_is_not_started_does_not_wait_for_ever(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cri.container.start._PREPARED_S", 0.0)
+    container = await create(served.client, await run_pod(served.client))
+    waiting = await prepared(served, container)
+    await until(lambda: not waiting)
+    await served.client.StartContainer(start_request(container))
+    assert (await status(served.client, container)).state == pb.CONTAINER_RUNNING
+
+
 async def test_filters(served: Served) -> None:
     client = served.client
     one, two = await run_pod(client, pod_config("one")), await run_pod(client, pod_config("two"))

@@ -123,9 +123,9 @@ async def test_cve_2019_14271(bench: Bench, image: Image, null: int, tmp_path: P
 async def test_14271_control_an_import_left_over(weaken: Weaken, image: Image, null: int, tmp_path: Path) -> None:
     edits: weak.Edits = (
         (
-            "plan/identity.py",
-            '        raise SyscallError(f\'exec: "{self.name}": executable',
-            '        import fractions\n        raise SyscallError(f\'exec: "{self.name}": executable',
+            "zygote/child.py",  # what no rehearsal of the zygote's comes to
+            '        sync.send(pack({"failed": outcome.failed,',
+            '        import fractions\n        sync.send(pack({"failed": outcome.failed,',
         ),
     )
     bench = await weaken(weak.IMPORTS_WORK, edits)
