@@ -57,6 +57,8 @@ def _handle(options: Namespace) -> int:
     client = Client(options.endpoint)
     try:
         code: int = handler(client, options)
+    except UnicodeEncodeError as error:  # a word of the command line, as a rule
+        raise Failure(f"{error.object!r} can't be told in {error.encoding}", failure.USAGE) from error
     finally:
         client.close()
     return code

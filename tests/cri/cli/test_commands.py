@@ -192,6 +192,7 @@ def test_usage(crib: Crib) -> None:
     assert "see crib exec --help" in crib.error("exec", code=2)
     assert "--rm and --detach exclude each other" in crib.error("run", "-d", "--rm", IMAGE, code=2)
     assert "not [ADDRESS:]PORT:PORT" in crib.error("run", "-p", "80", IMAGE, code=2)
+    assert "can't be told in utf-8" in crib.error("run", "-v", "/\udcff:/v", IMAGE, code=2)
     assert "not SOURCE:/TARGET" in crib.error("run", "-v", "x", IMAGE, code=2)
     assert crib.full(code=2).stderr.startswith(b"usage: crib")
     assert "is not unix:///PATH" in Crib("tcp://x", crib.log_dir).error("ps", code=2)
