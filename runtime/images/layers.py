@@ -112,7 +112,8 @@ class Unpacker:
             try:
                 return self._program.fork(target, descriptors)
             except (OSError, ValueError) as error:
-                raise Unavailable("the unpacking program has ended") from error
+                reason = self._program.failure or "has ended"
+                raise Unavailable(f"the unpacking program: {reason}") from error
 
     def close(self) -> None:
         """No layer is being unpacked any more, or what is ends now."""
@@ -123,9 +124,13 @@ class Unpacker:
 
 
 class _Program:
-    """`runtime.images.unpack.child`. It ends with the thread that starts it, which is its own."""
+    """`runtime.images.unpack.child`. It ends with the thread that starts it, which is its own.
+
+    `failure` is why it could not be started.
+    """
 
     def __init__(self, store_lock: int, limits: str) -> None:
+        self.failure: OSError | None = None
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._thread = threading.Thread(target=self._run, args=(theirs, store_lock, limits), daemon=True)
         self._thread.start()
@@ -134,20 +139,24 @@ class _Program:
         paths = json.dumps([path for path in sys.path if path])
         with theirs:
             # Isolated and without site: nothing in the environment or the working directory decides what is imported.
-            process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", _START, paths, str(theirs.fileno()), str(os.getpid()), limits],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(), store_lock),
-                cwd="/",
-                # Freed memory is kept: each piece of a layer would else be made of fresh pages.
-                env={
-                    "LC_ALL": "C.UTF-8",
-                    "MALLOC_TRIM_THRESHOLD_": str(_KEPT_BYTES),
-                    "MALLOC_MMAP_THRESHOLD_": str(_KEPT_BYTES),
-                },
-                process_group=0,
-            )
+            try:
+                process = subprocess.Popen(
+                    [sys.executable, "-I", "-S", "-c", _START, paths, str(theirs.fileno()), str(os.getpid()), limits],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    pass_fds=(theirs.fileno(), store_lock),
+                    cwd="/",
+                    # Freed memory is kept: each piece of a layer would else be made of fresh pages.
+                    env={
+                        "LC_ALL": "C.UTF-8",
+                        "MALLOC_TRIM_THRESHOLD_": str(_KEPT_BYTES),
+                        "MALLOC_MMAP_THRESHOLD_": str(_KEPT_BYTES),
+                    },
+                    process_group=0,
+                )
+            except OSError as error:
+                self.failure = error
+                return
         process.wait()
 
     def fork(self, target: bytes, descriptors: list[int]) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from runtime.errors import Cancelled, Exhausted, WrongState
+from runtime.errors import Cancelled, Exhausted, Unavailable, WrongState
 from runtime.images import Images, ImagesConfig
 from runtime.images.errors import BadImage
 from runtime.images.layers import Unpacked, Unpacker, short_name
@@ -291,6 +291,16 @@ def test_chmod_and_chown_stay_inside(target: Path) -> None:
 def test_no_archive(target: Path, data: bytes) -> None:
     with pytest.raises(BadImage, match="unpack: "):
         unpack(target, data)
+
+
+def test_a_program_that_cannot_be_started(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Says why, and the next layer tries again."""
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    with pytest.raises(Unavailable, match="No such file or directory: '/nowhere/python'"):
+        unpack(target, b"")
+    monkeypatch.undo()
+    with pytest.raises(BadImage):
+        unpack(target, b"x" * 1000)
 
 
 def test_the_child_is_confined(target: Path, run_dir: Path) -> None:
