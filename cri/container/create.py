@@ -19,11 +19,13 @@ from cri.state.records import ContainerId, ContainerRecord, ContainerState, Sand
 from cri.translate.container import ContainerInput, check_container, container_to_spec
 from cri.translate.fingerprint import difference
 from cri.translate.logs import log_path
-from cri.translate.mounts import PodPaths
+from cri.translate.mounts import PodPaths, own_volumes
 from cri.translate.signals import stop_signal
 from cri.translate.user import ResolvedUser
 from runtime.errors import AlreadyExists
-from runtime.images import Image, RootFs
+from runtime.images import Copying, Image, Owner, RootFs
+from runtime.plan.tree import id_maps
+from runtime.selinux import relabel
 from runtime.spec import Spec
 
 if TYPE_CHECKING:
@@ -86,6 +88,7 @@ class _Made:
     user: ResolvedUser
     spec: Spec
     rootfs: RootFs
+    copying: Copying | None
 
 
 async def _make(node: Node, container: Container) -> None:
@@ -95,6 +98,9 @@ async def _make(node: Node, container: Container) -> None:
             pod.must_be_ready()
             held = await volumes.mount(node, container)
             made = await node.work(_build, node, container, held)
+            if made.copying is not None:  # not by a worker, of whom others wait: it may take long
+                await made.copying.run(node.config.limits.start_timeout_s, lambda: pod.stopping)
+                await node.work(_label, node, container, made.spec)
             container.spec, container.rootfs = made.spec, made.rootfs
             user = made.user
             node.save_container(
@@ -124,10 +130,22 @@ def _build(node: Node, container: Container, held: tuple[VolumeRecord, ...]) -> 
     host.check_seccomp(spec)
     host.relabel(config, spec)
     rootfs = node.images.prepare(container.id, image.id)
-    log.make_directory(container)
     assert spec.linux is not None
+    copying = None
+    if own := own_volumes(image.config.volumes, config.mounts):
+        maps = id_maps(spec.linux.uid_mappings), id_maps(spec.linux.gid_mappings)
+        copying = node.images.make_volumes(container.id, own, Owner(container.pod.monitor.namespaces.user, *maps))
+        if copying is None:
+            _label(node, container, spec)
+    log.make_directory(container)
     node.cgroups.create(container.record.cgroup_path, spec.linux.resources)
-    return _Made(image, user, spec, rootfs)
+    return _Made(image, user, spec, rootfs, copying)
+
+
+def _label(node: Node, container: Container, spec: Spec) -> None:
+    """The SELinux label of what the container has in the image's VOLUMEs is that of its other files."""
+    if spec.linux is not None and spec.linux.mount_label:
+        relabel(node.images.volumes(container.id), spec.linux.mount_label)
 
 
 def _given(
@@ -138,6 +156,7 @@ def _given(
     handler = node.handlers.options(pod.record.handler)
     security = config.linux.security_context
     directory = node.directory(pod.id)
+    own = own_volumes(image.config.volumes, config.mounts)
     return ContainerInput(
         sandbox=pod.config,
         sandbox_id=pod.id,
@@ -160,6 +179,7 @@ def _given(
         pod=pod.plan,
         target_pid=host.target_pid(node, container),
         image_volumes={volume.target: volume.source for volume in held},
+        own_volumes={path: f"{node.images.volumes(container.id)}/{number}" for number, path in enumerate(own)},
         seccomp_file=host.seccomp_file(security),
         devices=host.requested_devices(config),
         host_devices=host.every_device() if security.privileged else {},

@@ -24,8 +24,8 @@ async def stop(node: Node, pod: Pod) -> None:
 
 
 async def _stop(node: Node, pod: Pod) -> None:
+    pod.stopping = True  # what is being made, and can be given up, holds the lock no longer
     async with pod.changing():  # after this no container is made or started
-        pod.stopping = True
         if pod.record.state is not SandboxState.NOTREADY:
             node.save(pod, state=SandboxState.NOTREADY, ips=())
     await release(node, pod)

@@ -53,7 +53,7 @@ class ContainerInput:
     `target_pid` is the path of the pid namespace that pid mode TARGET joins. `seccomp_file` holds the bytes of
     the file that `seccomp.localhost_file` names. `devices` has what each of `devices.paths` is, `host_devices` every
     device of the host by path (for a privileged container). `image_volumes` has where the host has it for
-    each target of `mounts.image_volumes`.
+    each target of `mounts.image_volumes`, `own_volumes` for each of `mounts.own_volumes`.
     """
 
     sandbox: pb.PodSandboxConfig
@@ -73,6 +73,7 @@ class ContainerInput:
     target_pid: str | None = None
     seccomp_file: bytes | None = None
     image_volumes: Mapping[str, str] = field(default_factory=dict)
+    own_volumes: Mapping[str, str] = field(default_factory=dict)
     devices: Mapping[str, Sequence[HostDevice]] = field(default_factory=dict)
     host_devices: Mapping[str, HostDevice] = field(default_factory=dict)
 
@@ -134,7 +135,7 @@ def container_to_spec(given: ContainerInput) -> Spec:
             recursive_read_only=host.recursive_read_only,
             idmapped=host.idmapped_mounts,
             volumes=given.image_volumes,
-            own=given.image.config.volumes,
+            own=given.own_volumes,
         ),
     )
     theirs = given.sandbox.linux.security_context

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import posixpath
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -61,7 +61,7 @@ class MountRules:
 
     `host_ipc`: /dev/shm is the host's. `bind_sys`: sysfs can't be mounted (own user namespace, host's network).
     `recursive_read_only`, `idmapped`: what this host can do. `volumes`: where the host has each of the request's image
-    volumes, by target. `own`: what the image calls its volumes.
+    volumes, by target, `own` where it has the image's own (`own_volumes`).
     """
 
     readonly_root: bool
@@ -72,7 +72,7 @@ class MountRules:
     recursive_read_only: bool = True
     idmapped: bool = True
     volumes: Mapping[str, str] = field(default_factory=dict)
-    own: Sequence[str] = ()
+    own: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,23 +101,30 @@ def container_mounts(requested: Sequence[pb.Mount], paths: PodPaths, rules: Moun
 
     defaults = [mount for mount in _defaults(rules) if kept(mount)]
     binds = [mount for mount in _pod_files(paths, rules) if kept(mount)]
-    own = _own_volumes(rules.own, taken)
-    return (*defaults, *own, *sorted((*binds, *wanted), key=lambda mount: mount.destination.count("/")))
+    return (*defaults, *_own(rules.own), *sorted((*binds, *wanted), key=lambda mount: mount.destination.count("/")))
 
 
-def _own_volumes(paths: Sequence[str], taken: Collection[str]) -> Iterable[Mount]:
-    """An image's VOLUMEs: directories of its own that stay writable in a read-only root, with what the image has there.
-
-    They come before anything of the request's is mounted, so that none of it is mounted on by way of a link in the
-    image (CVE-2022-23648); the request's mounts, and what lies below one, go before them.
+def own_volumes(paths: Sequence[str], requested: Iterable[pb.Mount]) -> tuple[str, ...]:
+    """Those of an image's VOLUMEs that are the container's to have: the request's mounts, and what lies below one, go
+    before them. In the order in which they are mounted. Raises InvalidSpec.
     """
     if len(paths) > MOUNTS_LIMIT:
         raise InvalidSpec(f"image: {len(paths)} volumes, the limit is {MOUNTS_LIMIT}")
-    for path in sorted({posixpath.normpath(f"/{path}").replace("//", "/") for path in paths if "\0" not in path}):
-        covered = any(path == at or path.startswith(f"{at}/") for at in (*taken, *_KERNELS))
-        if path != "/" and not covered:
-            options = ("bind", "rprivate", "rw")
-            yield Mount(destination=path, type="bind", source=f"rootfs{path}", options=options)
+    taken = [absolute("mounts.container_path", mount.container_path) for mount in requested]
+    found = {posixpath.normpath(f"/{path}").replace("//", "/") for path in paths if "\0" not in path}
+    return tuple(
+        path
+        for path in sorted(found - {"/"})
+        if not any(path == at or path.startswith(f"{at}/") for at in (*taken, *_KERNELS))
+    )
+
+
+def _own(volumes: Mapping[str, str]) -> Iterable[Mount]:
+    """They come before anything of the request's is mounted, so that none of it is mounted on by way of a link in the
+    image (CVE-2022-23648). What the file system that holds them forbids, the root allows as well."""
+    options = ("bind", "rprivate", "rw", "suid", "dev", "exec")
+    for path, source in volumes.items():
+        yield Mount(destination=path, type="bind", source=source, options=options)
 
 
 def _defaults(rules: MountRules) -> Iterable[Mount]:

@@ -10,11 +10,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from runtime.images.image import Auth, FsUsage, Image, ImageConfig, ImagesConfig, Progress, RootFs
     from runtime.images.store import Images
+    from runtime.images.volumes import Copying, Owner
 
-__all__ = ["Auth", "FsUsage", "Image", "ImageConfig", "Images", "ImagesConfig", "Progress", "RootFs"]
+_ELSEWHERE = {"Images": "store", "Copying": "volumes", "Owner": "volumes"}
+__all__ = [
+    "Auth",
+    "Copying",
+    "FsUsage",
+    "Image",
+    "ImageConfig",
+    "Images",
+    "ImagesConfig",
+    "Owner",
+    "Progress",
+    "RootFs",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module("runtime.images.store" if name == "Images" else "runtime.images.image"), name)
+    return getattr(import_module(f"runtime.images.{_ELSEWHERE.get(name, 'image')}"), name)

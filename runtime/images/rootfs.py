@@ -1,4 +1,5 @@
-"""Containers' root file systems: an upper and a work directory each, and the image's layers below them."""
+"""Containers' root file systems: an upper and a work directory each, and the image's layers below them. Beside them
+are directories for the image's VOLUMEs (`runtime.images.volumes`)."""
 
 import logging
 import os
@@ -131,11 +132,18 @@ class Roots:
         if rootfs is not None:
             self._shelf.remove(self._shelf.release(rootfs.layers))
 
+    def volumes(self, container_id: str) -> str:
+        """Where the container's directories for the image's VOLUMEs are, if it has any."""
+        return f"{self._directory}/{container_id}/volumes"
+
     def usage(self, container_id: str) -> tuple[int, int]:
-        """Bytes and inodes in the upper directory. Raises NotFound."""
-        upper = self.get(container_id).upper
+        """Bytes and inodes in the upper directory, and in those of the image's VOLUMEs. Raises NotFound."""
+        written = [self.get(container_id).upper]
+        volumes = self.volumes(container_id)
         try:
-            return usage_of(f"{upper}/{name}" for name in os.listdir(upper))
+            if os.path.lexists(volumes):
+                written += (f"{volumes}/{name}" for name in os.listdir(volumes))
+            return usage_of(f"{directory}/{name}" for directory in written for name in os.listdir(directory))
         except FileNotFoundError:  # it is being discarded
             return 0, 0
 

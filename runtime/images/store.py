@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from runtime.images.check import Finding
     from runtime.images.pull import Pull
     from runtime.images.transfer import Content, Source
+    from runtime.images.volumes import Copying, Owner
 
 log = logging.getLogger(__name__)
 
@@ -329,8 +330,28 @@ class Images:
         stored = self._catalogue.hold(image_id)
         return self._roots.make(container_id, stored.id, stored.layers)
 
+    def volumes(self, container_id: str) -> str:
+        """Where `make_volumes` makes a container's directories."""
+        return self._roots.volumes(container_id)
+
+    def make_volumes(self, container_id: str, paths: Sequence[str], owner: "Owner") -> "Copying | None":
+        """Make a directory for each of these VOLUMEs, named by its number, for the container that was just prepared.
+
+        Returns what is still to be copied, if the image has anything there. Raises InvalidSpec, Exhausted, Unavailable.
+        """
+        from runtime.images import volumes
+
+        image = self.get(self._roots.image(container_id) or "")
+        rootfs = self._roots.get(container_id)
+        # Each VOLUME may be a part of another one, or a link to the same directory of which there are no more.
+        limit_bytes = 2 * image.size_bytes
+        return volumes.make(rootfs, self.volumes(container_id), paths, owner, limit_bytes, self._lock_file)
+
     def discard(self, container_id: str) -> None:
-        """Remove what `prepare` made, whatever the container left in it; unknown is fine. Raises Unavailable."""
+        """Remove what `prepare` and `make_volumes` made, with what the container left there; unknown is fine.
+
+        Raises Unavailable.
+        """
         self._roots.discard(container_id)
 
     def prepared(self) -> Sequence[str]:

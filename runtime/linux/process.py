@@ -49,6 +49,13 @@ def prctl(option: int, *args: int) -> int:
     return check("prctl", _prctl(option, *args, *_ZEROS[len(args) :]))
 
 
+def die_with(parent: int) -> None:
+    """Be killed when the thread that has started this process ends; `parent` is its process, which may be gone."""
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
 def ptrace(request: int, pid: int = 0, number: int = 0) -> None:
     """ptrace(2) for requests without an address; `number` is the signal of PTRACE_CONT. Raises SyscallError."""
     check("ptrace", _ptrace(request, pid, 0, number))

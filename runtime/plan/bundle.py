@@ -14,11 +14,10 @@ from runtime.errors import Unsupported
 from runtime.images import RootFs
 from runtime.linux.mount import MS
 from runtime.linux.namespaces import CLONE, FLAGS
-from runtime.linux.userns import mapped
 from runtime.plan import external, identity, mounts, user
 from runtime.plan.options import parse
 from runtime.plan.plan import Plan, Step
-from runtime.plan.tree import Environment, Maps, id_maps
+from runtime.plan.tree import Environment, id_maps
 from runtime.spec import Linux, Mount, Process, Resources, Root, Spec
 
 ENVIRONMENT: Final = ("PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",)
@@ -61,7 +60,7 @@ def compile_bundle(
     uids, gids = id_maps(linux.uid_mappings), id_maps(linux.gid_mappings)
     label = linux.mount_label
     root = _MAPPED_ROOT if uids else environment.staging
-    found = _mounts(spec.mounts, environment, directory, uids, gids)
+    found = _mounts(spec.mounts, environment, directory, mapped=bool(uids))
     if uids and not environment.overlay_of_descriptors and _propagates(spec.mounts, "slave", "shared"):
         raise Unsupported("mounts that propagate, in a user namespace, by an external runtime: needs Linux 6.15")
     plan: list[Step] = [identity.Detach(""), *_inherited(spec.process), *found.made, *found.opened]
@@ -120,21 +119,16 @@ def _inherited(process: Process) -> list[Step]:
     return [] if process.oom_score_adj is None else [identity.OomScoreAdj(process.oom_score_adj)]
 
 
-def _mounts(wanted: tuple[Mount, ...], environment: Environment, directory: str, uids: Maps, gids: Maps) -> _Mounts:
+def _mounts(wanted: tuple[Mount, ...], environment: Environment, directory: str, *, mapped: bool) -> _Mounts:
     found = _Mounts()
     for number, mount in enumerate(wanted):
         options = parse(mount.options)
         kept = tuple(option for option in mount.options if not option.startswith("x-crib."))
         key, at = f"source{number}", f"{directory}/{number}"
-        if mount.source == f"rootfs{mount.destination}":
-            owner = (mapped(0, uids), mapped(0, gids))
-            found.attached.append(external.AttachOwn(mount.destination, at, *owner))
-            found.handed.append(replace(mount, source=at))
-            continue
         if mount.source == environment.shm_path and not environment.shm_attached and options.bind:
             found.opened.append(mounts.CloneSource(key, "shm"))
             mount = replace(mount, source=at)
-        elif uids and options.bind and not options.recursive:  # which the root inside may not leave anything out of
+        elif mapped and options.bind and not options.recursive:  # which the root inside may not leave anything out of
             found.opened.append(mounts.OpenSource(key, mount.source, False, False))
             mount = replace(mount, source=at)
         else:

@@ -10,10 +10,9 @@ import os
 import stat
 
 from runtime.linux.lib import SyscallError
-from runtime.linux.mount import MS, mount, move_mount, open_tree
+from runtime.linux.mount import MS, mount, move_mount
 from runtime.linux.process import CLOSE_RANGE_CLOEXEC, Exec, close_range
 from runtime.plan.identity import Execute
-from runtime.plan.mounts import mount_point
 from runtime.plan.plan import Context, Step
 
 
@@ -60,22 +59,6 @@ class MakeSource(Step):
         return f"make {self.path} if it is missing"
 
 
-def _attach(tree: int, path: str) -> None:
-    """Attach a detached mount at `path`, which is made to fit it, and close its descriptor."""
-    try:
-        if stat.S_ISDIR(os.fstat(tree).st_mode):
-            os.makedirs(path, 0o700, exist_ok=True)
-        else:
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
-        target = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        try:
-            move_mount(tree, target, path)
-        finally:
-            os.close(target)
-    finally:
-        os.close(tree)
-
-
 class AttachAt(Step):
     """Attach the detached mount `key` at `path` in this mount namespace, which is made to fit it."""
 
@@ -83,35 +66,22 @@ class AttachAt(Step):
     path: str
 
     def run(self, context: Context) -> None:
-        _attach(context.take(self.key), self.path)
+        tree = context.take(self.key)
+        try:
+            if stat.S_ISDIR(os.fstat(tree).st_mode):
+                os.makedirs(self.path, 0o700, exist_ok=True)
+            else:
+                os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            target = os.open(self.path, os.O_PATH | os.O_CLOEXEC)
+            try:
+                move_mount(tree, target, self.path)
+            finally:
+                os.close(target)
+        finally:
+            os.close(tree)
 
     def describe(self) -> str:
         return f"attach at {self.path}"
-
-
-class AttachOwn(Step):
-    """Attach a directory of the root file system, made if missing, at `path`: what no link in the image leads out of.
-
-    `uid` and `gid` are root's inside, as the host numbers them.
-    """
-
-    target: str
-    path: str
-    uid: int
-    gid: int
-
-    def run(self, context: Context) -> None:
-        source = mount_point(context, self.target, directory=True)
-        try:
-            if self.uid and os.fstat(source).st_uid == 0:  # made just now
-                os.chown(f"/proc/self/fd/{source}", self.uid, self.gid)
-            tree = open_tree("", dirfd=source)
-        finally:
-            os.close(source)
-        _attach(tree, self.path)
-
-    def describe(self) -> str:
-        return f"attach the root file system's {self.target} at {self.path}"
 
 
 class RunCommand(Step):

@@ -242,27 +242,6 @@ class Attach(Step):
         return f"bind {self.source} on {self.target} ({how}{kind})"
 
 
-class OwnDirectory(Step):
-    """Mount a directory of the root file system on itself, made if missing: it stays writable where the root is not."""
-
-    target: str
-
-    def run(self, context: Context) -> None:
-        target = mount_point(context, self.target, directory=True)
-        try:
-            tree = open_tree("", dirfd=target)
-            try:
-                mount_setattr(tree, "", propagation=int(MS.PRIVATE))
-                move_mount(tree, target, self.target)
-            finally:
-                os.close(tree)
-        finally:
-            os.close(target)
-
-    def describe(self) -> str:
-        return f"bind the root file system's {self.target} on itself"
-
-
 class MakeDevices(Step):
     """Device nodes in one directory below the root, as (name, kind, major, minor, mode, uid, gid).
 

@@ -133,8 +133,6 @@ def add_mount(
         _dev(build, options)
     elif mount.type == "cgroup":
         _cgroup_mounts(build, mount, options, key, cgroup, own_cgroup_ns)
-    elif mount.source == f"rootfs{mount.destination}":  # of the bundle's own root, as OCI names it
-        build.tree.append(mounts.OwnDirectory(mount.destination))
     elif options.bind or mount.type == "bind":
         shared = mount.source == environment.shm_path and not environment.shm_attached
         if shared:

@@ -33,7 +33,7 @@ from runtime.engine import (
     StepTiming,
 )
 from runtime.errors import InvalidSpec, NotFound, StepFailed, Unavailable, WrongState
-from runtime.images import Auth, FsUsage, Image, ImageConfig, Progress, RootFs
+from runtime.images import Auth, FsUsage, Image, ImageConfig, Owner, Progress, RootFs
 from runtime.spec import Resources, Spec
 from tests.limits import scaled
 
@@ -583,6 +583,12 @@ class FakeImages:
         self.world.enter("prepare")
         self.world.rootfs[container_id] = image_id
         return RootFs(base="/layers", lowers=("1",), upper=f"/up/{container_id}", work=f"/work/{container_id}")
+
+    def volumes(self, container_id: str) -> str:
+        return f"/fake/{container_id}/volumes"
+
+    def make_volumes(self, container_id: str, paths: Sequence[str], owner: Owner) -> None:
+        self.world.enter("make_volumes")
 
     def discard(self, container_id: str) -> None:
         self.world.enter("discard")

@@ -10,15 +10,18 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from cri.api import cri_pb2 as pb
 from runtime.engine import Pod
 from runtime.errors import StepFailed
 from runtime.plan import identity, mounts
 from runtime.plan.plan import Plan
 from runtime.spec import Linux, Mount, Process, Spec, User
+from tests.cri.real.conftest import Real
+from tests.cri.real.test_images import busybox, load
 from tests.requires import requires
 from tests.runtime.conftest import TIMEOUT_S, Bench, container
 from tests.security import weak
-from tests.security.conftest import Image, Plans, Weaken, bind, execute, holding, replaced, with_image
+from tests.security.conftest import Image, Plans, WeakCribd, Weaken, bind, execute, holding, replaced, with_image
 from tests.security.defects import attack
 
 pytestmark = [requires("root", "overlay", "busybox"), pytest.mark.asyncio]
@@ -181,48 +184,62 @@ async def test_45310_control_resolved_by_the_kernel_alone(weaken: Weaken, image:
 # An image's own volumes: -2022-23648
 
 
-async def volumes(bench: Bench, image: Image, tmp_path: Path) -> tuple[list[str], str]:
-    """An image whose VOLUMEs are links: to the host, and to what is read-only. What was made on the host; what could
-    be written."""
+async def volumes(real: Real, tmp_path: Path) -> tuple[set[str], set[str], str]:
+    """An image whose VOLUMEs lead to a directory of the host and to kernel file systems, by `..`, by links, and by
+    links in what they hold. The files that the container got; those that are there then; what it could do to the
+    kernel's.
+
+    The image has a directory of that name in its own tree as well, with something else in it.
+    """
     outside = tmp_path / "outside"
-    (outside / "kept").mkdir(parents=True)
-    links = {"a": str(outside), "b": "../../../../../.." + str(outside), "c": "/sys", "d": "/sys/fs/cgroup"}
-    for name, target in links.items():
-        (image.root / name).symlink_to(target)
-    pod = await with_image(bench, image).pod()
-    paths = ("/a/new", "/b", "/b/also/new", "/c", "/d")
-    options = ("bind", "rprivate", "rw")
-    mounts = (
-        Mount(destination="/sys", type="sysfs", source="sysfs", options=("ro",)),
-        Mount(destination="/sys/fs/cgroup", type="cgroup", source="cgroup", options=("ro",)),
-        *(Mount(destination=path, type="bind", source=f"rootfs{path}", options=options) for path in paths),
-    )
-    tried = f"{outside} /a /b /c/kernel /d /sys/kernel /sys/fs/cgroup"
-    command = f"for each in {tried}; do [ -w $each ] && mkdir $each/in 2>/dev/null && echo $each; done; ls /a /b"
-    spec = container(pod, "sh", "-c", command, mounts=mounts, readonly=True)
-    log = await said(bench, pod, spec)
-    return sorted(str(each.relative_to(outside)) for each in outside.rglob("*")), log
+    outside.mkdir()
+    (outside / "secret").touch()
+    own = str(outside).lstrip("/")
+    up = "../" * 12
+    layer = busybox().file(f"{own}/inside").directory("held").file("held/file")
+    layer.symlink("held/away", str(outside)).hardlink("held/again", "held/file")
+    layer.symlink("a", f"/{own}").symlink("b", up + own).symlink("c", f"{up}{tmp_path}")
+    layer.symlink("k", "/sys").symlink("l", "/sys/fs/cgroup")
+    paths = ("/a", "/b", "/c/outside", f"/{up}{own}", f"held/{up}{own}", "/held", "/a/new", "/k", "/l")
+    image = await load(real, layer, Volumes={path: {} for path in paths})
+    pod = await real.pod()
+    linux = pb.LinuxContainerConfig()
+    linux.security_context.readonly_rootfs = True
+    running = await real.run(pod, "sleep", "1000", image=image, linux=linux)
+    tried = "/sys /k /l /sys/kernel /k/kernel /sys/fs/cgroup"
+    script = f"for each in {tried}; do mkdir $each/in && [ -e $each/in/cgroup.procs ] && echo $each; done"
+    done = await real.sh(running, f"({script}; cat /sys/kernel/*) 2>/dev/null")
+    made = (real.daemon.root / "rootfs" / running).rglob("*")
+    found = {path.name for path in made if path.is_symlink() or not path.is_dir()}
+    return found, {path.name for path in outside.iterdir()}, done.stdout.decode()
 
 
 @attack(
     "CVE-2022-23648",
-    sentence="An image's VOLUMEs are links to a directory of the host and to kernel file systems: what is there is "
-    "shown, made writable or added to",
-    guard="nothing is copied: a VOLUME is a directory of the root file system, found by openat2 with RESOLVE_IN_ROOT "
-    "and mounted on itself",
-    control="test_23648_control_resolved_by_the_kernel_alone",
+    sentence="An image's VOLUMEs lead to a directory of the host, by `..` and by links, and to kernel file systems: "
+    "what is there is copied for the container, made writable or added to",
+    guard="what copies has the image as its root, and finds a VOLUME by openat2 with RESOLVE_IN_ROOT; below it no link "
+    "is followed",
+    control="test_23648_control_a_root_like_anybodys",
 )
-async def test_cve_2022_23648(bench: Bench, image: Image, tmp_path: Path) -> None:
-    made, log = await volumes(bench, image, tmp_path)
-    assert made == ["kept"]
-    writable, _, listed = log.partition("/a:\n")
-    assert writable.split() == [str(tmp_path / "outside")]  # the directory of that name in the image's own tree
-    assert "kept" not in listed
+async def test_cve_2022_23648(real: Real, tmp_path: Path) -> None:
+    copied, outside, written = await volumes(real, tmp_path)
+    assert {"inside", "away", "again"} <= copied
+    assert "secret" not in copied
+    assert (outside, written) == ({"secret"}, "")
 
 
-async def test_23648_control_resolved_by_the_kernel_alone(weaken: Weaken, image: Image, tmp_path: Path) -> None:
-    made, _ = await volumes(await weaken(weak.NO_RESOLVE_IN_ROOT), image, tmp_path)
-    assert "new" in made
+async def test_23648_control_a_root_like_anybodys(weak_cribd: WeakCribd, tmp_path: Path) -> None:
+    own_root: weak.Edits = (
+        ("images/copyup.py", '    os.chroot(".")  # noqa', "    # noqa"),
+        (
+            "images/copyup.py",
+            "open_in_root(self._root, path, os.O_RDONLY | os.O_DIRECTORY)",
+            'os.open(path.lstrip("/"), os.O_RDONLY, dir_fd=self._root)',
+        ),
+    )
+    copied, _, _ = await volumes(await weak_cribd(own_root), tmp_path)
+    assert "secret" in copied
 
 
 # Round the masks: -2019-19921, -2023-27561, -2023-28642, -2019-16884, -2025-31133

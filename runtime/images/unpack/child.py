@@ -18,7 +18,6 @@ import json
 import os
 import resource
 import select
-import signal
 import socket
 import sys
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from runtime.images.unpack.recipe import Recorder
 from runtime.images.unpack.stream import Blob, Pipeline
 from runtime.images.unpack.tar import Reader, Stream
 from runtime.linux import caps
-from runtime.linux.process import PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG, prctl
+from runtime.linux.process import PR_SET_NO_NEW_PRIVS, die_with, prctl
 from runtime.linux.seccomp import Filter
 
 # SYS_ADMIN is what trusted.* attributes need.
@@ -50,12 +49,6 @@ class Limits:
     ratio_limit: int
     ratio_from_bytes: int
     entries_limit: int
-
-
-def _die_with(parent: int) -> None:
-    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 def _lessen() -> None:
@@ -147,7 +140,7 @@ def _reap() -> int:
 
 def serve(number: int, parent: int, limits: Limits) -> None:
     """Take jobs from the socket with this descriptor until cribd closes its end or has none for a while."""
-    _die_with(parent)
+    die_with(parent)
     filter = only_unpacking()
     _lessen()
     gc.disable()
@@ -170,7 +163,7 @@ def serve(number: int, parent: int, limits: Limits) -> None:
         pid = os.fork()  # noqa: TID251 (one thread, and a program of its own)
         if not pid:
             jobs.close()
-            _die_with(me)
+            die_with(me)
             _work(os.fsdecode(message), limits, filter, *descriptors)
         forks += 1
         pidfd = os.pidfd_open(pid)

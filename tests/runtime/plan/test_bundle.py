@@ -7,7 +7,6 @@ import pytest
 
 from runtime.errors import Unsupported
 from runtime.images import RootFs
-from runtime.plan import external
 from runtime.plan.bundle import Bundle, compile_bundle, handed_process
 from runtime.plan.plan import decode, encode
 from runtime.plan.tree import Environment, Namespaces
@@ -87,17 +86,6 @@ def test_what_only_crib_can_open_is_bound_from_the_bundle() -> None:
     assert {"clone the pod's shm", "attach at /s/pods/p/b/0"} <= set(texts(found))
     attached = bundle(spec(shm), environment(shm_attached=True))
     assert attached.spec.mounts == (shm,)
-
-
-@pytest.mark.parametrize("mapped", [False, True])
-def test_an_images_own_volume_is_found_below_the_root_by_crib(mapped: bool) -> None:
-    own = Mount(destination="/data", type="bind", source="rootfs/data", options=("bind", "rprivate", "rw"))
-    found = bundle(spec(own, mapped=mapped), environment(USER_POD if mapped else POD))
-    assert [mount.source for mount in found.spec.mounts] == ["/s/pods/p/b/0"], "a path that no link leads elsewhere"
-    attached = found.plan[-2]
-    assert isinstance(attached, external.AttachOwn), "once the root is mounted"
-    root = 1000 if mapped else 0
-    assert attached.values() == ["/data", "/s/pods/p/b/0", root, root]
 
 
 def test_a_missing_source_is_made_and_options_of_cribs_own_are_taken_out() -> None:

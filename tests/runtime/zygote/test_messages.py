@@ -111,5 +111,6 @@ def test_what_monitors_are_told_changes_with_the_version_only() -> None:
         "the messages or the steps of plans have changed: raise VERSION in runtime/zygote/messages.py and give the new "
         "digest here, for a monitor of the earlier build fails with what it doesn't know. Only where "
         "nothing that was there has changed, and what is new goes out only for requests that an earlier cribd didn't "
-        "know (a step or a kind of its own, no field of an old one), it's enough to give the new digest"
+        "know (a step or a kind of its own, no field of an old one), or what is gone is no longer sent, it's enough to "
+        "give the new digest"
     )
