@@ -28,7 +28,6 @@ _KEEP: Final = caps.mask(
     ("CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID", "CAP_MKNOD", "CAP_SETFCAP", "CAP_SYS_ADMIN")
 )
 _MEMORY_LIMIT_BYTES: Final = 512 << 20
-_ENTRY_BYTES: Final = 4096
 _CHUNK: Final = 64 << 20
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
@@ -38,10 +37,12 @@ class LimitReached(Exception):
 
 
 class Copier:
-    """Copies directories of the image at `root`; counts what they take against `limit_bytes`."""
+    """Copies directories of the image at `root`; counts what they take against `limit_bytes`, an entry as
+    `entry_bytes`."""
 
-    def __init__(self, root: int, limit_bytes: int) -> None:
+    def __init__(self, root: int, limit_bytes: int, entry_bytes: int) -> None:
         self._root = root
+        self._entry_bytes = entry_bytes
         self._limit_bytes = self._left = limit_bytes
 
     def copy(self, path: str, target: int) -> None:
@@ -72,7 +73,7 @@ class Copier:
         self, here: int, there: int, target: int, name: str, path: str, links: dict[tuple[int, int], str]
     ) -> bool:
         """Copy what is called `name`; a directory is only made, and True returned."""
-        self._count(_ENTRY_BYTES)
+        self._count(self._entry_bytes)
         status = os.stat(name, dir_fd=here, follow_symlinks=False)
         if stat.S_ISDIR(status.st_mode):
             os.mkdir(name, 0o700, dir_fd=there)
@@ -193,7 +194,7 @@ def _work(job: dict[str, Any]) -> dict[str, object]:
         made = os.open(job["directory"], _DIRECTORY)
         root = _root(job["lowers"], job["user"], job["at"])
         _confine(root)
-        copier = Copier(root, job["limit_bytes"])
+        copier = Copier(root, job["limit_bytes"], job["entry_bytes"])
         for path, name in job["volumes"]:
             target = os.open(name, _DIRECTORY, dir_fd=made)
             copier.copy(path, target)

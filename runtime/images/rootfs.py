@@ -62,6 +62,10 @@ class Roots:
         rootfs = self._prepared.get(container_id)
         return rootfs.image if rootfs else None
 
+    def layers(self, container_id: str) -> tuple[int, ...]:
+        """The layers that a container's root file system holds."""
+        return self._prepared[container_id].layers
+
     def all(self) -> list[str]:
         with self._lock:
             return list(self._prepared)

@@ -341,10 +341,10 @@ class Images:
         """
         from runtime.images import volumes
 
-        image = self.get(self._roots.image(container_id) or "")
         rootfs = self._roots.get(container_id)
-        # Each VOLUME may be a part of another one, or a link to the same directory of which there are no more.
-        limit_bytes = 2 * image.size_bytes
+        layers = map(self._shelf.get, self._roots.layers(container_id))
+        # VOLUMEs may be parts of one another: that an image's are all the same large directory is no reason.
+        limit_bytes = 2 * sum(layer.bytes_used + layer.inodes * volumes.ENTRY_BYTES for layer in layers)
         return volumes.make(rootfs, self.volumes(container_id), paths, owner, limit_bytes, self._lock_file)
 
     def discard(self, container_id: str) -> None:

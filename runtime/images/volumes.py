@@ -32,6 +32,8 @@ _START: Final = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]);"
     "from runtime.images.copyup import serve; serve(int(sys.argv[2]))"
 )
+ENTRY_BYTES: Final = 4096
+"""What a file or directory counts for, in what may be copied, besides its content."""
 _POLL_S: Final = 0.05
 _KILL_S: Final = 5.0
 
@@ -128,6 +130,7 @@ def make(
         "directory": directory,
         "volumes": full,
         "limit_bytes": limit_bytes,
+        "entry_bytes": ENTRY_BYTES,
     }
     return Copying(json.dumps(job), lock)
 

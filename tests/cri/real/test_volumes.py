@@ -87,7 +87,7 @@ def described(top: Path) -> dict[str, object]:
     """All below a directory, without what is a file system's own."""
     inodes: dict[int, str] = {}
     found: dict[str, object] = {}
-    for directory, names, files in os.walk(top.resolve()):
+    for directory, names, files in os.walk(f"{top}/."):
         for name in (".", *names, *files):
             path = os.path.join(directory, name)
             status = os.lstat(path)
@@ -97,7 +97,7 @@ def described(top: Path) -> dict[str, object]:
                 for key in os.listxattr(path, follow_symlinks=False)
                 if not key.startswith(("security.selinux", "trusted.overlay."))
             }
-            found[os.path.relpath(path, top.resolve())] = (
+            found[os.path.relpath(path, top)] = (
                 (status.st_mode, status.st_uid, status.st_gid, status.st_mtime_ns, status.st_rdev),
                 Path(path).read_bytes() if kind == stat.S_IFREG else "",
                 os.readlink(path) if kind == stat.S_IFLNK else "",
@@ -203,7 +203,7 @@ MANY = 8_000
 def many() -> Layer:
     layer = Layer()
     for number in range(MANY):
-        layer.file(f"v/{number % 100}/{number}", "x")
+        layer.file(f"v/{number % 100}/{number}", "x" * (number % 2))
     return layer
 
 
