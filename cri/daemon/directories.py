@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import socket
@@ -32,8 +33,8 @@ def _lock(path: Path) -> int:
         other = os.pread(fd, 32, 0).decode(errors="replace").strip()
         os.close(fd)
         raise Unavailable(f"another cribd (pid {other or 'unknown'}) uses {path.parent}: {error.strerror}") from None
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    with contextlib.suppress(OSError):  # a full disk takes it only in place of another one
+        os.pwrite(fd, f"{os.getpid():<20}\n".encode(), 0)
     return fd
 
 

@@ -18,11 +18,12 @@ from typing import Final, TypeVar
 import msgspec
 
 from cri.state.records import ContainerRecord, ContainerState, SandboxRecord, SandboxState, Timeline
+from runtime import room
 from runtime.errors import Exhausted, Unavailable
 
 SCHEMA_VERSION: Final = 1
 _CHECKPOINT_WRITES: Final = 1000
-_RESERVE_BYTES: Final = 1 << 20
+_RESERVE_PAGES: Final = 512
 _SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS record (
     kind TEXT NOT NULL, id TEXT NOT NULL, body BLOB NOT NULL, PRIMARY KEY (kind, id)
@@ -44,22 +45,16 @@ _encode = msgspec.msgpack.Encoder().encode
 class Store:
     """Used by the event loop's thread alone, `checkpoint` excepted.
 
-    A write raises Exhausted on a full disk. What ends something goes on without free space, and so does opening: a
-    reserve is given up, and the log that fills its room is folded in where more is needed.
+    On a full disk what begins something raises Exhausted; for what finishes or ends it room is kept (`runtime.room`).
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._reserve = path.with_name(path.name + ".reserve")
         self._writes = 0
         try:
             self._db = self._open()
         except sqlite3.OperationalError as error:
-            try:
-                self._reserve.unlink()  # it may be room that is wanted
-                self._db = self._open()
-            except (FileNotFoundError, sqlite3.OperationalError):
-                raise Unavailable(f"state database {path}: {error}") from error
+            raise Unavailable(f"state database {path}: {error}") from error
         except sqlite3.DatabaseError as error:
             aside = path.with_name(f"{path.name}.broken-{time.time_ns()}")
             _logger.error("state database %s is damaged (%s): moved to %s", path, error, aside)
@@ -68,12 +63,12 @@ class Store:
                     path.with_name(name).rename(path.with_name(name.replace(path.name, aside.name)))
             self._db = self._open()
             _logger.warning("%s records of it could be read", self._salvage(aside))
-        self._refill()
+        self._alone = room.alone(self._db)
+        room.reserve(self._db, _RESERVE_PAGES)
 
     def _open(self) -> sqlite3.Connection:
-        db = sqlite3.connect(self._path, isolation_level=None, timeout=5.0, cached_statements=32)
+        db = room.connect(self._path, timeout=5.0, cached_statements=32, check_same_thread=False)
         try:
-            db.execute("PRAGMA journal_mode = WAL")
             db.execute("PRAGMA synchronous = NORMAL")
             db.execute("PRAGMA wal_autocheckpoint = 0")
             if (found := db.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
@@ -102,7 +97,7 @@ class Store:
             return int(self._db.execute("SELECT count(*) FROM record").fetchone()[0])
 
     def close(self) -> None:
-        self._db.close()
+        room.close(self._db, self._path)
 
     def load(self) -> tuple[list[SandboxRecord], list[ContainerRecord]]:
         """All pods and containers. A record that can't be read is set aside."""
@@ -117,23 +112,24 @@ class Store:
         rows: list[object] = ["sandbox", record.id, _encode(record)]
         if timeline is not None:
             rows += ["timeline", record.id, _encode(timeline)]
-        self._put(rows, ends=record.state is SandboxState.NOTREADY)
+        self._put(rows, begins=record.state is SandboxState.MAKING)
 
     def put_container(self, record: ContainerRecord, spec: bytes | None = None) -> None:
         """Keep a container as it is now, and the OCI spec (JSON) that it is run with."""
         rows: list[object] = ["container", record.id, _encode(record)]
         if spec is not None:
             rows += ["spec", record.id, spec]
-        stops = record.stop_sent or record.stop_deadline_ns
-        self._put(rows, ends=bool(stops) or record.state is ContainerState.EXITED)
+        self._put(rows, begins=record.state in (ContainerState.CREATING, ContainerState.STARTING))
 
     def put_timeline(self, id: str, timeline: Timeline) -> None:
         """Keep how a container was started."""
-        self._put(["timeline", id, _encode(timeline)], ends=False)
+        self._put(["timeline", id, _encode(timeline)], begins=False)
 
-    def _put(self, rows: list[object], ends: bool) -> None:
+    def _put(self, rows: list[object], begins: bool) -> None:
         """One statement, so all or nothing without a transaction's two more."""
-        self._write(_PUT[len(rows) // 3], *rows, ends=ends)
+        if begins and not room.left(self._path.parent):
+            raise Exhausted(f"state database {self._path}: no space left on device")
+        self._write(_PUT[len(rows) // 3], *rows)
 
     def spec(self, id: str) -> bytes | None:
         return self._body("spec", id)
@@ -148,7 +144,7 @@ class Store:
     def delete(self, id: str) -> None:
         """Forget all that is kept of a pod or a container; it needn't exist."""
         statement = "DELETE FROM record WHERE kind IN ('sandbox', 'container', 'spec', 'timeline') AND id = ?"
-        self._write(statement, id, ends=True)
+        self._write(statement, id)
 
     @contextlib.contextmanager
     def _together(self) -> Iterator[None]:
@@ -156,7 +152,7 @@ class Store:
         self._write("BEGIN")
         try:
             yield
-            self._write("COMMIT", ends=True)
+            self._write("COMMIT")
         except BaseException:
             with contextlib.suppress(sqlite3.Error):
                 self._db.execute("ROLLBACK")
@@ -167,38 +163,27 @@ class Store:
         return self._writes >= _CHECKPOINT_WRITES
 
     def checkpoint(self) -> None:
-        """Move the log into the database, on a connection of its own: this waits for the disk."""
+        """Move the log into the database, on a connection of its own where that can be: this waits for the disk."""
         self._writes = 0
-        with contextlib.closing(sqlite3.connect(self._path, isolation_level=None, timeout=5.0)) as db:
+        with contextlib.ExitStack() as stack:
+            db = self._db
+            if not self._alone:
+                db = stack.enter_context(contextlib.closing(room.connect(self._path, timeout=5.0)))
             db.execute("PRAGMA wal_checkpoint(PASSIVE)")
-        self._refill()
+            room.reserve(db, _RESERVE_PAGES)
 
-    def _write(self, statement: str, *values: object, ends: bool = False) -> None:
+    def _write(self, statement: str, *values: object) -> None:
         self._writes += 1
-        rooms = [self._give_up_reserve, self._fold_in] if ends else []
-        while True:
+        for last in (False, True):
             try:
                 self._db.execute(statement, values)
                 return
             except sqlite3.DatabaseError as error:
                 if "full" not in str(error):
                     raise Unavailable(f"state database {self._path}: {error}") from error
-                if not rooms:
+                if last:
                     raise Exhausted(f"state database {self._path}: {error}") from error
-            rooms.pop(0)()
-
-    def _give_up_reserve(self) -> None:
-        self._reserve.unlink(missing_ok=True)
-
-    def _fold_in(self) -> None:
-        """Have the log begin anew in the room that it has: this waits for the disk, as little else would help."""
-        with contextlib.suppress(sqlite3.OperationalError):
-            self._db.execute("PRAGMA wal_checkpoint(RESTART)")
-
-    def _refill(self) -> None:
-        with contextlib.suppress(OSError):
-            if not self._reserve.exists():
-                self._reserve.write_bytes(bytes(_RESERVE_BYTES))
+            room.fold_in(self._db)  # this waits for the disk, as little else would help
 
     def _body(self, kind: str, id: str) -> bytes | None:
         found = self._db.execute("SELECT body FROM record WHERE kind = ? AND id = ?", (kind, id)).fetchone()

@@ -17,9 +17,11 @@ from typing import Final
 from net.errors import AlreadyExists, Exhausted, Unavailable
 from net.network import HostPort, PodIdentity
 from net.rtnetlink import IpNetwork
+from runtime import room
 
 FIRST_OFFSET: Final = 2  # 0 is the network's own, 1 the gateway's
 _SCHEMA_VERSION: Final = 2
+_RESERVE_PAGES: Final = 64
 _SCHEMA: Final = """
 CREATE TABLE network (
     subnets TEXT NOT NULL,
@@ -74,7 +76,7 @@ class Leases:
         self._lock = threading.Lock()
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._database = sqlite3.connect(path, timeout=5.0, isolation_level=None, check_same_thread=False)
+            self._database = room.connect(path, timeout=5.0, check_same_thread=False)
         except (OSError, sqlite3.Error) as error:
             raise Unavailable(f"leases {path}: {error}") from error
         try:
@@ -87,7 +89,6 @@ class Leases:
             raise
 
     def _open(self) -> None:
-        self._database.execute("PRAGMA journal_mode = WAL")
         self._database.execute("PRAGMA synchronous = NORMAL")
         self._database.execute("PRAGMA wal_autocheckpoint = 10000")  # `checkpoint` comes first
         with self._transaction() as database:
@@ -97,11 +98,13 @@ class Leases:
             for schema in (_SCHEMA, _SCHEMA_2)[version:]:
                 for statement in schema.split(";"):
                     database.execute(statement)
-            database.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
+            if version < _SCHEMA_VERSION:
+                database.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
+        room.reserve(self._database, _RESERVE_PAGES)
 
     def close(self) -> None:
         with self._lock:
-            self._database.close()
+            room.close(self._database, self._path)
 
     def subnets(self) -> tuple[str, ...]:
         """What the offsets count in, IPv4 first; empty before anything was recorded."""
@@ -125,7 +128,7 @@ class Leases:
 
         `ports` are the sandbox's from now on. Raises AlreadyExists where one is another's, Exhausted.
         """
-        with self._transaction() as database:
+        with self._transaction(begins=True) as database:
             if ports:
                 _take_ports(database, pod.sandbox_id, ports)
             database.execute("UPDATE lease SET released = 0 WHERE sandbox_id = ?", (pod.sandbox_id,))
@@ -188,9 +191,13 @@ class Leases:
                 raise Unavailable(f"leases {self._path}: {error}") from error
 
     @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
+    def _transaction(self, *, begins: bool = False) -> Iterator[sqlite3.Connection]:
         try:
             with self._lock:
+                if not room.left(self._path.parent):
+                    if begins:
+                        raise Exhausted(f"leases {self._path}: no space left on device")
+                    room.fold_in(self._database)
                 self._database.execute("BEGIN IMMEDIATE")
                 try:
                     yield self._database

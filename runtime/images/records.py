@@ -17,9 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runtime import room
 from runtime.errors import Exhausted, Unavailable, WrongState
 
 _VERSION = 1
+_RESERVE_PAGES = 256
 _LOCK_WAIT_S = 2.0
 _LOCK_POLL_S = 0.05
 _SCHEMA = """
@@ -89,9 +91,11 @@ class Database:
     def __init__(self, path: Path, schema: str, synchronous: str) -> None:
         self._path = path
         self._lock = threading.Lock()
-        self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
         try:
-            self._connection.execute("PRAGMA journal_mode = WAL")
+            self._connection = room.connect(path, check_same_thread=False, timeout=10)
+        except sqlite3.Error as error:
+            raise _translated(path, error) from error
+        try:
             self._connection.execute(f"PRAGMA synchronous = {synchronous}")
             self._connection.execute("PRAGMA foreign_keys = ON")
             (version,) = self._connection.execute("PRAGMA user_version").fetchone()
@@ -99,6 +103,7 @@ class Database:
                 self._connection.executescript(f"BEGIN; {schema} PRAGMA user_version = {_VERSION}; COMMIT;")
             elif version != _VERSION:
                 raise Unavailable(f"{path}: made by another version of crib (schema {version})")
+            room.reserve(self._connection, _RESERVE_PAGES)
         except sqlite3.Error as error:
             self._connection.close()
             raise _translated(path, error) from error
@@ -108,13 +113,14 @@ class Database:
 
     def close(self) -> None:
         with self._lock:
-            self._connection.close()
+            room.close(self._connection, self._path)
 
     @contextmanager
-    def transaction(self) -> Iterator[sqlite3.Connection]:
-        """All or nothing; what is raised inside rolls back."""
+    def transaction(self, *, begins: bool = False) -> Iterator[sqlite3.Connection]:
+        """All or nothing; what is raised inside rolls back. A full disk's reserve is not for what begins."""
         with self._lock:
             try:
+                self._make_room(begins)
                 self._connection.execute("BEGIN IMMEDIATE")
                 try:
                     yield self._connection
@@ -126,10 +132,20 @@ class Database:
             except sqlite3.Error as error:
                 raise _translated(self._path, error) from error
 
-    def execute(self, statement: str, arguments: tuple[object, ...] = ()) -> list[tuple[object, ...]]:
-        """One statement, which is a transaction of its own."""
+    def _make_room(self, begins: bool) -> None:
+        if not room.left(self._path.parent):
+            if begins:
+                raise Exhausted(f"{self._path}: no space left on device")
+            room.fold_in(self._connection)
+
+    def execute(
+        self, statement: str, arguments: tuple[object, ...] = (), *, begins: bool | None = None
+    ) -> list[tuple[object, ...]]:
+        """One statement, which is a transaction of its own; `begins` is None for one that only reads."""
         with self._lock:
             try:
+                if begins is not None:
+                    self._make_room(begins)
                 return self._connection.execute(statement, arguments).fetchall()
             except sqlite3.Error as error:
                 raise _translated(self._path, error) from error
@@ -150,7 +166,7 @@ class ImageRecords:
 
     def new_layers(self, diff_ids: Iterable[str]) -> list[int]:
         """Numbers of layers about to be made, written before their directories are."""
-        with self._database.transaction() as db:
+        with self._database.transaction(begins=True) as db:
             return [
                 int(db.execute("INSERT INTO layers VALUES (NULL, ?, '', 0, 0)", (diff_id,)).lastrowid or 0)
                 for diff_id in diff_ids
@@ -158,7 +174,7 @@ class ImageRecords:
 
     def commit(self, image: StoredImage, layers: Iterable[Layer], names: Iterable[str]) -> None:
         """The image is complete and synchronised: it has these layers, and these names are its own from now on."""
-        with self._database.transaction() as db:
+        with self._database.transaction(begins=True) as db:
             for layer in layers:
                 db.execute(
                     "UPDATE layers SET below = ?, bytes_used = ?, inodes = ? WHERE number = ?",
@@ -177,7 +193,7 @@ class ImageRecords:
 
     def name(self, image: str, names: Iterable[str]) -> None:
         """These names are the image's from now on."""
-        with self._database.transaction() as db:
+        with self._database.transaction(begins=True) as db:
             self._name(db, image, names)
 
     def _name(self, db: sqlite3.Connection, image: str, names: Iterable[str]) -> None:
@@ -235,18 +251,20 @@ class RootFsRecords:
 
     def add(self, rootfs: StoredRootFs) -> None:
         self._database.execute(
-            "INSERT INTO rootfs VALUES (?, ?, ?)", (rootfs.container, rootfs.image, json.dumps(rootfs.layers))
+            "INSERT INTO rootfs VALUES (?, ?, ?)",
+            (rootfs.container, rootfs.image, json.dumps(rootfs.layers)),
+            begins=True,
         )
 
     def remove(self, container: str) -> None:
-        self._database.execute("DELETE FROM rootfs WHERE container = ?", (container,))
+        self._database.execute("DELETE FROM rootfs WHERE container = ?", (container,), begins=False)
 
     def all(self) -> list[StoredRootFs]:
         rows = self._database.execute("SELECT container, image, layers FROM rootfs")
         return [StoredRootFs(str(c), str(i), tuple(json.loads(str(layers)))) for c, i, layers in rows]
 
     def checkpoint(self) -> None:
-        self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        self._database.execute("PRAGMA wal_checkpoint(RESTART)")
 
 
 def lock(path: Path) -> int:

@@ -36,22 +36,31 @@ FALLBACKS = {
 _MAPS = ((0, 1 << 20, 1 << 16),)
 
 
-def probe(directory: str = "/var/tmp") -> Probes:
-    """Try each interface, on the file system of `directory`. Needs CAP_SYS_ADMIN; leaves nothing behind."""
+def probe(directory: str = "") -> Probes:
+    """Try each interface. Needs CAP_SYS_ADMIN.
+
+    On the file system of `directory`, where two empty ones are made and kept: the next time the disk may be full. By
+    default on that of /var/tmp, and leaves nothing behind.
+    """
+    if not directory:
+        with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="probe-") as place:
+            return probe(place)
     failing = os.environ.get("CRIB_PROBE_FAIL", "").split(",")
-    with tempfile.TemporaryDirectory(dir=directory, prefix="probe-") as place:
-        mapping = _mapping()
-        try:
-            tried: dict[str, Callable[[], bool]] = {
-                "clone_detached_mount": _clone_detached_mount,
-                "idmapped_mounts": lambda: _idmapped(place, mapping),
-                "overlay_of_descriptors": lambda: _overlay(place, mapping, attached=False),
-                "user_namespaces": lambda: any(_overlay(place, mapping, attached=how) for how in (False, True)),
-            }
-            return Probes(**{item.name: item.name not in failing and tried[item.name]() for item in fields(Probes)})
-        finally:
-            if mapping >= 0:
-                os.close(mapping)
+    layers = f"{directory}/probe/1", f"{directory}/probe/2"
+    for path in layers:
+        os.makedirs(path, 0o700, exist_ok=True)
+    mapping = _mapping()
+    try:
+        tried: dict[str, Callable[[], bool]] = {
+            "clone_detached_mount": _clone_detached_mount,
+            "idmapped_mounts": lambda: _idmapped(directory, mapping),
+            "overlay_of_descriptors": lambda: _overlay(*layers, mapping, attached=False),
+            "user_namespaces": lambda: any(_overlay(*layers, mapping, attached=how) for how in (False, True)),
+        }
+        return Probes(**{item.name: item.name not in failing and tried[item.name]() for item in fields(Probes)})
+    finally:
+        if mapping >= 0:
+            os.close(mapping)
 
 
 def _mapping() -> int:
@@ -84,29 +93,23 @@ def _idmapped(place: str, mapping: int) -> bool:
     return True
 
 
-def _overlay(place: str, mapping: int, *, attached: bool) -> bool:
+def _overlay(mapped: str, other: str, mapping: int, *, attached: bool) -> bool:
     """Whether overlay takes an idmapped layer, detached or (for a moment, in the host's namespace) attached."""
-    if not _idmapped(place, mapping):
+    if not _idmapped(mapped, mapping):
         return False
-    lower, upper, work = (os.path.join(place, name) for name in ("lower", "upper", "work"))
-    for path in (lower, upper, work):
-        os.makedirs(path, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        tree = open_tree(lower)
+        tree = open_tree(mapped)
         stack.callback(os.close, tree)
         try:
             idmap(tree, mapping)
-            layer: tuple[str, str | int] = ("lowerdir+", tree)
+            below = _open(other, stack)
+            layers: tuple[tuple[str, str | int], ...] = (("lowerdir+", tree), ("lowerdir+", below))
             if attached:
-                target = _open(lower, stack)
-                move_mount(tree, target, lower)
-                stack.callback(umount, lower)
-                layer = ("lowerdir", f"/proc/self/fd/{_open(lower, stack)}")
-            own = (
-                ("upperdir", f"/proc/self/fd/{_open(upper, stack)}"),
-                ("workdir", f"/proc/self/fd/{_open(work, stack)}"),
-            )
-            os.close(detached("overlay", (layer, *own)))
+                target = _open(mapped, stack)
+                move_mount(tree, target, mapped)
+                stack.callback(umount, mapped)
+                layers = (("lowerdir", f"/proc/self/fd/{_open(mapped, stack)}:/proc/self/fd/{below}"),)
+            os.close(detached("overlay", layers))
         except SyscallError:
             return False
     return True

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import AsyncIterator
-from contextlib import ExitStack
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import grpc
@@ -14,19 +15,26 @@ import pytest_asyncio
 
 from cri.api import cri_pb2 as pb
 from tests.cri.real.conftest import Real
-from tests.cri.real.daemon import RUNTIME, Daemon, load_image
+from tests.cri.real.daemon import IMAGE, RUNTIME, Daemon, load_image
 from tests.requires import requires
 
 pytestmark = [pytest.mark.asyncio, requires("root", "busybox", "bridge", "overlay")]
 
 
 @pytest_asyncio.fixture
-async def small(run_dir: Path, archive: bytes, tmp_path: Path) -> AsyncIterator[Real]:
-    """A cribd whose two directories are small file systems of their own."""
+async def small(run_dir: Path, archive: bytes, tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Real]:
+    """A cribd whose two directories are small file systems of their own; the first of the kind that is asked for."""
+    kind = getattr(request, "param", "tmpfs")
     with ExitStack() as stack:
-        for name, size in (("root", "24m"), ("state", "2m")):
+        for name, size in (("root", "32m"), ("state", "2m")):
             (run_dir / name).mkdir()
-            subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(run_dir / name)], check=True)
+            command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs"]
+            if kind == "ext4" and name == "root":
+                disk = tmp_path / "disk"
+                subprocess.run(["truncate", "-s", size, disk], check=True)
+                subprocess.run(["mkfs.ext4", "-q", "-m", "0", disk], check=True)
+                command = ["mount", "-o", "loop", str(disk)]
+            subprocess.run([*command, str(run_dir / name)], check=True)
             stack.callback(subprocess.run, ["umount", str(run_dir / name)], check=True)
         daemon = Daemon(run_dir)
         daemon.start()
@@ -51,8 +59,38 @@ def fill(directory: Path) -> Path:
     return path
 
 
-async def again(real: Real) -> None:
-    real.daemon.kill()
+@contextmanager
+def eaten(directory: Path) -> Iterator[None]:
+    """Somebody takes every byte of a file system, and every one that is given back, at once."""
+    path = directory / "eaten"
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT)
+    full, enough = threading.Event(), threading.Event()
+
+    def eat() -> None:
+        while not enough.wait(0.001):
+            try:
+                while os.write(fd, bytes(4096)):
+                    pass
+            except OSError:
+                full.set()
+
+    eater = threading.Thread(target=eat)
+    eater.start()
+    try:
+        assert full.wait(20)
+        yield
+    finally:
+        enough.set()
+        eater.join()
+        os.close(fd)
+        path.unlink()
+
+
+async def again(real: Real, *, killed: bool = True) -> None:
+    if killed:
+        real.daemon.kill()
+    else:
+        assert real.daemon.stop() == 0, real.daemon.log()
     await real.client.close()
     real.daemon.start()
     real.client = real.daemon.client()
@@ -75,6 +113,34 @@ async def test_the_disk_of_records_and_images(small: Real) -> None:
     await small.remove(pod)
     full.unlink()
     assert await small.pod()
+
+
+@pytest.mark.parametrize("small", ["tmpfs", pytest.param("ext4", marks=requires("loop"))], indirect=True)
+async def test_a_disk_that_somebody_else_keeps_full(small: Real, archive: bytes) -> None:
+    """All that is there can be ended and removed without a free byte, by the next cribd too."""
+    pods = [await small.pod(), await small.pod(small.pod_config("two"))]
+    running = await small.run(pods[0], "sleep", "1000")
+    ended = await small.run(pods[1], "sh", "-c", "while [ ! -e /go ]; do sleep 0.02; done; exit 9")
+    with eaten(small.daemon.root):
+        for refused in (small.pod(small.pod_config("other")), small.create(pods[0], "true", name="d")):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await refused
+            assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        await small.client.StopContainer(pb.StopContainerRequest(container_id=running, timeout=0))
+        await again(small)
+        assert (await small.status(running)).exit_code == 137
+        await small.client.StopPodSandbox(pb.StopPodSandboxRequest(pod_sandbox_id=pods[0]))
+        await small.client.RemoveContainer(pb.RemoveContainerRequest(container_id=running))
+        await again(small, killed=False)
+        assert (await small.status(ended)).state == pb.CONTAINER_RUNNING
+        for pod in pods:
+            await small.client.RemovePodSandbox(pb.RemovePodSandboxRequest(pod_sandbox_id=pod))
+        await small.client.RemoveImage(pb.RemoveImageRequest(image=pb.ImageSpec(image=IMAGE)))
+        await again(small)
+        assert not (await small.client.ListImages(pb.ListImagesRequest())).images
+        assert not (await small.client.ListPodSandbox(pb.ListPodSandboxRequest())).items
+    await load_image(small.client, archive)
+    assert await small.run(await small.pod(), "sleep", "1000")
 
 
 async def test_the_disk_of_running_things(small: Real) -> None:

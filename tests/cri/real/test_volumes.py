@@ -20,7 +20,7 @@ from tests.limits import scaled
 from tests.requires import requires
 from tests.runtime.images.given import Layer
 
-pytestmark = [pytest.mark.asyncio, requires("root", "busybox", "bridge", "overlay", "nft")]
+pytestmark = [pytest.mark.asyncio, requires("root", "busybox", "bridge", "overlay")]
 
 MAPPED_ROOT = MAPPED[0].host_id
 CAPABILITY = b"\x01\x00\x00\x02\x00\x04\x00\x00" + bytes(12)  # CAP_NET_BIND_SERVICE, permitted and effective
