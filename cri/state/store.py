@@ -23,7 +23,7 @@ from runtime.errors import Exhausted, Unavailable
 
 SCHEMA_VERSION: Final = 1
 _CHECKPOINT_WRITES: Final = 1000
-_RESERVE_PAGES: Final = 512
+_RESERVE_PAGES: Final = 256
 _SCHEMA: Final = """
 CREATE TABLE IF NOT EXISTS record (
     kind TEXT NOT NULL, id TEXT NOT NULL, body BLOB NOT NULL, PRIMARY KEY (kind, id)

@@ -21,7 +21,7 @@ from runtime import room
 from runtime.errors import Exhausted, Unavailable, WrongState
 
 _VERSION = 1
-_RESERVE_PAGES = 256
+_RESERVE_PAGES = 64
 _LOCK_WAIT_S = 2.0
 _LOCK_POLL_S = 0.05
 _SCHEMA = """
