@@ -15,6 +15,7 @@ from msgspec import field
 from cri.api import cri_pb2 as pb
 from cri.translate.devices import HostDevice, permissions
 from cri.translate.field import absolute, identity, show
+from cri.translate.mounts import VOLUME
 from runtime.errors import InvalidSpec, Unsupported
 from runtime.spec import Device, DeviceCgroup, Hooks, Linux, Mount, Resources, Spec
 from runtime.spec import Hook as OciHook
@@ -260,7 +261,7 @@ def apply(spec: Spec, edits: Iterable[Edits], found: Mapping[str, Sequence[HostD
 def _by_depth(mounts: list[Mount]) -> tuple[Mount, ...]:
     """Sorted, but for what comes before the last of the image's own volumes: those are made before anything else is
     mounted that a link in the image could lead to."""
-    own = [number for number, mount in enumerate(mounts) if mount.source == f"rootfs{mount.destination}"]
+    own = [number for number, mount in enumerate(mounts) if VOLUME in mount.options]
     first = own[-1] + 1 if own else 0
     return (*mounts[:first], *sorted(mounts[first:], key=lambda mount: mount.destination.count("/")))
 

@@ -15,6 +15,8 @@ from runtime.spec import IDMapping, Mount
 
 MKDIR = "x-crib.mkdir"
 """Makes a missing source as a directory of mode 0755 on the host, as Kubernetes expects of a hostPath volume."""
+VOLUME = "x-crib.volume"
+"""Marks an image's own volume."""
 MOUNTS_LIMIT = 4096
 _PROPAGATION = {
     pb.MountPropagation.PROPAGATION_PRIVATE: "rprivate",
@@ -122,7 +124,7 @@ def own_volumes(paths: Sequence[str], requested: Iterable[pb.Mount]) -> tuple[st
 def _own(volumes: Mapping[str, str]) -> Iterable[Mount]:
     """They come before anything of the request's is mounted, so that none of it is mounted on by way of a link in the
     image (CVE-2022-23648). What the file system that holds them forbids, the root allows as well."""
-    options = ("bind", "rprivate", "rw", "suid", "dev", "exec")
+    options = ("bind", "rprivate", "rw", "suid", "dev", "exec", VOLUME)
     for path, source in volumes.items():
         yield Mount(destination=path, type="bind", source=source, options=options)
 

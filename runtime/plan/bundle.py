@@ -123,7 +123,7 @@ def _mounts(wanted: tuple[Mount, ...], environment: Environment, directory: str,
     found = _Mounts()
     for number, mount in enumerate(wanted):
         options = parse(mount.options)
-        kept = tuple(option for option in mount.options if not option.startswith("x-crib."))
+        mount = replace(mount, options=tuple(name for name in mount.options if not name.startswith("x-crib.")))
         key, at = f"source{number}", f"{directory}/{number}"
         if mount.source == environment.shm_path and not environment.shm_attached and options.bind:
             found.opened.append(mounts.CloneSource(key, "shm"))
@@ -134,7 +134,7 @@ def _mounts(wanted: tuple[Mount, ...], environment: Environment, directory: str,
         else:
             if options.make_source:
                 found.made.append(external.MakeSource(mount.source))
-            found.handed.append(replace(mount, options=kept))
+            found.handed.append(mount)
             continue
         found.attached.append(external.AttachAt(key, at))
         found.handed.append(mount)

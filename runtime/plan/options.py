@@ -98,7 +98,7 @@ def parse(options: tuple[str, ...]) -> Options:
             flags = flags | flag if on else flags & ~flag
         elif option in _PROPAGATION:
             propagation = _PROPAGATION[option]
-        elif option not in _OTHERS:
+        elif option not in _OTHERS and not option.startswith("x-crib."):
             data.append(option)
     return Options(
         bind="bind" in options or "rbind" in options,

@@ -14,7 +14,7 @@ from cri.container import host
 from cri.translate import HostDevice, ResolvedUser, cdi
 from runtime.errors import InvalidSpec, Unsupported
 from runtime.spec import Device, DeviceCgroup, Hook, Mount
-from tests.cri.translate.given import container, image, linux, mount_at, spec
+from tests.cri.translate.given import container, linux, mount_at, spec
 
 NULL = HostDevice("c", 1, 3, 0o666, 0, 0)
 
@@ -133,7 +133,7 @@ def test_environment_and_mounts_replace() -> None:
 def test_an_images_own_volumes_stay_before_what_is_mounted() -> None:
     """A link in the image leads none of them onto a mount (CVE-2022-23648)."""
     edited = one_device(mounts=[{"hostPath": "/x", "containerPath": "/t"}])
-    made = applied(edited, img=image(volumes=("/a/b/c/d",)))
+    made = applied(edited, own_volumes={"/a/b/c/d": "/own/0"})
     places = [mount.destination for mount in made.mounts]
     assert places.index("/a/b/c/d") < min(places.index(each) for each in ("/t", "/etc/hosts"))
 
