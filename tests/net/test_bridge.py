@@ -473,6 +473,9 @@ def test_a_kernel_without_nftables(new_network: NewNetwork, new_namespace: NewNa
     assert [lease.sandbox_id for lease in leases(tmp_path / "crib-t")] == [pod(1).sandbox_id]
     (found,) = (one for one in network.check_host() if one.name == "nftables")
     assert not found.ok
+    with pytest.raises(Unsupported, match="nftables"):
+        network.attach(pod(2), new_namespace().netns(), Wants(host_ports=(HostPort("tcp", 18099, 80),)))
+    assert network.attachment(pod(2).sandbox_id) is None
 
 
 @pytest.mark.parametrize(
