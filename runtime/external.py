@@ -7,11 +7,12 @@ keeps of it, is in its pod's directory and goes with that; what is mounted in a 
 """
 
 import asyncio
+import json
 import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from socket import AF_UNIX, SOCK_NONBLOCK, SOCK_STREAM, socket
@@ -65,7 +66,7 @@ class _FeaturesDocument(msgspec.Struct, rename="camel"):
     linux: _LinuxFeatures = msgspec.field(default_factory=_LinuxFeatures)
 
 
-class _LogLine(msgspec.Struct):
+class _LogEntry(msgspec.Struct):
     level: str = ""
     msg: str = ""
 
@@ -186,12 +187,12 @@ class Bundle:
         """What the runtime has logged last as an error of the command `name`."""
         try:
             with open(f"{self._directory}/{name}.log", "rb") as file:
-                lines = file.read(_LOG_BYTES).splitlines()
+                text = file.read(_LOG_BYTES).decode("utf-8", "replace")
         except OSError:
             return otherwise
-        for line in reversed(lines):
+        for entry in reversed(list(_entries(text))):
             try:
-                found = msgspec.json.decode(line, type=_LogLine)
+                found = msgspec.convert(entry, _LogEntry)
             except msgspec.MsgspecError:
                 continue
             if found.level in ("error", "fatal") and found.msg:
@@ -259,6 +260,17 @@ class Bundle:
                     os.killpg(process.pid, signal.SIGKILL)
         if code:
             raise CribError(f"{title}: {self.complaint(name, f'exit code {code}')}")
+
+
+def _entries(text: str) -> Iterator[object]:
+    """The JSON values of a log: runc's are a line each, crun's have several. What is none is left out, by the line."""
+    decoder, at = json.JSONDecoder(), 0
+    while at < len(text):
+        try:
+            found, at = decoder.raw_decode(text, at)
+            yield found
+        except ValueError:
+            at = text.find("\n", at) + 1 or len(text)
 
 
 def _inodes(directories: Iterable[str]) -> dict[str, int]:

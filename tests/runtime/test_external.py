@@ -40,6 +40,7 @@ def test_a_runtime_that_is_gone_is_unavailable(tmp_path: Path) -> None:
         ('{"level": "warning", "msg": "w"}\n{"level": "error", "msg": "why not"}\n', "why not"),
         ('{"level": "error", "msg": "a"}\n{"level": "error", "msg": "last"}\n{"level": "info", "msg": "i"}', "last"),
         ('{"level": "error", "msg": "", "x": 1}\nnot json\n[1]\n', "otherwise"),
+        ('{\n  "msg": "as crun says it",\n  "level": "error"\n}\n', "as crun says it"),
         ("", "otherwise"),
         (None, "otherwise"),
         ('{"level": "error", "msg": "%s"}\n' % ("x" * 5000), "x" * 2048),

@@ -65,7 +65,7 @@ async def test_a_handlers_containers_are_its_runtimes(real: Real) -> None:
     bundle = real.daemon.state / "pods" / pod / f"bundle-{container}"
     assert json.loads((bundle / "config.json").read_text())["process"]["args"][-1].startswith("echo out")
     runtimes = real.daemon.state / "pods" / pod / "runtime"
-    assert [path.name for path in runtimes.iterdir()] == [container]
+    assert [path.name for path in runtimes.iterdir() if path.name[0] != "."] == [container]  # crun has one of its own
     assert Path("/proc/self/mountinfo").read_text() == mounts, "what is mounted for it is seen by the host"
     status = Path(f"/proc/{info['pid']}/status").read_text()
     parent = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("PPid:"))
@@ -77,7 +77,7 @@ async def test_a_handlers_containers_are_its_runtimes(real: Real) -> None:
     assert not [path for path in bundle.iterdir() if path.suffix in (".json", ".pid") and path.stem not in _OF_CREATE]
     await real.client.RemoveContainer(pb.RemoveContainerRequest(container_id=container))
     assert not bundle.exists()
-    assert list(runtimes.iterdir()) == []
+    assert not (runtimes / container).exists()
 
 
 _OF_CREATE = ("config", "create", "start")

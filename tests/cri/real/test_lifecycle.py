@@ -139,17 +139,19 @@ async def test_hooks_of_every_kind(real: Real, hooks_dir: Path, tmp_path: Path) 
     await real.client.RemoveContainer(pb.RemoveContainerRequest(container_id=container))
     found = {stage: (tmp_path / stage).read_text().splitlines() for stage in STAGES if stage != "startContainer"}
     found["startContainer"] = told
+    begins = {stage: lines.index(next(line for line in lines if line[0] == "{")) for stage, lines in found.items()}
+    states = {stage: json.loads("".join(lines[begins[stage] :])) for stage, lines in found.items()}
     host = [os.readlink("/proc/self/ns/mnt"), os.readlink("/proc/self/ns/net")]
     for stage, status in (("createRuntime", "creating"), ("poststart", "running"), ("poststop", "stopped")):
         assert found[stage][1] == host[1], stage
         if not RUNTIME or stage == "poststop":  # runc runs the others in `create`, in a mount namespace of its own
             assert found[stage][0] == host[0], stage
-            assert json.loads(found[stage][-1])["status"] == status
+            assert states[stage]["status"] == status
     assert found["createContainer"][:2] == [mount_ns, net_ns]
     assert found["startContainer"][:2] == [mount_ns, net_ns]
     for stage in STAGES:
-        assert json.loads(found[stage][-1])["id"] == container
-        names = {line.partition("=")[0] for line in found[stage][2:-1]}
+        assert states[stage]["id"] == container
+        names = {line.partition("=")[0] for line in found[stage][2 : begins[stage]]}
         assert "OWN" in names
         assert not names & {"LD_PRELOAD", "SECRET"}, stage
     plain = await real.run(pod, "sleep", "1000", name="plain")
