@@ -20,6 +20,8 @@ CHUNK = 1 << 18
 _INPUT = 1 << 18
 # A layer of so little is done before a thread would have begun.
 _ALONE_BYTES = 1 << 20
+# What may be ahead of the writer, who waits for the disk now and then.
+_CHUNKS_AHEAD = 16
 # RFC 8878 recommends 8 MiB; `zstd --long` and BuildKit's best level go up to this.
 _ZSTD_WINDOW = 1 << 27
 _DAMAGE: Any = (zlib.error, zstandard.ZstdError)
@@ -138,7 +140,7 @@ class Pipeline:
                 yield from self._ahead(chunks)
 
     def _ahead(self, chunks: Iterator[bytes]) -> Iterator[bytes]:
-        self._queue: Queue[bytes | BaseException | None] = Queue(6)
+        self._queue: Queue[bytes | BaseException | None] = Queue(_CHUNKS_AHEAD)
         self._stopped = threading.Event()
         thread = threading.Thread(target=self._produce, args=(chunks,), daemon=True)
         thread.start()
