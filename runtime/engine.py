@@ -16,12 +16,14 @@ from typing import Any, Final
 from runtime import hooks
 from runtime.channel import Channel
 from runtime.errors import AlreadyExists, CribError, DeadlineExceeded, Unavailable
+from runtime.execs import Exec
 from runtime.external import Bundle, Runtime
 from runtime.linux.caps import NUMBERS, last_cap
 from runtime.linux.probe import Probes
 from runtime.plan.compile import Cgroup, Environment, Maps, Namespaces
 from runtime.plan.identity import RLIMIT_NAMES
-from runtime.pod import END_TIMEOUT_S, REQUEST_TIMEOUT_S, Exec, Pod, checked, container_exit, gone
+from runtime.pod import END_TIMEOUT_S, REQUEST_TIMEOUT_S, Pod, gone
+from runtime.replies import checked, container_exit
 from runtime.request import (
     ContainerExit,
     ContainerFact,
@@ -356,9 +358,8 @@ class Engine:
             self._probes.overlay_of_descriptors,
             self._hard_limits,
         )
-        pod = Pod(pod_id, channel, environment, pidfd, pid)
+        pod = Pod(pod_id, channel, environment, pidfd, pid, self.run_hooks)
         pod.init_pid = facts["init_pid"]
-        pod.run_hooks = self.run_hooks
         self._pods[pod_id] = pod
         return pod
 

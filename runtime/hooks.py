@@ -3,7 +3,6 @@
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Final
 
-from runtime.errors import CribError
 from runtime.spec import OCI_VERSION, Hook
 
 TIMEOUT_S: Final = 30
@@ -32,9 +31,3 @@ def plain(hooks: tuple[Hook, ...]) -> list[tuple[str, tuple[str, ...], tuple[str
 def deadline_s(hooks: tuple[Hook, ...]) -> float:
     """How long they may take together, and be cleaned up after."""
     return float(sum(hook.timeout or TIMEOUT_S for hook in hooks) + TIMEOUT_S)
-
-
-async def none(stage: str, hooks: tuple[Hook, ...], given: Mapping[str, object]) -> None:
-    """The `Run` of a pod that can't run any. Raises CribError."""
-    if hooks:
-        raise CribError(f"{stage} hook {hooks[0].path}: can't be run here")

@@ -15,7 +15,7 @@ from cri.streaming.command import ERROR, STDERR, STDIN, STDOUT, Command
 from cri.streaming.flow import Inflow, Outflow
 from cri.streaming.spdy import Spdy
 from runtime.errors import CribError
-from runtime.pod import Exec as Process
+from runtime.execs import Exec as Process
 
 if TYPE_CHECKING:
     from cri.node import Node

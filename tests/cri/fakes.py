@@ -139,7 +139,7 @@ class World:
 
 
 class FakeExec:
-    """See runtime.pod.Exec. `echo TEXT` writes, `sleep` runs until killed, `daemon` leaves a child with the pipes."""
+    """See runtime.execs.Exec. `echo TEXT` writes, `sleep` runs until killed, `daemon` leaves a child with the pipes."""
 
     def __init__(self, exited: asyncio.Future[ExecExit], leftover: list[int]) -> None:
         self._exited = exited

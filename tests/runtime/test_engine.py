@@ -277,13 +277,13 @@ async def test_a_pod_whose_monitor_hangs_can_be_stopped(bench: Bench, monkeypatc
 
 
 async def test_a_start_that_hangs_says_where(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.pod.START_TIMEOUT_S", scaled(1))
-    pod = await bench.pod()
+    monkeypatch.setattr("runtime.starts.START_TIMEOUT_S", scaled(1))
 
     async def hang(*_: object) -> None:
         await asyncio.Event().wait()
 
-    pod.run_hooks = hang
+    monkeypatch.setattr(bench.engine, "run_hooks", hang)
+    pod = await bench.pod()
     spec = msgspec.structs.replace(container(pod, "true"), hooks=Hooks(prestart=(Hook(path="/bin/true"),)))
     with pytest.raises(DeadlineExceeded, match=r"crib-monitor \d+ S in \w+.*; its child \d+ S in \w+"):
         await bench.start(pod, "c", spec)

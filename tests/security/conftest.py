@@ -95,10 +95,10 @@ class Plans:
             start = compile_start(*given)
             return dataclasses.replace(start, plan=edit(start.plan))
 
-        self._patch.setattr("runtime.pod.compile_start", edited)
+        self._patch.setattr("runtime.starts.compile_start", edited)
 
     def execs(self, edit: Callable[[Plan], Plan]) -> None:
-        self._patch.setattr("runtime.pod.compile_exec", lambda *given: edit(compile_exec(*given)))
+        self._patch.setattr("runtime.execs.compile_exec", lambda *given: edit(compile_exec(*given)))
 
     def both(self, edit: Callable[[Plan], Plan]) -> None:
         self.starts(edit)

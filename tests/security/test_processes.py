@@ -249,7 +249,7 @@ async def test_cve_2016_9962_exec(bench: Bench, plans: Plans, null: int, tmp_pat
 async def test_9962_control_not_frozen(
     bench: Bench, plans: Plans, null: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("runtime.pod", "runtime.plan.compile"):
+    for module in ("runtime.execs", "runtime.plan.compile"):
         monkeypatch.setattr(f"{module}.watches", lambda *_: False)
     assert await exec_watched(bench, plans, null, tmp_path, guarded=False)
 
