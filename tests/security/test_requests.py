@@ -17,6 +17,7 @@ from cri.config import ConfigError, load
 from cri.metrics import Metrics
 from cri.translate import Handler
 from cri.translate.logs import log_path
+from cri.translate.mounts import own_volumes
 from cri.translate.sysctls import pod_sysctls
 from runtime.engine import PodStart
 from runtime.errors import InvalidSpec
@@ -182,11 +183,14 @@ def test_volumes_of_an_image_come_first_and_give_way() -> None:
     """Before anything of the request's is there, so that none of it is mounted on by way of a link in the image."""
     mount = pb.Mount(container_path="/data", host_path="/host")
     paths = ("/etc/../../../etc", "/link", "/data", "/data/below", "/proc/self", "/sys", "/", "../..", "a\0b")
-    found = given.spec(given.container(mounts=[mount]), img=given.image(volumes=paths)).mounts
-    own = [each for each in found if not each.source.startswith("/") and each.type == "bind"]
-    assert [(each.destination, each.source) for each in own] == [("/etc", "rootfs/etc"), ("/link", "rootfs/link")]
-    of_the_pod = next(number for number, each in enumerate(found) if each.source.startswith("/"))
-    assert max(map(found.index, own)) < of_the_pod
+    asked = own_volumes(paths, [mount])
+    assert asked == ("/etc", "/link")
+    made = {path: f"/own/{number}" for number, path in enumerate(asked)}
+    found = given.spec(given.container(mounts=[mount]), img=given.image(volumes=paths), own_volumes=made).mounts
+    own = [each for each in found if each.source.startswith("/own/")]
+    assert [(each.destination, each.source) for each in own] == [("/etc", "/own/0"), ("/link", "/own/1")]
+    bound = [each for each in found if each.type == "bind"]
+    assert bound[: len(own)] == own
 
 
 # Sockets, directories and streams: CVE-2020-15257, -2024-25621, the streaming server
