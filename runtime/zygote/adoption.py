@@ -4,6 +4,9 @@
 2. the command makes the process, writes its pid to a file, sends its terminal if it has one, and ends
 3. the kernel gives the process to the monitor, a subreaper; it may have ended by then, so the file is read before
    anything is reaped whose pid may stand in it
+
+A command is not killed in the middle: what it has made may run in the container and be in no file, session or tree that
+tells whose it is. So who doesn't want the process any more has it killed when the command is through.
 """
 
 from __future__ import annotations
@@ -11,22 +14,26 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import time
 
 TYPE_CHECKING = False  # typing costs a monitor memory
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, Final
 
     from runtime.zygote.container import Process
+
+_PATIENCE_S: Final = 3.0  # with a command that makes what nobody wants; less than who waits for its end has
 
 
 class Adoption:
     """A command that runs. `pid_file` is below the open directory `directory`; `listener`, or -1, is the adoption's."""
 
-    __slots__ = ("_directory", "_listener", "_pid_file", "command", "runs")
+    __slots__ = ("_directory", "_listener", "_pid_file", "command", "runs", "unwanted_by")
 
     def __init__(self, command: int, directory: int, pid_file: str, listener: int) -> None:
         self.command = command
         self.runs = True
+        self.unwanted_by = 0.0  # when the command is killed, if nobody wants what it makes
         self._directory = directory
         self._pid_file = pid_file
         self._listener = listener
@@ -47,6 +54,10 @@ class Adoption:
         os.close(process.pidfd)
         process.pid, process.pidfd = pid, pidfd
         return True
+
+    def disown(self) -> None:
+        """Nobody wants the process."""
+        self.unwanted_by = self.unwanted_by or time.monotonic() + _PATIENCE_S
 
     def kill(self) -> None:
         """End the command, with what it has started and not put elsewhere."""
@@ -79,12 +90,28 @@ class Adoptions:
     def __contains__(self, process: Process) -> bool:
         return process in self._processes
 
-    def begin(self, process: Process, pid_file: str, listener: list[int]) -> None:
-        """With a `pid_file`: the process is the command that makes it, and sends its terminal to the listener."""
-        if pid_file:
-            listening = os.dup(listener[0]) if listener else -1
-            process.adoption = Adoption(process.pid, self._directory, pid_file, listening)
-            self._processes.append(process)
+    def begin(self, process: Process, pid_file: str, listener: int) -> None:
+        """The process is the command that makes it, and sends its terminal, if it is to have one, to the listener."""
+        process.adoption = Adoption(process.pid, self._directory, pid_file, listener)
+        self._processes.append(process)
+
+    def end(self) -> None:
+        """The pod ends: kill the commands."""
+        for process in self._processes:
+            if process.adoption:
+                process.adoption.kill()
+
+    def expire(self) -> float:
+        """Kill the commands that take too long with what nobody wants; seconds until the next is due, -1: none is."""
+        due = -1.0
+        for process in self._processes:
+            if process.adoption and process.adoption.unwanted_by:
+                left = process.adoption.unwanted_by - time.monotonic()
+                if left <= 0:
+                    process.adoption.kill()
+                    left = _PATIENCE_S  # it is ending
+                due = left if due < 0 else min(due, left)
+        return due
 
     def reap(self) -> Any:
         """A child that has ended or stopped, as waitid(2) tells; None when there is none. Raises ChildProcessError."""

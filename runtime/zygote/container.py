@@ -55,7 +55,7 @@ class Process:
         "terminal",
     )
 
-    def __init__(self, asker: socket.socket, n: int, pid: int, pidfd: int, sync: socket.socket) -> None:
+    def __init__(self, asker: socket.socket, n: int, sync: socket.socket) -> None:
         self.staged = False
         self.adoption: Adoption | None = None
         self.held: list[Container] = []  # who is frozen until this has become its program, or ended
@@ -65,8 +65,8 @@ class Process:
         self.quiet = False
         self.asker = asker  # who waits for the start,
         self.n = n  # and the number of the request
-        self.pid = pid
-        self.pidfd = pidfd
+        self.pid = 0
+        self.pidfd = -1
         self.sync: socket.socket | None = sync
         self.report: dict[str, Any] = {}
         self.failure: dict[str, Any] | None = None
@@ -127,7 +127,8 @@ class Process:
         fcntl.ioctl(self.terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
     def close(self) -> None:
-        os.close(self.pidfd)
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
         if self.sync:
             self.sync.close()
             self.sync = None
@@ -141,10 +142,8 @@ class Container(Process):
         "stdin", "stdin_once", "stdin_open", "streams", "waits", "watches",
     )  # fmt: skip
 
-    def __init__(
-        self, asker: socket.socket, n: int, pid: int, pidfd: int, sync: socket.socket, fields: dict[str, Any]
-    ) -> None:
-        super().__init__(asker, n, pid, pidfd, sync)
+    def __init__(self, asker: socket.socket, n: int, sync: socket.socket, fields: dict[str, Any]) -> None:
+        super().__init__(asker, n, sync)
         self.id: str = fields["id"]
         self.own_pid: bool = fields["own_pid"]
         self.watches: bool = fields["watches"]

@@ -56,30 +56,36 @@ class Containers:
 
     def start(self, connection: socket.socket, fields: dict[str, Any], fds: list[int]) -> None:
         """As the START message asks; it is answered when that is decided. Raises OSError, KeyError or ValueError."""
-        container = self._containers.get(fields["id"])
-        if container is None:
-            container = self._clone(connection, fields, fds[:-1] if fields["log"] else fds, waits=False)
-        elif container.waits:
-            container.let_go(connection, fields["n"])
-        else:
+        container, log = self._containers.get(fields["id"]), None
+        if container and not container.waits:
             raise ValueError("started before")
-        if fields["log"]:
-            size, limit = fields["log_size"], fields["log_max_bytes"]
-            container.log_to(Log(self.spool, container.id, fields["log"], fds.pop(), size, limit))
+        if path := fields["log"]:
+            log = Log(self.spool, fields["id"], path, fds[-1], fields["log_size"], fields["log_max_bytes"])
+        container = container or self._clone(connection, fields, fds, waits=False)
+        if log:
+            container.log_to(log)
+            fds.pop()  # the log's from here on
+        if container.waits:
+            container.let_go(connection, fields["n"])
 
     def _clone(self, connection: socket.socket, fields: dict[str, Any], fds: list[int], *, waits: bool) -> Container:
+        """The container, with a child that becomes it. What can fail comes before that: nobody would know it."""
         plan, adopt, space = read_plan(fds[0]), fields.get("adopt", ""), self._space
         child = {"stdin": space.null, "stdout": space.null, "stderr": space.null}
-        ours: dict[str, int] = {}
         lent: list[int] = []  # for the child, and closed here
         mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+        container = Container(connection, fields["n"], mine, fields)
+        container.waits = waits
+        container.staged = space.user >= 0 and not adopt
         try:
             for name in () if fields["terminal"] else ("stdout", "stderr"):
-                ours[name], child[name] = os.pipe2(os.O_CLOEXEC)
+                read, child[name] = os.pipe2(os.O_CLOEXEC)
                 lent.append(child[name])
+                container.add_stream(read, name.encode())
             if fields["stdin"] and not fields["terminal"]:
-                child["stdin"], ours["stdin"] = os.pipe2(os.O_CLOEXEC)
+                child["stdin"], container.stdin = os.pipe2(os.O_CLOEXEC)
                 lent.append(child["stdin"])
+                os.set_blocking(container.stdin, False)
             pid_ns = self._pid_ns(fields)
             lent += [pid_ns] if pid_ns >= 0 else []
             child |= {"shm": space.shm} if space.shm >= 0 else {}
@@ -89,28 +95,20 @@ class Containers:
                 child |= {"user": space.user} | ({"pid": pid_ns} if pid_ns >= 0 else {})
                 inherited, flags = -1, 0
             held = self.watchers(None) if fields["pid"] in ("pod", "target", "join") and space.user < 0 else []
-            pid, pidfd = self._holds.clone(space, held, inherited, flags, fields["clone_dir"])
-            if pid == 0:
+            self._server.watch(mine.fileno(), lambda: self._started(container, mine.fileno()))
+            container.pid, container.pidfd = self._holds.clone(space, held, inherited, flags, fields["clone_dir"])
+            if container.pid == 0:
                 become(plan, child, theirs, traced=bool(held), waits=waits)
         except BaseException:
-            mine.close()
-            close_all(list(ours.values()))
+            self._close(container)
             raise
         finally:
             theirs.close()
             close_all(lent)
-        container = Container(connection, fields["n"], pid, pidfd, mine, fields)
-        container.waits = waits
-        container.staged = space.user >= 0 and not adopt
         self._holds.add(container, held, ())
-        self._adoptions.begin(container, adopt, fds[1:])
-        container.stdin = ours.pop("stdin", -1)
-        if container.stdin >= 0:
-            os.set_blocking(container.stdin, False)
-        for name, fd in ours.items():
-            container.add_stream(fd, name.encode())
+        if adopt:
+            self._adoptions.begin(container, adopt, fds.pop(1) if fields["terminal"] else -1)
         self._containers[container.id] = container
-        self._server.watch(mine.fileno(), lambda: self._started(container, mine.fileno()))
         return container
 
     def _pid_ns(self, fields: dict[str, Any]) -> int:
@@ -305,11 +303,18 @@ class Containers:
             return
         if container.waits and not container.ended:
             container.kill()
-            if container.sync:
-                self._server.unwatch(container.sync.fileno())
         elif not container.ended:
             raise ValueError("container is running")
-        for fd in list(container.streams):
+        self._close(container)
+        del self._containers[container_id]
+        try:
+            os.unlink(f"exit-{container_id}.json", dir_fd=self._directory)
+        except FileNotFoundError:
+            pass
+
+    def _close(self, container: Container) -> None:
+        """Close all that is open for it."""
+        for fd in container.streams:
             if self._server.watched(fd):
                 container.read_stream(fd)
                 self._server.unwatch(fd)
@@ -318,12 +323,9 @@ class Containers:
             container.log.close()
         if container.stdin >= 0:
             os.close(container.stdin)
+        if container.sync and self._server.watched(container.sync.fileno()):
+            self._server.unwatch(container.sync.fileno())
         container.close()
-        del self._containers[container_id]
-        try:
-            os.unlink(f"exit-{container_id}.json", dir_fd=self._directory)
-        except FileNotFoundError:
-            pass
 
     def abandon(self, connection: socket.socket) -> None:
         """Drop what waits for a START from a connection that is gone."""

@@ -89,24 +89,29 @@ class Execs:
         elif join_files and join_files[0].endswith("/cgroup.procs"):
             leaf = cgroup_files.leaf(join_files[0].rpartition("/")[0], container.cgroup, container.pid)
             join_files = (f"{leaf}/cgroup.procs",)
+        exec_id = fields["exec"]
         mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
-        try:
-            pid, pidfd = self._holds.clone(self._space, held, -1 if adopt else container.pidfd, 0, clone_dir)
-            if pid == 0:
+        process = Process(connection, fields["n"], mine)
+        process.quiet = fields.get("quiet", False)
+        try:  # what can fail comes before the child, which nobody would know
+            if not process.quiet:
+                self._server.watch(mine.fileno(), lambda: self._started(exec_id, process, mine.fileno()))
+            inherited = -1 if adopt else container.pidfd
+            process.pid, process.pidfd = self._holds.clone(self._space, held, inherited, 0, clone_dir)
+            if process.pid == 0:
                 become(plan, child, theirs, traced=bool(held))
-        except OSError:
+        except BaseException:
+            if self._server.watched(mine.fileno()):
+                self._server.unwatch(mine.fileno())
             mine.close()
             raise
         finally:
             theirs.close()
-        process = Process(connection, fields["n"], pid, pidfd, mine)
         self._holds.add(process, held, join_files)
-        self._adoptions.begin(process, adopt, fds[1:2] if streams is silent else [])
-        self._execs[fields["exec"]] = process
-        self._exec_of[fields["exec"]] = container
-        process.quiet = fields.get("quiet", False)
-        if not process.quiet:
-            self._server.watch(mine.fileno(), lambda: self._started(fields["exec"], process, mine.fileno()))
+        if adopt:
+            self._adoptions.begin(process, adopt, fds.pop(1) if streams is silent and len(fds) > 1 else -1)
+        self._execs[exec_id] = process
+        self._exec_of[exec_id] = container
 
     def _started(self, exec_id: str, process: Process, fd: int) -> None:
         self._server.rewatch(fd, 0)  # silent while this decides; a closed descriptor leaves epoll by itself
@@ -139,18 +144,20 @@ class Execs:
     def made(self, process: Process) -> None:
         """A runtime's command has made it, or failed."""
         exec_id = next(exec_id for exec_id, one in self._execs.items() if one is process)
-        process.adoption = None
+        adoption, process.adoption = process.adoption, None
         if process.failure is None:
             self._runs(exec_id, process)
+            if adoption and adoption.unwanted_by:
+                self._end(exec_id)
         else:
             self._ended(exec_id, process)
 
     def kill(self, exec_id: str) -> None:
         """SIGKILL to the process and its descendants. Raises OSError."""
         process = self._execs.get(exec_id)
-        if process and not process.ended:
-            if process.adoption:  # what the command has made may be its child no more
-                process.adoption.take(process)
+        if process and process.adoption:
+            process.adoption.disown()
+        elif process and not process.ended:
             directories = self._exec_of[exec_id].kill_dirs
             kill_tree(process.pid, directories)
             process.kill()  # it may not be in its cgroup yet
@@ -160,10 +167,13 @@ class Execs:
         """Kill what was asked for on a connection that is gone: nobody is left for whom it runs."""
         for exec_id, process in list(self._execs.items()):
             if process.asker is connection:
-                try:
-                    self.kill(exec_id)
-                except OSError:  # its container's cgroup is going away, and it with that
-                    pass
+                self._end(exec_id)
+
+    def _end(self, exec_id: str) -> None:
+        try:
+            self.kill(exec_id)
+        except OSError:  # its container's cgroup is going away, and it with that
+            pass
 
     def _ended(self, exec_id: str, process: Process) -> None:
         while process.sync:

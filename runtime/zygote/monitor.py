@@ -68,8 +68,8 @@ class Monitor:
 
     def turn(self) -> None:
         """Wait until something happens, and handle it."""
-        holds_s, logs_s = self._holds.expire(), self._containers.spool.expire()
-        self._server.turn(max(holds_s, logs_s) if holds_s < 0 or logs_s < 0 else min(holds_s, logs_s))
+        due = self._holds.expire(), self._containers.spool.expire(), self._adoptions.expire()
+        self._server.turn(min([seconds for seconds in due if seconds >= 0], default=-1))
 
     def close(self) -> None:
         """Let go of everything without ending anything: for the zygote's warm-up."""
@@ -204,6 +204,7 @@ class Monitor:
 
     def _end(self, connection: socket.socket, n: int) -> None:
         self._containers.end()
+        self._adoptions.end()
         self._space.kill_init()
         self._ending = (connection, n)
 

@@ -17,9 +17,9 @@ _PASSES: Final = 64
 def kill_tree(root: int, directories: tuple[str, ...]) -> None:
     """SIGKILL the process `root`, its descendants, and whoever shares a session with one, in the container's cgroup.
 
-    `root` may be outside, as an OCI runtime's command is, with children that are on their way in. They are stopped
-    first, and killed when a pass finds no more of them: what is stopped doesn't fork, and a parent that is dead can't
-    be told any more. What daemonized before still has the session, unless it made a new one and its parent has gone.
+    `root` itself may be outside. They are stopped first, and killed when a pass over the cgroup finds no more of them:
+    what is stopped doesn't fork, and a parent that is dead can't be told any more. What daemonized before still has the
+    session, unless it made a new one and its parent has gone.
     """
     known: dict[int, int] = {}
     if stat := _stat(root):
@@ -27,7 +27,7 @@ def kill_tree(root: int, directories: tuple[str, ...]) -> None:
         _signal(root, stat[3], signal.SIGSTOP)
     tree = {root}
     for _ in range(_PASSES):
-        members = _members(directories, tree)
+        members = _members(directories)
         for pid, (parent, session, _) in members.items():
             if parent in tree or session in tree:
                 tree.add(pid)
@@ -42,27 +42,13 @@ def kill_tree(root: int, directories: tuple[str, ...]) -> None:
     take_out(known, directories)
 
 
-def _members(directories: tuple[str, ...], tree: set[int]) -> dict[int, tuple[int, int, int]]:
-    """(parent, session, time of birth) by pid of the container's live processes and the tree's children, parents first
-    as far as pids tell."""
+def _members(directories: tuple[str, ...]) -> dict[int, tuple[int, int, int]]:
+    """(parent, session, time of birth) by pid of the container's live processes, parents first as far as pids tell."""
     found = {}
-    pids = set(procs(directories[0])) if directories else set()
-    for pid in sorted(pids.union(*map(_children, tree))):
+    for pid in sorted(procs(directories[0])) if directories else ():
         stat = _stat(pid)
         if stat and stat[0] != "Z":
             found[pid] = stat[1:]
-    return found
-
-
-def _children(pid: int) -> list[int]:
-    """Where the kernel tells (CONFIG_PROC_CHILDREN, which distributions have)."""
-    found: list[int] = []
-    try:
-        for task in os.listdir(f"/proc/{pid}/task"):
-            with open(f"/proc/{pid}/task/{task}/children", "rb") as file:
-                found += map(int, file.read().split())
-    except OSError:
-        pass
     return found
 
 

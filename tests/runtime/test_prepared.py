@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from runtime.engine import Engine, Pod, PodStart
+from runtime.engine import Engine, Pod, PodStart, Started
 from runtime.errors import StepFailed
 from runtime.linux.probe import probe
 from runtime.zygote.launch import launch
@@ -131,3 +134,49 @@ async def test_what_joins_others_is_not_made_ahead(bench: Bench) -> None:
     pod.prepare(bench.request("c", container(pod, "true"), pid_target="a"))
     await pod.containers()
     assert children(pod) == running
+
+
+def descriptors(pod: Pod) -> dict[int, str]:
+    directory = f"/proc/{pod.monitor_pid}/fd"
+    return {int(name): os.readlink(f"{directory}/{name}") for name in os.listdir(directory)}
+
+
+@contextmanager
+def room_for(pod: Pod, count: int) -> Iterator[None]:
+    """Its monitor can open so many descriptors more meanwhile."""
+    used = descriptors(pod)
+    limit = next(number for number in range(4096) if number - sum(fd < number for fd in used) == count)
+    before = resource.prlimit(pod.monitor_pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pod.monitor_pid, resource.RLIMIT_NOFILE, (max(limit, max(used) + 1), before[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(pod.monitor_pid, resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+async def test_a_monitor_out_of_descriptors_leaves_neither_a_child_nor_descriptors(bench: Bench, ahead: bool) -> None:
+    pod = await made(bench)
+    request = bench.request("c", container(pod, "true"))
+    await pod.containers()  # it has closed what the pod's start gave to cribd
+    before, refused = descriptors(pod), 0
+    for count in range(2, 30):  # of which the plan takes one, and the log another
+        with room_for(pod, count):
+            if ahead:
+                pod.prepare(request)
+                assert await pod.containers() == []
+                done = bool(children(pod))
+            else:
+                (outcome,) = await asyncio.gather(bench.begin(pod, request), return_exceptions=True)
+                done = isinstance(outcome, Started)
+                assert done or "too many open files" in str(outcome)
+        if done:
+            break
+        await pod.forget("c")
+        assert children(pod) == set()
+        assert descriptors(pod) == before
+        refused += 1
+    assert refused > 3
+    if ahead:
+        await bench.begin(pod, request)
+    assert (await asyncio.wait_for(bench.exited("c"), TIMEOUT_S)).code == 0

@@ -150,6 +150,20 @@ async def test_a_command_that_is_killed_while_the_runtime_makes_it(real: Real) -
     assert (await real.sh(container, "echo on")).stdout == b"on\n"
 
 
+async def test_a_command_that_the_runtime_never_gets_made(real: Real) -> None:
+    link, hung = real.daemon.directory / "rt", real.daemon.directory / "hung"
+    container = await real.run(await pod_of(real, "gone"), "sleep", "1000")
+    link.unlink()
+    hangs = f"echo $$ > {hung}.new; mv {hung}.new {hung}; sleep 1000"
+    link.write_text(f'#!/bin/sh\ncase " $* " in *" exec "*) {hangs};; esac\nexec {program()} "$@"\n')
+    link.chmod(0o755)
+    code, _ = await refused(real.client.ExecSync(pb.ExecSyncRequest(container_id=container, cmd=["true"], timeout=1)))
+    assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert not Path(f"/proc/{hung.read_text().strip()}").exists()
+    assert "killing a command failed" not in real.daemon.log()
+    await real.client.StopContainer(pb.StopContainerRequest(container_id=container, timeout=0))
+
+
 async def test_an_unknown_handler(real: Real) -> None:
     code, said = await refused(pod_of(real, "nobody"))
     assert code is grpc.StatusCode.INVALID_ARGUMENT

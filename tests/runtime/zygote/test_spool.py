@@ -262,7 +262,7 @@ def test_who_waits_for_a_disk_that_hangs_is_told(monkeypatch: pytest.MonkeyPatch
 def test_an_unfinished_line_is_there_when_the_end_is_told(spool: Spool, tmp_path: Path) -> None:
     mine, theirs = socket.socketpair()
     fields = {"id": "c", "own_pid": True, "watches": False, "cgroup": "", "kill_dirs": [], "memory_events": ""}
-    container = Container(theirs, 1, 0, os.dup(0), mine, fields | {"stdin": False, "stdin_once": False})
+    container = Container(theirs, 1, mine, fields | {"stdin": False, "stdin_once": False})
     container.log = log_at(spool, tmp_path / "0.log")
     pipes = [os.pipe(), os.pipe()]
     for (reading, writing), name in zip(pipes, (b"stdout", b"stderr"), strict=True):
