@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from typing import TYPE_CHECKING, Final
 
 from cri.api import cri_pb2 as pb
+from cri.container.log import close_log
 from cri.state.records import ContainerRecord, ContainerState
 from runtime.engine import ContainerExit, ContainerStart, LogFile, LogLoss
 from runtime.images import RootFs
@@ -94,16 +94,11 @@ class Container:
             return pb.LinuxContainerResources.FromString(self.record.resources)
         return self.config.linux.resources
 
-    def close_log(self) -> None:
-        """Nobody is going to start it: close what was opened for that, if it was."""
-
-        def close(opening: asyncio.Task[LogFile | None]) -> None:
-            if not opening.cancelled() and not opening.exception() and (log := opening.result()):
-                os.close(log.fd)
-
+    def unprepare(self) -> None:
+        """Drop what was made for a start that doesn't come soon: its log is opened again then."""
         if self.log:
-            self.log.add_done_callback(close)
-            self.log = None
+            self.log.add_done_callback(close_log)
+        self.log = self.prepared = None
 
     @property
     def alive(self) -> bool:

@@ -45,7 +45,6 @@ async def create(node: Node, pod: Pod, config: pb.ContainerConfig) -> Container:
     container = _reserve(node, pod, config)
     if container.state is ContainerState.CREATING:
         await node.flights.join(("create", container.id), lambda: _make(node, container))
-        asyncio.get_running_loop().call_soon(prepare, node, container)  # while the answer is on its way
     return container
 
 
@@ -117,6 +116,7 @@ async def _make(node: Node, container: Container) -> None:
     except Exception as error:
         await _abandon(node, container, error)
         raise
+    asyncio.get_running_loop().call_soon(prepare, node, container)  # while the answer is on its way
 
 
 def _build(node: Node, container: Container, held: tuple[VolumeRecord, ...]) -> _Made:

@@ -32,15 +32,25 @@ async def opened(node: Node, container: Container) -> LogFile | None:
     if not path:
         return None
 
-    def open_it() -> LogFile:
+    def open_it() -> LogFile | None:
         with _directory(container) as directory:
             fd = open_log(os.path.basename(path), directory)
         return LogFile(path, fd, os.fstat(fd).st_size, node.config.logs.max_bytes)
 
+    opening = asyncio.ensure_future(node.work(open_it))
     try:
-        return await node.work(open_it)
+        return await asyncio.shield(opening)
+    except asyncio.CancelledError:  # the disk may answer yet
+        opening.add_done_callback(close_log)
+        raise
     except OSError as error:
         raise CribError(f"{container.title}: log {path}: {(error.strerror or '').lower()}") from error
+
+
+def close_log(opening: asyncio.Future[LogFile | None]) -> None:
+    """Close the log that was opened for nothing, if it was: the callback of what opens it."""
+    if not opening.cancelled() and not opening.exception() and (log := opening.result()):
+        os.close(log.fd)
 
 
 async def reopen(node: Node, container: Container) -> None:

@@ -49,7 +49,7 @@ async def _poststop(node: Node, container: Container) -> None:
 
 def forget(node: Node, container: Container) -> None:
     """Drop the container's records; its name is free then."""
-    container.close_log()
+    container.unprepare()
     node.store.delete(container.id)
     node.containers.discard(container.id)
     node.names.release(container.name, container.id)

@@ -56,6 +56,7 @@ async def _start(node: Node, container: Container) -> None:
         _logger.warning("start failed", extra={"fields": {"container": container.id, "error": str(error)}})
         if container.alive:
             finish(node, container, START_ERROR_EXIT, "StartError", str(error), time.time_ns())
+        node.spawn(asyncio.get_running_loop().create_task(_forget(container)))  # it may have come no further than here
         raise
     for warning in started.warnings:
         _logger.debug("started without", extra={"fields": {"container": container.id, "what": warning}})
@@ -132,22 +133,27 @@ def prepare(node: Node, container: Container) -> None:
     """
     if container.state is not ContainerState.CREATED or container.rootfs is None or not container.pod.ready:
         return
-    container.log = asyncio.create_task(opened(node, container))
+    loop = asyncio.get_running_loop()
+    loop.call_later(_PREPARED_S, lambda: node.spawn(loop.create_task(_give_up(container))))
+    container.log = loop.create_task(opened(node, container))
     try:
         request = _request(node, container, container.rootfs)
-        waits = container.pod.monitor.prepare(request)
+        if container.pod.monitor.prepare(request):
+            container.prepared = request
     except (CribError, OSError) as error:
         _logger.debug("not prepared", extra={"fields": {"container": container.id, "error": str(error)}})
-        return
-    if waits:
-        container.prepared = request
-        loop = asyncio.get_running_loop()
-        loop.call_later(_PREPARED_S, lambda: node.spawn(loop.create_task(_give_up(container))))
 
 
 async def _give_up(container: Container) -> None:
-    if container.state is ContainerState.CREATED and not container.removing and container.pod.running:
-        with contextlib.suppress(CribError):  # the monitor is gone, and it with that
+    if container.state is ContainerState.CREATED:
+        container.unprepare()
+        await _forget(container)
+
+
+async def _forget(container: Container) -> None:
+    """Have the monitor drop a process that waits for its start."""
+    if container.pod.running:
+        with contextlib.suppress(CribError):  # there is none, or the monitor is gone, and it with that
             await container.pod.running.forget(container.id)
 
 
