@@ -1,6 +1,6 @@
 """Container Device Interface: what a request's device names mean, and their edits of the OCI spec.
 
-Source: the CDI specification up to 1.0, container-device-interface/SPEC.md. Reading the files is the caller's.
+Source: the CDI specification up to 1.1, container-device-interface/SPEC.md. Reading the files is the caller's.
 """
 
 from __future__ import annotations
@@ -85,6 +85,13 @@ class Edits(_Part, frozen=True):
     hooks: tuple[Hook, ...] = ()
     mounts: tuple[BindMount, ...] = ()
     additional_gids: tuple[int, ...] = field(name="additionalGIDs", default=())
+    net_devices: object = None
+    intel_rdt: object = None
+
+    @property
+    def unmade(self) -> str:
+        """An edit that crib doesn't make; "" where there is none."""
+        return "netDevices" if self.net_devices else "intelRdt" if self.intel_rdt else ""
 
 
 class CdiDevice(_Part, frozen=True):
@@ -134,8 +141,6 @@ def parse(path: str, priority: int, content: bytes) -> Source:
         decode = msgspec.json.decode if path.endswith(".json") else msgspec.yaml.decode
         found = decode(content, type=CdiFile)
         _check(found)
-    except ImportError:
-        return Source(path, priority, None, "reading YAML needs PyYAML")
     except (InvalidSpec, msgspec.MsgspecError, UnicodeDecodeError) as error:
         return Source(path, priority, None, str(error))
     return Source(path, priority, found)
@@ -182,6 +187,7 @@ def resolve(names: Iterable[str], sources: Sequence[Source]) -> tuple[Edits, ...
 
     Raises:
         InvalidSpec: a device that no file has, or that two files of one directory have.
+        Unsupported: a device with an edit of an interface of the host's, or of Intel's RDT.
     """
     edits: dict[tuple[str, str], Edits] = {}
     for name in names:
@@ -203,6 +209,11 @@ def resolve(names: Iterable[str], sources: Sequence[Source]) -> tuple[Edits, ...
             raise InvalidSpec(f"CDI_devices {show(name)}: in {paths}")
         source, found = winners[0]
         assert source.content is not None
+        for edit in (source.content.container_edits, found.container_edits):
+            if edit.unmade:
+                raise Unsupported(
+                    f"CDI_devices {show(name)}: crib doesn't make the edit {edit.unmade} of {source.path}"
+                )
         edits.setdefault((source.path, ""), source.content.container_edits)
         edits[(source.path, device)] = found.container_edits
     return tuple(edits.values())

@@ -73,10 +73,28 @@ def test_a_later_directory_wins_and_one_directory_contradicts_itself() -> None:
         cdi.resolve(["vendor.com/gpu=0"], [low, source(one_device(env=["A=1"]), "/etc/cdi/b.json")])
 
 
+def test_a_file_in_yaml() -> None:
+    content = b"cdiVersion: 0.5.0\nkind: v.com/c\ndevices:\n- name: all\n  containerEdits: {env: [A=1]}\n"
+    (edits,) = (edit for edit in cdi.resolve(["v.com/c=all"], [source(content, "/run/cdi/v.yaml")]) if edit.env)
+    assert edits.env == ("A=1",)
+    assert source(b"{", "/run/cdi/v.yaml").error
+
+
 def test_an_unknown_device_names_the_broken_files() -> None:
     with pytest.raises(InvalidSpec) as error:
         cdi.resolve(["vendor.com/gpu=9"], [source(text()), source(b"{", "/etc/cdi/bad.json")])
     assert "CDI_devices 'vendor.com/gpu=9': no such device (/etc/cdi/bad.json: " in str(error.value)
+
+
+@pytest.mark.parametrize("edit", ["netDevices", "intelRdt"])
+def test_an_edit_that_is_not_made_is_refused_for_the_devices_that_have_it(edit: str) -> None:
+    value: Any = [{"hostInterfaceName": "a", "name": "b"}] if edit == "netDevices" else {"closID": "x"}
+    devices = [{"name": "0", "containerEdits": {edit: value}}, {"name": "1", "containerEdits": {"env": ["A=1"]}}]
+    found = [source(text(devices=devices))]
+    with pytest.raises(Unsupported) as error:
+        cdi.resolve(["vendor.com/gpu=0"], found)
+    assert str(error.value) == f"CDI_devices 'vendor.com/gpu=0': crib doesn't make the edit {edit} of /etc/cdi/a.json"
+    assert len(cdi.resolve(["vendor.com/gpu=1"], found)) == 2
 
 
 @pytest.mark.parametrize(
