@@ -73,9 +73,12 @@ def close(db: sqlite3.Connection, path: Path) -> None:
     """Close the connection, and keep the log, which SQLite removes with the last one: as if the power had failed just
     before. Nobody may open the database meanwhile."""
     log, kept = path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-wal.kept")
-    with contextlib.suppress(OSError):
+    try:
         kept.unlink(missing_ok=True)
         os.link(log, kept)
+    except OSError:  # what has that name now, if anything, is an old log: it would undo what came after
+        db.close()
+        return
     db.close()
     with contextlib.suppress(OSError):
         os.rename(kept, log)

@@ -5,6 +5,7 @@ Nothing in a layer with a recipe lies behind a symlink (see `runtime.images.unpa
 
 import errno
 import hashlib
+import itertools
 import os
 import stat
 from collections.abc import Iterable, Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.images import seal as seals
+from runtime.images.merged import Merged
 from runtime.images.unpack.apply import clean
 from runtime.images.unpack.errors import BadLayer
 from runtime.images.unpack.form import OPAQUE, OPAQUE_MARK, REFUSED_XATTRS, ROOT_LISTED, WHITEOUT
@@ -76,6 +78,7 @@ class _Known:
 
     def __init__(self, root: bytes, sealed: dict[bytes, bytes]) -> None:
         self._root = root
+        self._view = Merged((Path(os.fsdecode(root)),), itertools.count())
         self._sealed = sealed
         self.names = set(sealed)
         # What comes more than once, or speaks of others, is looked at when all has been seen.
@@ -129,8 +132,11 @@ class _Known:
     def _link(self, name: bytes, target: bytes) -> str:
         if name in self._sealed:
             return ""
-        status, other = os.lstat(self._root + b"/" + name), os.lstat(self._root + b"/" + target)
-        return "" if status.st_ino == other.st_ino else f"{_shown(name)} is no link to {_shown(target)}"
+        status = os.lstat(self._root + b"/" + name)
+        # The layer's symlinks may lead to it.
+        other = self._view.lookup(os.fsdecode(target), follow=False)
+        same = other is not None and status.st_ino == other.status.st_ino
+        return "" if same else f"{_shown(name)} is no link to {_shown(target)}"
 
     def _differs(self, name: bytes, entry: Entry) -> str:
         path = self._root + b"/" + name

@@ -57,7 +57,7 @@ class Copier:
             there = os.open(below, _DIRECTORY, dir_fd=target)
             try:
                 if status is not None:
-                    _dress(here, there, status)
+                    self._dress(here, there, status)
                     continue
                 pending.append((below, os.fstat(here)))
                 with os.scandir(here) as entries:
@@ -92,7 +92,7 @@ class Copier:
             os.mknod(name, status.st_mode, status.st_rdev, dir_fd=there)
         os.chown(name, status.st_uid, status.st_gid, dir_fd=there, follow_symlinks=False)
         os.fchdir(here)
-        found = _xattrs(name)
+        found = self._xattrs(name)
         os.fchdir(there)
         _set_xattrs(name, found)
         if not stat.S_ISLNK(status.st_mode):
@@ -123,29 +123,29 @@ class Copier:
                         raise OSError(errno.EIO, "a file of the image is shorter than it says", name)
                     at += moved
             os.ftruncate(made, size)
-            _dress(source, made, status)
+            self._dress(source, made, status)
         finally:
             os.close(source)
             os.close(made)
+
+    def _dress(self, source: int, made: int, status: os.stat_result) -> None:
+        """Owner, attributes, mode and times, in the order in which the one leaves the other alone."""
+        os.fchown(made, status.st_uid, status.st_gid)
+        _set_xattrs(made, self._xattrs(source))
+        os.fchmod(made, stat.S_IMODE(status.st_mode))
+        os.utime(made, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    def _xattrs(self, source: int | str) -> list[tuple[str, bytes]]:
+        follow = isinstance(source, int)  # a descriptor is no link
+        kept = (key for key in os.listxattr(source, follow_symlinks=follow) if not _refused(key))
+        found = [(key, os.getxattr(source, key, follow_symlinks=follow)) for key in kept]
+        self._count(sum(len(value) for _, value in found))
+        return found
 
     def _count(self, size_bytes: int) -> None:
         self._left -= size_bytes
         if self._left < 0:
             raise LimitReached(f"more than {self._limit_bytes} bytes, the limit for this image")
-
-
-def _dress(source: int, made: int, status: os.stat_result) -> None:
-    """Owner, attributes, mode and times, in the order in which the one leaves the other alone."""
-    os.fchown(made, status.st_uid, status.st_gid)
-    _set_xattrs(made, _xattrs(source))
-    os.fchmod(made, stat.S_IMODE(status.st_mode))
-    os.utime(made, ns=(status.st_atime_ns, status.st_mtime_ns))
-
-
-def _xattrs(source: int | str) -> list[tuple[str, bytes]]:
-    follow = isinstance(source, int)  # a descriptor is no link
-    kept = (key for key in os.listxattr(source, follow_symlinks=follow) if not _refused(key))
-    return [(key, os.getxattr(source, key, follow_symlinks=follow)) for key in kept]
 
 
 def _refused(key: str) -> bool:

@@ -32,6 +32,9 @@ _START = (
 # What cribd may be ahead of the child: the most that the kernel gives without being configured to.
 _PIPE_BYTES = 1 << 20
 _KEPT_BYTES = 32 << 20
+_ANSWER_BYTES = 256
+# The child keeps its report shorter; one that a layer has taken over might not.
+_REPORT_LIMIT_BYTES = 64 << 20
 _BASE36 = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
@@ -85,33 +88,31 @@ class Unpacker:
         """Start on a layer, whose bytes are then written to what is returned; `target` is an empty directory, `recipe`
         an empty file (see `runtime.images.unpack.recipe`).
 
-        Raises Unavailable.
+        Raises Unavailable, Exhausted, OSError.
         """
-        blob_theirs, blob = os.pipe()
-        report, report_theirs = os.pipe()
-        try:
+        with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
+            blob_theirs, blob = os.pipe()
+            theirs.callback(os.close, blob_theirs)
+            ours.callback(os.close, blob)
+            report, report_theirs = os.pipe()
+            theirs.callback(os.close, report_theirs)
+            ours.callback(os.close, report)
             with contextlib.suppress(OSError):  # the usual size will do
                 fcntl.fcntl(blob, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
             pid, pidfd = self._fork(os.fsencode(target), [blob_theirs, report_theirs, recipe])
+            ours.pop_all()
             return Unpack(pid, pidfd, blob, report)
-        except BaseException:
-            os.close(blob)
-            os.close(report)
-            raise
-        finally:
-            os.close(blob_theirs)
-            os.close(report_theirs)
 
     def _fork(self, target: bytes, descriptors: list[int]) -> tuple[int, int]:
         with self._lock:
             if self._program is not None:
-                with contextlib.suppress(OSError, ValueError):
+                with contextlib.suppress(OSError):
                     return self._program.fork(target, descriptors)
                 self._program.close()  # it had nothing to do for a while, or was killed
             self._program = _Program(self._store_lock, self._limits)
             try:
                 return self._program.fork(target, descriptors)
-            except (OSError, ValueError) as error:
+            except OSError as error:
                 reason = self._program.failure or "has ended"
                 raise Unavailable(f"the unpacking program: {reason}") from error
 
@@ -160,10 +161,16 @@ class _Program:
         process.wait()
 
     def fork(self, target: bytes, descriptors: list[int]) -> tuple[int, int]:
-        """The pid and pidfd of a process for the layer. Raises OSError, ValueError when the program has ended."""
+        """The pid and pidfd of a process for the layer. Raises OSError when the program has ended, Exhausted when it
+        goes on with the others, and there is no room for this one."""
         socket.send_fds(self._socket, [target], descriptors)
-        answer, [pidfd], _, _ = socket.recv_fds(self._socket, 64, 1)
-        return int(answer), pidfd
+        answer, pidfds, _, _ = socket.recv_fds(self._socket, _ANSWER_BYTES, 1)
+        if not answer:
+            raise ConnectionResetError
+        if not pidfds:
+            reason = "no descriptor is left for its process" if answer.isdigit() else answer.decode()
+            raise Exhausted(f"the unpacking program: {reason}")
+        return int(answer), pidfds[0]
 
     def close(self) -> None:
         self._socket.close()
@@ -201,8 +208,8 @@ class Unpack:
         """
         os.close(self._blob)
         self._blob = -1
-        line = b""
-        while chunk := os.read(self._report, 1 << 16):
+        line = bytearray()
+        while len(line) < _REPORT_LIMIT_BYTES and (chunk := os.read(self._report, 1 << 16)):
             line += chunk
         if self._killed:
             raise Cancelled("unpacking was cancelled")

@@ -6,14 +6,20 @@ directories stays one, and symlinks are only ever followed here, inside the view
 
 import os
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
+from errno import ENAMETOOLONG, ENOENT, ENOTDIR
+from functools import cached_property
 from pathlib import Path
 
 from runtime.errors import Exhausted, NotFound
 from runtime.images.unpack.form import OPAQUE, is_whiteout
 
 _LINKS = 40
+# Some ten seconds.
+_STEPS = 2_000_000
 _PATH_LIMIT = 4096
+_NOTHING_THERE = (ENOENT, ENOTDIR, ENAMETOOLONG)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +32,15 @@ class Found:
 
 
 class Merged:
-    """Layers, topmost first, as one tree. Paths are `/`-separated and relative to its root."""
+    """Layers, topmost first, as one tree. Paths are `/`-separated and relative to its root.
 
-    def __init__(self, layers: tuple[Path, ...]) -> None:
+    `steps` runs out when enough was looked at: a small image can have deep names, many of them, and in each layer.
+    Then it is Exhausted.
+    """
+
+    def __init__(self, layers: tuple[Path, ...], steps: Iterator[int] | None = None) -> None:
         self._roots = tuple(str(layer) for layer in layers)
+        self._steps = iter(range(_STEPS)) if steps is None else steps
 
     def lookup(self, path: str, follow: bool = True) -> Found | None:
         """What is at `path`, None if nothing. Symlinks are followed inside the view, the last one if `follow`."""
@@ -44,7 +55,7 @@ class Merged:
     def _walk(self, path: str, follow: bool) -> tuple[Found | None, list[str]]:
         pending = _parts(path)[::-1]
         # The directories that were entered, root first, and their names; `..` goes back.
-        entered = [self._root()]
+        entered = [self._root]
         names: list[str] = []
         links = 0
         while pending:
@@ -54,7 +65,7 @@ class Merged:
                     names.pop()
                     entered.pop()
                 continue
-            found = _child(entered[-1].directories, name)
+            found = self._child(entered[-1].directories, name)
             if found is None:
                 return None, names
             if stat.S_ISLNK(found.status.st_mode) and (pending or follow):
@@ -72,6 +83,7 @@ class Merged:
                 return None, names
         return entered[-1], names
 
+    @cached_property
     def _root(self) -> Found:
         directories: list[str] = []
         for root in self._roots:
@@ -80,31 +92,34 @@ class Merged:
                 break
         return Found(directories[0], os.lstat(directories[0]), tuple(directories))
 
+    def _child(self, directories: tuple[str, ...], name: str) -> Found | None:
+        """What the merged `directories`, topmost first, show as `name`."""
+        top: os.stat_result | None = None
+        merged: list[str] = []
+        for directory in directories:
+            if next(self._steps, None) is None:
+                raise Exhausted("image: too many names lead through too many layers")
+            path = f"{directory}/{name}"
+            try:
+                status = os.lstat(path)
+            except OSError as error:
+                if error.errno not in _NOTHING_THERE:
+                    raise
+                continue
+            if stat.S_ISDIR(status.st_mode):
+                top = top or status
+                merged.append(path)
+                if _is_opaque(path):
+                    break
+            elif top is None and not is_whiteout(status):
+                return Found(path, status, ())
+            else:
+                break  # a whiteout, or a file below a directory: hides what is under it
+        return Found(merged[0], top, tuple(merged)) if top else None
+
 
 def _parts(path: str) -> list[str]:
     return [part for part in path.split("/") if part and part != "."]
-
-
-def _child(directories: tuple[str, ...], name: str) -> Found | None:
-    """What the merged `directories`, topmost first, show as `name`."""
-    top: os.stat_result | None = None
-    merged: list[str] = []
-    for directory in directories:
-        path = f"{directory}/{name}"
-        try:
-            status = os.lstat(path)
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        if stat.S_ISDIR(status.st_mode):
-            top = top or status
-            merged.append(path)
-            if _is_opaque(path):
-                break
-        elif top is None and not is_whiteout(status):
-            return Found(path, status, ())
-        else:
-            break  # a whiteout, or a file below a directory: hides what is under it
-    return Found(merged[0], top, tuple(merged)) if top else None
 
 
 def _is_opaque(path: str) -> bool:

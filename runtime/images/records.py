@@ -5,20 +5,25 @@ holds what is prepared for containers, is written on a pod's start path and is n
 cribd, and after power loss the directories that it doesn't know are removed. A layer's number is given out only once.
 """
 
+import contextlib
 import fcntl
 import json
+import logging
 import os
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from runtime import room
 from runtime.errors import Exhausted, Unavailable, WrongState
+from runtime.images.manifest import digest_of
+from runtime.images.reference import is_digest
+
+log = logging.getLogger(__name__)
 
 _VERSION = 1
 _RESERVE_PAGES = 64
@@ -56,6 +61,7 @@ CREATE TABLE rootfs (
     layers TEXT NOT NULL
 ) STRICT, WITHOUT ROWID;
 """
+_ALL_ROOTFS = "SELECT container, image, layers FROM rootfs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +83,12 @@ class StoredImage:
     manifest: bytes
     layers: tuple[int, ...]
 
+    @property
+    def intact(self) -> bool:
+        """Whether the documents are those of their digests."""
+        documents = ((self.config, self.id), (self.manifest, self.manifest_digest))
+        return all(is_digest(told) and digest_of(data, told) == told for data, told in documents)
+
 
 @dataclass(frozen=True, slots=True)
 class StoredRootFs:
@@ -96,6 +108,9 @@ class Database:
         except sqlite3.Error as error:
             raise _translated(path, error) from error
         try:
+            [(found,)] = self._connection.execute("PRAGMA quick_check(1)")
+            if found != "ok":
+                raise sqlite3.DatabaseError(f"database disk image is malformed: {' '.join(found.split())}")
             self._connection.execute(f"PRAGMA synchronous = {synchronous}")
             self._connection.execute("PRAGMA foreign_keys = ON")
             (version,) = self._connection.execute("PRAGMA user_version").fetchone()
@@ -115,7 +130,7 @@ class Database:
         with self._lock:
             room.close(self._connection, self._path)
 
-    @contextmanager
+    @contextlib.contextmanager
     def transaction(self, *, begins: bool = False) -> Iterator[sqlite3.Connection]:
         """All or nothing; what is raised inside rolls back. A full disk's reserve is not for what begins."""
         with self._lock:
@@ -237,17 +252,21 @@ class RootFsRecords:
 
     def __init__(self, root: Path) -> None:
         path = root / "rootfs.db"
+        readable: list[StoredRootFs] = []
         try:
             self._database = Database(path, _ROOTFS_SCHEMA, "NORMAL")
-            self._database.execute("SELECT count(*) FROM rootfs")
-        except Unavailable:
-            # Power loss may damage what is not synchronised; nothing that it spoke of runs any more.
+        except Unavailable as error:
+            # Power loss may damage what is not synchronised.
+            readable = _readable(path)
+            log.error("%s: %d records of it could be read", error, len(readable))
             for name in ("rootfs.db", "rootfs.db-wal", "rootfs.db-shm"):
                 (root / name).unlink(missing_ok=True)
             self._database = Database(path, _ROOTFS_SCHEMA, "NORMAL")
         # The write-ahead log is folded in by `checkpoint`, never by a container's start.
         self._database.execute("PRAGMA wal_autocheckpoint = 0")
         self.close: Callable[[], None] = self._database.close
+        for rootfs in readable:
+            self.add(rootfs)
 
     def add(self, rootfs: StoredRootFs) -> None:
         self._database.execute(
@@ -260,11 +279,26 @@ class RootFsRecords:
         self._database.execute("DELETE FROM rootfs WHERE container = ?", (container,), begins=False)
 
     def all(self) -> list[StoredRootFs]:
-        rows = self._database.execute("SELECT container, image, layers FROM rootfs")
-        return [StoredRootFs(str(c), str(i), tuple(json.loads(str(layers)))) for c, i, layers in rows]
+        return list(map(_rootfs, self._database.execute(_ALL_ROOTFS)))
 
     def checkpoint(self) -> None:
         self._database.execute("PRAGMA wal_checkpoint(RESTART)")
+
+
+def _rootfs(row: tuple[object, ...]) -> StoredRootFs:
+    container, image, layers = map(str, row)
+    return StoredRootFs(container, image, tuple(map(int, json.loads(layers))))
+
+
+def _readable(path: Path) -> list[StoredRootFs]:
+    """The records before the damage and those after it: their containers may run."""
+    found: dict[str, StoredRootFs] = {}
+    with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(path)) as db:
+        for order in ("", "DESC"):
+            with contextlib.suppress(sqlite3.Error, ValueError, TypeError):
+                for rootfs in map(_rootfs, db.execute(f"{_ALL_ROOTFS} ORDER BY container {order}")):
+                    found[rootfs.container] = rootfs
+    return list(found.values())
 
 
 def lock(path: Path) -> int:

@@ -1,12 +1,13 @@
 """HTTP towards the endpoints of one reference: connections, redirects, credentials, cancellation. Over urllib3.
 
-Credentials and configured headers go to the endpoint that they are for and never to where it redirects, nor to whom
-that one names; a redirect does not leave HTTPS.
+Credentials, client certificates and configured headers go to the endpoint that they are for and never to where it
+redirects, nor to whom that one names; a redirect does not leave HTTPS.
 """
 
 import socket
 import threading
 import time
+from dataclasses import replace
 from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import Any
@@ -194,12 +195,14 @@ class Session:
     def _send(self, endpoint: Endpoint, url: str, headers: dict[str, str]) -> Answer:
         """Send a GET and follow redirects; only requests to the endpoint itself carry its headers and credentials."""
         origin = urlsplit(url)[:2]
+        elsewhere = replace(endpoint, tls=replace(endpoint.tls, client=()))
         for _ in range(_REDIRECT_LIMIT + 1):
             sent = {"User-Agent": "crib", "Accept-Encoding": "identity", **headers}
-            if urlsplit(url)[:2] == origin:
+            own = urlsplit(url)[:2] == origin
+            if own:
                 sent.update(endpoint.headers)
                 sent.update(self._authorization(endpoint))
-            answer = self._request(endpoint, "GET", url, sent)
+            answer = self._request(endpoint if own else elsewhere, "GET", url, sent)
             location = answer.headers.get("Location")
             if answer.status not in _REDIRECTS or not location:
                 return answer

@@ -23,14 +23,16 @@ _BLOCK = 4096
 _CHUNK = 1 << 20
 
 
-def settle(layer: Path, below: tuple[Path, ...], unpacked: Unpacked, recipe: Path, limit_bytes: int) -> tuple[int, int]:
+def settle(
+    layer: Path, below: tuple[Path, ...], unpacked: Unpacked, recipe: Path, limit_bytes: int, steps: Iterator[int]
+) -> tuple[int, int]:
     """Complete `layer`, which lies on top of `below` (topmost first). Returns how many bytes and inodes it grew by.
 
     The recipe goes when files are moved. Links to one file stay links to one copy. Raises BadImage for a hard link to
-    what isn't there, Exhausted for copies of more than `limit_bytes`, OSError.
+    what isn't there, Exhausted for copies of more than `limit_bytes` or when `steps` run out (see `Merged`), OSError.
     """
-    own = Merged((layer,))
-    view = Merged(below) if below else None
+    own = Merged((layer,), steps)
+    view = Merged(below, steps) if below else None
     moved: dict[str, str] = {}
     for path in unpacked.implied:
         path = _where(path, moved)
@@ -79,11 +81,15 @@ def _times_kept(directory: str) -> Iterator[None]:
 
 
 def _where(path: str, moved: dict[str, str]) -> str:
-    """`path` after the moves so far, in their order."""
-    for old, new in moved.items():
-        if path.startswith(old + "/"):
-            path = new + path[len(old) :]
-    return path
+    """`path` after the moves so far, each of which is to where there is no symlink, and so nothing that was moved."""
+    if not moved:
+        return path
+    where, _, rest = path.partition("/")
+    while rest:
+        where = moved.get(where, where)
+        name, _, rest = rest.partition("/")
+        where = f"{where}/{name}"
+    return where
 
 
 def _directory(layer: Path, own: Merged, view: Merged, target: str) -> str | None:
@@ -111,19 +117,24 @@ def _directory(layer: Path, own: Merged, view: Merged, target: str) -> str | Non
 
 def _merge(source: str, target: str) -> None:
     """Move everything in the directory `source` into `target`, where it wins; removes `source`."""
-    with _times_kept(target):
+    pending, done = [(source, target)], []
+    while pending:
+        source, target = pending.pop()
+        done.append((source, target, os.lstat(target)))
         for entry in list(os.scandir(source)):
             there = f"{target}/{entry.name}"
-            if entry.is_dir(follow_symlinks=False) and os.path.isdir(there) and not os.path.islink(there):
-                _merge(entry.path, there)
+            in_place = os.path.isdir(there) and not os.path.islink(there)
+            if in_place and entry.is_dir(follow_symlinks=False):
+                pending.append((entry.path, there))
                 continue
-            if os.path.lexists(there):
-                if os.path.isdir(there) and not os.path.islink(there):
-                    remove_tree(Path(there))
-                else:
-                    os.unlink(there)
+            if in_place:
+                remove_tree(Path(there))
+            elif os.path.lexists(there):
+                os.unlink(there)
             os.rename(entry.path, there)
-    os.rmdir(source)
+    for source, target, before in reversed(done):
+        os.rmdir(source)
+        os.utime(target, ns=(before.st_atime_ns, before.st_mtime_ns), follow_symlinks=False)
 
 
 def _adopt(path: str, there: Found) -> None:

@@ -81,18 +81,18 @@ class Images:
         present = {entry.name for entry in os.scandir(self._base)}
         for numbers in self._roots.load(layers.keys()):
             self._restore(layers, numbers)
-        names = self._records.names()
-        whole = []
+        whole = {}
         for stored in self._records.images():
             missing = [n for n in stored.layers if n not in layers or short_name(n) not in present]
-            if missing or not stored.layers:
-                log.error("image %s lacks layers %s and is forgotten", stored.id, missing)
+            if missing or not stored.layers or not stored.intact:
+                what = f"lacks layers {missing}" if stored.intact else "has damaged records"
+                log.error("image %s %s and is forgotten", stored.id, what)
                 self._records.remove_image(stored.id)
-                names = {name: image for name, image in names.items() if image != stored.id}
                 continue
             self._restore(layers, stored.layers)
-            whole.append(stored)
-        self._catalogue.load(whole, names)
+            whole[stored.id] = stored
+        names = {name: image for name, image in self._records.names().items() if image in whole}
+        self._catalogue.load(whole.values(), names)
         unknown = [number for number in layers if not self._shelf.known(number)]
         known = {short_name(number) for number in layers}
         strays = [self._base / name for name in present - known]

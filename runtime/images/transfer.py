@@ -86,6 +86,8 @@ class Transfer:
         self._held: list[int] = []
         self._fetching = threading.Semaphore(config.max_parallel)
         self._open: dict[str, tuple[int, Unpacked]] = {}
+        # What settling all of its layers may look at.
+        self._steps = iter(range(config.entries_limit))
 
     def cancel(self) -> None:
         with self._lock:
@@ -284,7 +286,8 @@ class Transfer:
         lower = tuple(self._shelf.path(layer.number) for layer in list(layers)[::-1])
         below_it = tuple(dict.fromkeys(lower))
         limit = self._config.unpacked_limit_bytes
-        grown, added = settle(self._shelf.path(number), below_it, unpacked, self._shelf.recipe(number), limit)
+        path, recipe = self._shelf.path(number), self._shelf.recipe(number)
+        grown, added = settle(path, below_it, unpacked, recipe, limit, self._steps)
         settled = replace(unpacked, bytes_used=unpacked.bytes_used + grown, inodes=unpacked.inodes + added)
         layer = self._shelf.add(self._layer_of(number, diff_id, below, settled))
         self._held.append(layer.number)

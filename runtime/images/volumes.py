@@ -60,16 +60,19 @@ class Copying:
         `stopped` says that nobody wants it any longer. Raises Exhausted, Unavailable, Cancelled, DeadlineExceeded.
         """
         paths = json.dumps([path for path in sys.path if path])
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-I", "-S", "-c", _START, paths, str(os.getpid())),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.DEVNULL,
-            pass_fds=(self.lock,),
-            cwd="/",
-            env={"LC_ALL": "C.UTF-8"},
-            process_group=0,
-        )
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-I", "-S", "-c", _START, paths, str(os.getpid())),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.DEVNULL,
+                pass_fds=(self.lock,),
+                cwd="/",
+                env={"LC_ALL": "C.UTF-8"},
+                process_group=0,
+            )
+        except OSError as error:
+            raise Unavailable(f"the program that copies the image's VOLUMEs can't be started: {error}") from error
         work = asyncio.create_task(process.communicate(self.job.encode()))
         deadline_s = asyncio.get_running_loop().time() + timeout_s
         try:

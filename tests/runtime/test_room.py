@@ -52,6 +52,17 @@ def test_a_database_keeps_its_log_and_what_is_in_it(tmp_path: Path) -> None:
     db.close()
 
 
+def test_an_old_log_that_is_in_the_way_stays_where_it_is(tmp_path: Path) -> None:
+    """It would undo what came after."""
+    (tmp_path / "db-wal.kept").mkdir()
+    for number in range(2):
+        db = opened(tmp_path / "db")
+        db.execute("CREATE TABLE IF NOT EXISTS t (n)")
+        db.execute("INSERT INTO t VALUES (?)", (number,))
+        room.close(db, tmp_path / "db")
+        assert sorted(each.name for each in tmp_path.iterdir()) == ["db", "db-wal.kept"]
+
+
 @requires("root")
 @pytest.mark.parametrize("closed", [False, True])
 def test_there_is_no_end_to_what_can_be_deleted(disk: Path, closed: bool) -> None:

@@ -21,6 +21,8 @@ from runtime.images.unpack.recipe import Recorder
 from runtime.images.unpack.tar import BLOCKDEV, CHAR, DIRECTORY, FIFO, FILE, HARDLINK, SYMLINK, Entry, Stream
 from runtime.linux import files
 
+# The host has names below the layer's directory, and PATH_MAX of them.
+_NAME_LIMIT = 4096 - 512
 _BLOCK = 4096
 # After so much of a file the disk begins to write it: the sync at the end has less to wait for.
 _EARLY_BYTES = 1 << 20
@@ -44,11 +46,14 @@ class Applied:
 
 
 def clean(name: bytes) -> bytes:
-    """`name` relative to the root, b"" for the root itself. Raises BadLayer if it holds `..`."""
+    """`name` relative to the root, b"" for the root itself. Raises BadLayer if it holds `..` or is too long."""
     parts = [part for part in name.split(b"/") if part and part != b"."]
     if b".." in parts:
         raise BadLayer(f"name {name[:200]!r} leads out of the layer")
-    return b"/".join(parts)
+    cleaned = b"/".join(parts)
+    if len(cleaned) > _NAME_LIMIT:
+        raise BadLayer(f"name {name[:200]!r}: file name too long")
+    return cleaned
 
 
 class Applier:
@@ -224,11 +229,15 @@ class Applier:
             raise
 
     def _gone(self, path: bytes) -> bool:
-        """Whether an earlier entry of this layer has removed what the layers below may have at `path`."""
+        """Whether an earlier entry of this layer has removed what the layers below may have at `path`.
+
+        Each directory that is looked at counts as an entry, or links with deep targets would cost their depth.
+        """
         if path in self._removed:
             return True
         at = len(path)
         while at >= 0:
+            self._count()
             at = path.rfind(b"/", 0, at)
             above = path[: max(at, 0)]
             if above in self._removed or above in self._opaque:

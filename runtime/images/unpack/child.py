@@ -2,8 +2,8 @@
 
 Started by `runtime.images.layers`. Each message on its socket is the path of an empty directory, with three
 descriptors: a pipe that brings the blob, a pipe for the report, one line of JSON, and the file for the layer's recipe.
-The answer is the fork's pid and pidfd. The blob ends when the pipe does: who gives it up kills the fork first. Without
-work for a while the program ends; a message that it has not answered then was in vain.
+The answer is the fork's pid and pidfd, or why there is none. The blob ends when the pipe does: who gives it up kills
+the fork first. Without work for a while the program ends; a message that it has not answered then was in vain.
 
 A fork costs what it touches, page by page: what can be done once is done before it.
 
@@ -160,14 +160,20 @@ def serve(number: int, parent: int, limits: Limits) -> None:
         if not message:
             _reap()
             os._exit(0)
-        pid = os.fork()  # noqa: TID251 (one thread, and a program of its own)
+        pid, pidfds = -1, []
+        try:
+            pid = os.fork()  # noqa: TID251 (one thread, and a program of its own)
+            if pid:
+                forks += 1
+                pidfds = [os.pidfd_open(pid)]
+            answer = str(pid)
+        except OSError as error:  # there are too many processes, perhaps; a fork that nobody feeds ends by itself
+            answer = f"fork: {(error.strerror or str(error)).lower()}"
         if not pid:
             jobs.close()
             die_with(me)
             _work(os.fsdecode(message), limits, filter, *descriptors)
-        forks += 1
-        pidfd = os.pidfd_open(pid)
-        socket.send_fds(jobs, [str(pid).encode()], [pidfd])
-        for descriptor in (pidfd, *descriptors):
+        socket.send_fds(jobs, [answer.encode()], pidfds)
+        for descriptor in (*pidfds, *descriptors):
             os.close(descriptor)
         forks -= _reap()

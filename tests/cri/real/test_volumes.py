@@ -157,6 +157,39 @@ async def written(real: Real, container: str) -> tuple[int, int]:
     return stats.writable_layer.used_bytes.value, stats.writable_layer.inodes_used.value
 
 
+async def test_odd_names(real: Real) -> None:
+    """Whatever a directory may be called; what can't be one's name is said, and nothing is left."""
+    odd = "/new\nline/\x1b[2J \\040 : , \u202e"
+    image = await load(real, busybox(), Layer().file(f"{odd}/there", "x"), Volumes={odd: {}, "/a\0b": {}})
+    pod = await real.pod()
+    container = await real.run(pod, "sleep", "1000", image=image)
+    assert (await real.sh(container, f"cat '{odd}/there' && echo y > '{odd}/new'")).exit_code == 0
+    assert sorted(os.listdir(volumes_of(real, container) / "0")) == ["new", "there"]
+    await real.client.RemoveContainer(pb.RemoveContainerRequest(container_id=container))
+    image = await load(real, busybox(), Volumes={f"/{'n' * 300}": {}})
+    with pytest.raises(grpc.aio.AioRpcError, match="(?i)file name too long"):
+        await real.run(pod, "true", image=image, name="long")
+
+
+@pytest.mark.timeout(scaled(120))
+async def test_as_many_as_an_image_can_name(real: Real) -> None:
+    """The most that there may be, with names as long as its configuration takes: the next pod doesn't notice."""
+    pod = await real.pod()
+    long = "/".join(["x" * 200] * 8)
+    image = await load(real, busybox(), Volumes={f"/{number}/{long}": {} for number in range(4096)})
+    try:
+        container = await real.create(pod, "true", image=image)
+        await real.client.RemoveContainer(pb.RemoveContainerRequest(container_id=container))
+    except grpc.aio.AioRpcError as error:
+        assert error.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED), error
+    image = await load(real, busybox(), Volumes={f"/{number}": {} for number in range(10_000)})
+    with pytest.raises(grpc.aio.AioRpcError, match="image: 10000 volumes, the limit is 4096"):
+        await real.create(pod, "true", image=image, name="more")
+    assert os.listdir(real.daemon.root / "rootfs") == []
+    image = await load(real, busybox())
+    assert await real.run(pod, "sleep", "1000", image=image, name="usual")
+
+
 @pytest.mark.parametrize("volume", ["/file", "/to-file", "/to-root", "/up"])
 async def test_what_is_no_directory_is_refused(real: Real, volume: str) -> None:
     odd = Layer().file("file").symlink("to-file", "file").symlink("to-root", "bin/..").symlink("up", "../../..")

@@ -9,7 +9,7 @@ import pytest
 from cri.api import cri_pb2 as pb
 from cri.translate import Handler, HostDevice
 from cri.translate.devices import paths as device_paths
-from cri.translate.mounts import ImageVolume, image_volumes
+from cri.translate.mounts import ImageVolume, image_volumes, own_volumes
 from cri.translate.resources import ALL_DEVICE_RULES, DEFAULT_DEVICE_RULES
 from runtime.errors import InvalidSpec, Unsupported
 from runtime.spec import Device, DeviceCgroup, IDMapping, Mount
@@ -213,6 +213,14 @@ def test_image_volumes_refused(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(InvalidSpec) as error:
         image_volumes([pb.Mount(**fields)])
     assert said in str(error.value)
+
+
+def test_an_image_s_own_volumes() -> None:
+    """As paths of the container, each once, in the order in which they are mounted; never its root."""
+    paths = ["/b/c", "b", "/b/", "//b/./c", "/a/../b", "..", "/", "", "/new\nline", "/n\0", "/proc/x", "/v/below"]
+    assert own_volumes(paths, [pb.Mount(container_path="/v")]) == ("/b", "/b/c", "/new\nline")
+    with pytest.raises(InvalidSpec, match="image: 10000 volumes, the limit is 4096"):
+        own_volumes([f"/{number}" for number in range(10_000)], [])
 
 
 def test_too_many() -> None:

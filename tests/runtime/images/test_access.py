@@ -62,6 +62,27 @@ def test_a_client_certificate(open_store: OpenStore, small: Built, authority: Au
         assert images.pull(f"{liar.host}/app").id == small.id
 
 
+def test_a_client_certificate_is_not_for_whom_a_redirect_names(
+    open_store: OpenStore, small: Built, authority: Authority, tmp_path: Path
+) -> None:
+    asking = server_context(authority, client=True)
+    asking.verify_mode = ssl.CERT_OPTIONAL
+    shown: list[object] = []
+
+    def look(request: Request) -> None:
+        shown.append(request.connection.getpeercert())
+        request.server.honest(request)
+
+    with serving(small, tls=server_context(authority, client=True)) as liar, serving(small, tls=asking) as elsewhere:
+        liar.lies["/blobs/"] = lambda request: request.reply(307, Location=f"https://{elsewhere.host}{request.path}")
+        elsewhere.lies["/"] = look
+        text = f'server = "https://{liar.host}"\nca = "{authority.ca}"\n'
+        text += f'client = [["{authority.certificate}", "{authority.key}"]]\n'
+        images = open_store(hosts_dir=hosts(tmp_path / "certs", liar.host, text))
+        assert images.pull(f"{liar.host}/app").id == small.id
+        assert shown == [{}] * 3
+
+
 @contextmanager
 def connect_proxy(port: int, seen: list[bytes]) -> Iterator[str]:
     """A proxy that leads every CONNECT to a port of this machine."""

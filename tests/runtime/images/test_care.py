@@ -121,6 +121,13 @@ def test_a_whole_store(images: Images) -> None:
     assert [(finding.verified, finding.problem) for finding in images.check()] == [(True, "")] * 2
 
 
+def test_links_that_lead_through_the_layers_own_symlinks(images: Images) -> None:
+    layer = Layer().directory("d").file("d/f", "x").symlink("to", "d").symlink("root", "/d").symlink("up", "../../d")
+    layer.hardlink("one", "to/f").hardlink("two", "root/f").hardlink("three", "up/f")
+    images.load(io.BytesIO(oci_archive(build(layer.tar()), "local/app:1")))
+    assert [(finding.verified, finding.problem) for finding in images.check()] == [(True, "")]
+
+
 def change(path: Path) -> None:
     status = path.stat()
     data = bytearray(path.read_bytes())

@@ -284,6 +284,31 @@ def test_layers_built_to_take_time(make: Callable[[], bytes], run_dir: Path) -> 
     assert outcome.peak_bytes < MEMORY_LIMIT_BYTES, f"{outcome.peak_bytes / MIB:.0f} MiB"
 
 
+def test_layers_that_take_time_together(run_dir: Path) -> None:
+    """Entries that go where symlinks of the layer below lead, each of which is another."""
+    below, above = Layer().directory("d"), Layer()
+    for number in range(10_000):
+        below.symlink(f"l{number}", "d")
+        above.file(f"l{number}/f{number}")
+    with serving(build(below.tar(), above.tar(), how="zstd")) as liar:
+        outcome = attempt(liar, run_dir / "store")
+    assert outcome.error == "", outcome
+    assert outcome.cpu_s < scaled(20)
+
+
+def test_many_layers_that_imply_the_same_directories(run_dir: Path) -> None:
+    layers = []
+    for layer in range(40):
+        made = Layer()
+        for number in range(500):
+            made.file(f"{number}/d/{layer}")
+        layers.append(made.tar())
+    with serving(build(*layers, how="zstd")) as liar:
+        refused(
+            liar, run_dir / "store", "Exhausted", "too many names lead through too many layers", entries_limit=100_000
+        )
+
+
 def endless(chunk: bytes) -> Answer:
     """A chunked body that never ends."""
 

@@ -267,6 +267,29 @@ def test_entries_below_a_symlink_of_a_lower_layer_go_where_it_leads(images: Imag
     images.discard("c")
 
 
+def test_deep_entries_below_a_symlink(images: Images) -> None:
+    """Where each directory is there already."""
+    deep = "x/" * 1500
+    below = Layer().directory("d").symlink("l", "d").tar()
+    above = Layer().file(f"d/{deep}one", "1").file(f"l/{deep}two", "2").file(f"l/{deep}one", "wins").tar()
+    image = load(images, below, above)
+    assert images.read_file(image.id, f"d/{deep}one", 10) == b"wins"
+    assert images.read_file(image.id, f"l/{deep}two", 10) == b"2"
+    assert [finding.problem for finding in images.check()] == ["", ""]
+    images.remove(image.id)
+
+
+def test_the_longest_name(images: Images, left: Left) -> None:
+    name = "p/" * 1791 + "ff"
+    image = load(images, Layer().file(name, "x").tar(), Layer().hardlink("p/l", name).tar())
+    assert images.read_file(image.id, "p/l", 10) == b"x"
+    assert [finding.problem for finding in images.check()] == ["", ""]
+    for path in ("n" * 300, "p/" * 3000):
+        assert not images.has(image.id, path)
+    images.remove(image.id)
+    assert left() == []
+
+
 def test_hard_links_into_lower_layers(images: Images, run_dir: Path) -> None:
     below = Layer().directory("bin").file("bin/tool", "tool", mode=0o4755, uid=9, mtime=5)
     above = Layer().directory("bin").hardlink("bin/alias", "bin/tool").hardlink("bin/again", "bin/alias")
@@ -519,6 +542,85 @@ def test_damaged_records_of_containers(images: Images, open_store: OpenStore, ru
     assert images.prepared() == []
     images.close()
     assert tree_of(run_dir / "store") == [f"layers/{image.layers[0]}"]
+
+
+@pytest.mark.parametrize("damage", ["front", "back"])
+def test_readable_records_of_containers_are_kept(
+    images: Images, open_store: OpenStore, run_dir: Path, damage: str
+) -> None:
+    image = load(images, layer(a="1"))
+    names = sorted(f"c{number}" for number in range(200))
+    for name in names:
+        images.prepare(name, image.id)
+    images.close()
+    at = folded_in(run_dir / "store/rootfs.db").index((names[0] if damage == "front" else names[-1]).encode())
+    overwrite(run_dir / "store/rootfs.db", at // 4096 * 4096, bytes(8))
+    images = open_store()
+    kept = sorted(images.prepared())
+    assert kept == (names[-len(kept) :] if damage == "front" else names[: len(kept)])
+    assert 50 < len(kept) < 200
+    for name in kept:
+        images.discard(name)
+    images.close()
+    assert tree_of(run_dir / "store") == [f"layers/{image.layers[0]}"]
+
+
+def folded_in(path: Path) -> bytes:
+    """All of the database, which then has no log."""
+    with sqlite3.connect(path) as db:
+        assert db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0] == 0
+    db.close()
+    return path.read_bytes()
+
+
+def overwrite(path: Path, at: int, data: bytes) -> None:
+    with open(path, "r+b") as file:
+        file.seek(at)
+        file.write(data)
+
+
+def test_damaged_pages_of_records(images: Images, open_store: OpenStore, run_dir: Path) -> None:
+    """Whichever it is, the store isn't opened: it would give out numbers twice, or know half of the images."""
+    load(images, layer(a="1"))
+    images.close()
+    path = run_dir / "store/images.db"
+    good = folded_in(path)
+    with sqlite3.connect(path) as db:
+        pages = [number for (number,) in db.execute("SELECT rootpage FROM sqlite_schema")]
+    db.close()
+    assert len(pages) == 5
+    for page in pages:
+        overwrite(path, (page - 1) * 4096, bytes(4096))
+        with pytest.raises(Unavailable, match=r"images\.db: .*malformed"):
+            open_store()
+        path.write_bytes(good)
+    assert len(open_store().list()) == 1
+
+
+@pytest.mark.parametrize("what", ["config", "manifest", "name"])
+def test_damage_that_no_database_sees(images: Images, open_store: OpenStore, run_dir: Path, what: str) -> None:
+    """An image whose documents are not those of their digests is forgotten; a name of none names none."""
+    good = load(images, layer(a="1"), name="local/good:1")
+    bad = load(images, layer(b="2"), name="local/bad:1")
+    images.close()
+    path = run_dir / "store/images.db"
+    data = folded_in(path)
+    with sqlite3.connect(path) as db:
+        if what == "name":
+            db.execute("UPDATE names SET image = ? WHERE image = ?", (f"sha256:{0:064}", bad.id))
+        else:
+            row = f"SELECT {what} FROM images WHERE id = ?"
+            [(document,)] = db.execute(row, (bad.id,))
+    db.close()
+    if what != "name":
+        overwrite(path, data.index(document) + 20, b"~")
+    images = open_store()
+    assert {image.id for image in images.list()} == ({good.id, bad.id} if what == "name" else {good.id})
+    with pytest.raises(NotFound):
+        images.get("local/bad:1")
+    load(images, layer(b="2"), name="local/bad:1")
+    assert images.get("local/bad:1").id == bad.id
+    whole(images)
 
 
 def test_records_of_a_later_version(images: Images, open_store: OpenStore, run_dir: Path) -> None:

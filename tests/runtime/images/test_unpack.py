@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import select
 import signal
 import stat
@@ -11,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -167,6 +168,7 @@ def test_what_comes_twice(target: Path) -> None:
         (Layer().symlink("l", "l").file("l/f"), "too many levels"),
         (Layer().file("n" * 300), "file name too long"),
         (Layer().file("p/" * 2100 + "f"), "file name too long"),
+        (Layer().file("p/" * 1791 + "fff"), "file name too long"),
         (Layer().symlink("s", "t" * 5000), "file name too long"),
         (Layer().file("u", uid=(1 << 32) - 1), "has owner 4294967295:0"),
     ],
@@ -239,6 +241,15 @@ def test_layers_built_to_take_time(target: Path) -> None:
     with pytest.raises(Exhausted, match="more than 20000 entries"):
         unpack(target, layer.tar(), ImagesConfig(entries_limit=20_000))
     assert time.monotonic() - began_s < 30
+
+
+def test_links_to_deep_names_cost_entries(target: Path) -> None:
+    """Whether a directory on the way was removed is looked up for each."""
+    layer = Layer().file(".wh.other")
+    for number in range(1000):
+        layer.hardlink(f"l{number}", "d/" * 1000 + "f")
+    with pytest.raises(Exhausted, match="more than 20000 entries"):
+        unpack(target, layer.tar(), ImagesConfig(entries_limit=20_000))
 
 
 def test_the_same_file_again_and_again(target: Path) -> None:
@@ -363,6 +374,53 @@ def test_a_program_that_has_ended_is_started_again(run_dir: Path) -> None:
         one(unpacker, "fourth")
         ended(programs[3], kill=False)
         one(unpacker, "fifth")
+
+
+@contextmanager
+def descriptors_left(pid: int, count: int) -> Iterator[None]:
+    """The process can have so many more than it has."""
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    there = {int(path.name) for path in Path(f"/proc/{pid}/fd").iterdir()}
+    free = (number for number in range(1 << 16) if number not in there)
+    limit = next(number for number, _ in zip(free, range(count + 1), strict=False) if _ == count)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.parametrize("whose", ["cribd", "the program"])
+def test_who_has_no_descriptor_left_gets_no_process_and_others_go_on(run_dir: Path, whose: str) -> None:
+    for name in ("one", "two"):
+        (run_dir / name).mkdir()
+    data = Layer().file("file", "text").tar()
+    with (
+        tempfile.TemporaryFile() as lock,
+        closing(Unpacker(ImagesConfig(), lock.fileno())) as unpacker,
+        open("/dev/null", "wb") as recipe,
+        closing(unpacker.begin(run_dir / "one", recipe.fileno())) as child,
+    ):
+        program = int(Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[1])
+        child.write(data[:600])
+        # Two pipes here, the two ends and the recipe there.
+        limited, message = (
+            ((os.getpid(), 4), "no descriptor is left")
+            if whose == "cribd"
+            else ((program, 3), "fork: too many open files")
+        )
+        with descriptors_left(*limited), pytest.raises(Exhausted, match=message):
+            unpacker.begin(run_dir / "two", recipe.fileno())
+        for count in range(4):
+            with descriptors_left(os.getpid(), count), pytest.raises(OSError, match="Too many open files"):
+                unpacker.begin(run_dir / "two", recipe.fileno())
+        child.write(data[600:])
+        child.finish()
+        with closing(unpacker.begin(run_dir / "two", recipe.fileno())) as another:
+            assert Path(f"/proc/{another.pid}/stat").read_text().rpartition(")")[2].split()[1] == str(program)
+            another.write(data)
+            another.finish()
+    assert (run_dir / "one/file").read_text() == (run_dir / "two/file").read_text() == "text"
 
 
 ESCAPES = """
