@@ -18,6 +18,7 @@ MKDIR = "x-crib.mkdir"
 VOLUME = "x-crib.volume"
 """Marks an image's own volume."""
 MOUNTS_LIMIT = 4096
+_VOLUMES_LIMIT_BYTES = 1 << 20
 _PROPAGATION = {
     pb.MountPropagation.PROPAGATION_PRIVATE: "rprivate",
     pb.MountPropagation.PROPAGATION_HOST_TO_CONTAINER: "rslave",
@@ -112,8 +113,12 @@ def own_volumes(paths: Sequence[str], requested: Iterable[pb.Mount]) -> tuple[st
     """
     if len(paths) > MOUNTS_LIMIT:
         raise InvalidSpec(f"image: {len(paths)} volumes, the limit is {MOUNTS_LIMIT}")
+    for path in paths:
+        bounded("image: VOLUME", path, PATH_LIMIT_BYTES)
+    if (size := sum(map(len, paths))) > _VOLUMES_LIMIT_BYTES:
+        raise InvalidSpec(f"image: names of volumes of {size} bytes, the limit is {_VOLUMES_LIMIT_BYTES}")
     taken = [absolute("mounts.container_path", mount.container_path) for mount in requested]
-    found = {posixpath.normpath(f"/{path}").replace("//", "/") for path in paths if "\0" not in path}
+    found = {posixpath.normpath(f"/{path}").replace("//", "/") for path in paths}
     return tuple(
         path
         for path in sorted(found - {"/"})

@@ -160,14 +160,14 @@ async def written(real: Real, container: str) -> tuple[int, int]:
 async def test_odd_names(real: Real) -> None:
     """Whatever a directory may be called; what can't be one's name is said, and nothing is left."""
     odd = "/new\nline/\x1b[2J \\040 : , \u202e"
-    image = await load(real, busybox(), Layer().file(f"{odd}/there", "x"), Volumes={odd: {}, "/a\0b": {}})
+    image = await load(real, busybox(), Layer().file(f"{odd}/there", "x"), Volumes={odd: {}})
     pod = await real.pod()
     container = await real.run(pod, "sleep", "1000", image=image)
     assert (await real.sh(container, f"cat '{odd}/there' && echo y > '{odd}/new'")).exit_code == 0
     assert sorted(os.listdir(volumes_of(real, container) / "0")) == ["new", "there"]
     await real.client.RemoveContainer(pb.RemoveContainerRequest(container_id=container))
     image = await load(real, busybox(), Volumes={f"/{'n' * 300}": {}})
-    with pytest.raises(grpc.aio.AioRpcError, match="(?i)file name too long"):
+    with pytest.raises(grpc.aio.AioRpcError, match=r"(?i)file name too long"):
         await real.run(pod, "true", image=image, name="long")
 
 
@@ -175,13 +175,11 @@ async def test_odd_names(real: Real) -> None:
 async def test_as_many_as_an_image_can_name(real: Real) -> None:
     """The most that there may be, with names as long as its configuration takes: the next pod doesn't notice."""
     pod = await real.pod()
-    long = "/".join(["x" * 200] * 8)
+    long = "x" * 240
     image = await load(real, busybox(), Volumes={f"/{number}/{long}": {} for number in range(4096)})
-    try:
-        container = await real.create(pod, "true", image=image)
-        await real.client.RemoveContainer(pb.RemoveContainerRequest(container_id=container))
-    except grpc.aio.AioRpcError as error:
-        assert error.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED), error
+    container = await real.run(pod, "sleep", "1000", image=image)
+    assert (await real.sh(container, f"echo x > /4095/{long}/file")).exit_code == 0
+    await real.client.RemoveContainer(pb.RemoveContainerRequest(container_id=container))
     image = await load(real, busybox(), Volumes={f"/{number}": {} for number in range(10_000)})
     with pytest.raises(grpc.aio.AioRpcError, match="image: 10000 volumes, the limit is 4096"):
         await real.create(pod, "true", image=image, name="more")

@@ -217,10 +217,15 @@ def test_image_volumes_refused(fields: dict[str, Any], said: str) -> None:
 
 def test_an_image_s_own_volumes() -> None:
     """As paths of the container, each once, in the order in which they are mounted; never its root."""
-    paths = ["/b/c", "b", "/b/", "//b/./c", "/a/../b", "..", "/", "", "/new\nline", "/n\0", "/proc/x", "/v/below"]
+    paths = ["/b/c", "b", "/b/", "//b/./c", "/a/../b", "..", "/", "", "/new\nline", "/proc/x", "/v/below"]
     assert own_volumes(paths, [pb.Mount(container_path="/v")]) == ("/b", "/b/c", "/new\nline")
     with pytest.raises(InvalidSpec, match="image: 10000 volumes, the limit is 4096"):
         own_volumes([f"/{number}" for number in range(10_000)], [])
+    for path, said in (("/" + "x" * 4999, "longer than 4095 bytes"), ("/n\0", "holds a NUL character")):
+        with pytest.raises(InvalidSpec, match=f"image: VOLUME '/.*{said}"):
+            own_volumes([path], [])
+    with pytest.raises(InvalidSpec, match="image: names of volumes of 2048000 bytes, the limit is"):
+        own_volumes([f"/{number:0>499}" for number in range(4096)], [])
 
 
 def test_too_many() -> None:
