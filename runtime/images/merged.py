@@ -9,7 +9,6 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from errno import ENAMETOOLONG, ENOENT, ENOTDIR
-from functools import cached_property
 from pathlib import Path
 
 from runtime.errors import Exhausted, NotFound
@@ -35,12 +34,14 @@ class Merged:
     """Layers, topmost first, as one tree. Paths are `/`-separated and relative to its root.
 
     `steps` runs out when enough was looked at: a small image can have deep names, many of them, and in each layer.
-    Then it is Exhausted.
+    Then it is Exhausted. While a view is in use no directory that it has shown goes away.
     """
 
     def __init__(self, layers: tuple[Path, ...], steps: Iterator[int] | None = None) -> None:
         self._roots = tuple(str(layer) for layer in layers)
         self._steps = iter(range(_STEPS)) if steps is None else steps
+        # Where the last path led; the next one is often near.
+        self._trail: tuple[list[Found], list[str]] = [self._root()], []
 
     def lookup(self, path: str, follow: bool = True) -> Found | None:
         """What is at `path`, None if nothing. Symlinks are followed inside the view, the last one if `follow`."""
@@ -53,10 +54,14 @@ class Merged:
         return "/".join(where) if found else None
 
     def _walk(self, path: str, follow: bool) -> tuple[Found | None, list[str]]:
-        pending = _parts(path)[::-1]
+        parts = _parts(path)
         # The directories that were entered, root first, and their names; `..` goes back.
-        entered = [self._root]
-        names: list[str] = []
+        entered, names = self._trail
+        shared = 0
+        while shared < min(len(names), len(parts) - 1) and names[shared] == parts[shared]:
+            shared += 1
+        self._trail = entered, names = entered[: shared + 1], names[:shared]
+        pending = parts[shared:][::-1]
         links = 0
         while pending:
             name = pending.pop()
@@ -83,7 +88,6 @@ class Merged:
                 return None, names
         return entered[-1], names
 
-    @cached_property
     def _root(self) -> Found:
         directories: list[str] = []
         for root in self._roots:

@@ -51,6 +51,7 @@ def settle(
                     _merge(here.path, directory)
                 recipe.unlink(missing_ok=True)
                 moved[path] = target
+                own = Merged((layer,), steps)
     grown = 0
     copies: dict[str, str] = {}
     for name, target in unpacked.lower_links:

@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import TimeoutError as NotYet
+from contextlib import ExitStack
 from errno import EDQUOT, ENOSPC
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -66,15 +67,21 @@ class Images:
         for directory in (self._root, self._base, self._recipes, self._containers, self.spool):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             directory.chmod(0o700)
-        self._lock_file = lock(self._root / "images.lock")
-        self._records = ImageRecords(self._root)
-        self._rootfs_records = RootFsRecords(self._root)
-        self._rootfs_records.checkpoint()
-        self._unpacker = Unpacker(self._config, self._lock_file)
-        self._shelf = Shelf(self._base, self._recipes, self._records)
-        self._roots = Roots(self._containers, self._shelf, self._rootfs_records)
-        self._catalogue = Catalogue(self._shelf, self._config.pinned)
-        self._load()
+        with ExitStack() as undo:
+            lock_file = lock(self._root / "images.lock")
+            undo.callback(os.close, lock_file)
+            self._records = ImageRecords(self._root)
+            undo.callback(self._records.close)
+            self._rootfs_records = RootFsRecords(self._root)
+            undo.callback(self._rootfs_records.close)
+            self._rootfs_records.checkpoint()
+            self._unpacker = Unpacker(self._config, lock_file)
+            self._shelf = Shelf(self._base, self._recipes, self._records)
+            self._roots = Roots(self._containers, self._shelf, self._rootfs_records)
+            self._catalogue = Catalogue(self._shelf, self._config.pinned)
+            self._load()
+            self._lock_file = lock_file
+            undo.pop_all()
 
     def _load(self) -> None:
         layers = {layer.number: layer for layer in self._records.layers()}

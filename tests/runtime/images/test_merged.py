@@ -15,7 +15,7 @@ def test_enough_is_enough(tmp_path: Path) -> None:
     layers = tuple(tmp_path / str(number) for number in range(10))
     for layer in layers:
         (layer / "a/b/c").mkdir(parents=True)
-    view = Merged(layers, iter(range(65)))
+    view = Merged(layers, iter(range(45)))
     found = view.lookup("a/b/c")
     assert found and len(found.directories) == 10
     assert view.lookup("a/b/c")
