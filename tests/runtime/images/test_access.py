@@ -80,7 +80,7 @@ def test_a_client_certificate_is_not_for_whom_a_redirect_names(
         text += f'client = [["{authority.certificate}", "{authority.key}"]]\n'
         images = open_store(hosts_dir=hosts(tmp_path / "certs", liar.host, text))
         assert images.pull(f"{liar.host}/app").id == small.id
-        assert shown == [{}] * 3
+        assert shown == [None] * 3
 
 
 @contextmanager
