@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,7 @@ from runtime.images.layers import Unpacked, Unpacker, short_name
 from runtime.images.manifest import LAYERS_LIMIT
 from runtime.images.records import lock
 from runtime.removal import remove_tree
+from tests.limits import scaled
 from tests.requires import requires
 from tests.runtime.images.given import Layer, build, compressed, digest, oci_archive
 
@@ -391,6 +392,16 @@ def descriptors_left(pid: int, count: int) -> Iterator[None]:
         resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
 
 
+def pipes(pid: int) -> list[str]:
+    """The pipes that a process holds, but for its standard streams."""
+    found = []
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            if int(path.name) > 2 and os.readlink(path).startswith("pipe:"):
+                found.append(path.name)
+    return found
+
+
 @pytest.mark.parametrize("whose", ["cribd", "the program"])
 def test_who_has_no_descriptor_left_gets_no_process_and_others_go_on(run_dir: Path, whose: str) -> None:
     for name in ("one", "two"):
@@ -404,6 +415,9 @@ def test_who_has_no_descriptor_left_gets_no_process_and_others_go_on(run_dir: Pa
     ):
         program = int(Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[1])
         child.write(data[:600])
+        deadline_s = time.monotonic() + scaled(20)
+        while pipes(program):  # it closes them once it has answered
+            assert time.monotonic() < deadline_s
         # Two pipes here, the two ends and the recipe there.
         limited, message = (
             ((os.getpid(), 4), "no descriptor is left")
