@@ -9,7 +9,7 @@ The handshake on the SEQPACKET socket `sync`:
  0a. a child that was cloned ahead has begun with its plan, and goes on when it gets a byte; without one it ends
  0b. a child that waits for hooks sends {"pause": True}, and goes on when it gets a word, which tells what is wrong
  1. the child runs every step but the last, and sends {"d": [ns, …], "s": started_ns, "w": [warning, …]}, with the
-    terminal's master if one was opened
+    terminal's master if one was opened; a quiet one, of which nobody wants to know that, sends nothing
  2. the child runs the last step, execve; the socket closes by itself
  2b. or a step fails: {"failed": index, "errno": n, "detail": text}, and the child exits
 """
@@ -30,7 +30,15 @@ if TYPE_CHECKING:
     from runtime.plan.plan import Plan
 
 
-def become(plan: bytes | Plan, fds: dict[str, int], sync: socket.socket, *, traced: bool, waits: bool = False) -> None:
+def become(
+    plan: bytes | Plan,
+    fds: dict[str, int],
+    sync: socket.socket,
+    *,
+    traced: bool,
+    waits: bool = False,
+    quiet: bool = False,
+) -> None:
     """Run the plan, encoded or not, in this process, `traced` by the one that cloned it; never returns.
 
     It `waits` for a word after the first step, whose time is none of the start's then.
@@ -51,10 +59,11 @@ def become(plan: bytes | Plan, fds: dict[str, int], sync: socket.socket, *, trac
         if outcome.failed < 0:
             outcome = run(steps, context, ahead, last)
         if outcome.failed < 0:
-            terminal = [context.fds["terminal"]] if "terminal" in context.fds else []
-            durations = [0] * ahead + outcome.durations_ns
-            report = {"d": durations, "s": outcome.started_ns, "w": context.warnings}
-            socket.send_fds(sync, [pack(report)], terminal)
+            if not quiet:
+                terminal = [context.fds["terminal"]] if "terminal" in context.fds else []
+                durations = [0] * ahead + outcome.durations_ns
+                report = {"d": durations, "s": outcome.started_ns, "w": context.warnings}
+                socket.send_fds(sync, [pack(report)], terminal)
             outcome = run(steps, context, last, last + 1)
         sync.send(pack({"failed": outcome.failed, "errno": outcome.errno, "detail": outcome.detail}))
     except BaseException as error:

@@ -30,7 +30,7 @@ class Process:
     """One child of the monitor. `sync` is open until the child has become its program or failed.
 
     `staged`: `pid` is a process that will be replaced by one which it clones. `paused`: it waits for a word to go on.
-    `quiet`: nobody wants to know when it has become its program, only how it ends. `adoption`: it is made by an OCI
+    `quiet`: nobody wants to know when it has become its program, only how it ends, also if that was before. `adoption`: it is made by an OCI
     runtime's command, which `pid` is until there is the process itself.
     """
 
@@ -102,7 +102,7 @@ class Process:
             else:
                 self.report = message
                 return False
-        elif self.report and self.failure is None:
+        elif (self.report or self.quiet) and self.failure is None:
             self.started_ns = 0 if self.adoption else time.time_ns()
         elif self.failure is None:
             self.failure = {"failed": -1, "errno": 0, "detail": "the process died before it could start"}

@@ -99,7 +99,7 @@ class Execs:
             inherited = -1 if adopt else container.pidfd
             process.pid, process.pidfd = self._holds.clone(self._space, held, inherited, 0, clone_dir)
             if process.pid == 0:
-                become(plan, child, theirs, traced=bool(held))
+                become(plan, child, theirs, traced=bool(held), quiet=process.quiet)
         except BaseException:
             if self._server.watched(mine.fileno()):
                 self._server.unwatch(mine.fileno())
