@@ -1,7 +1,6 @@
 """Processes that are run in a pod's containers, as cribd sees them."""
 
 import asyncio
-import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from runtime.errors import Unavailable
 from runtime.external import Bundle, Call
 from runtime.plan.compile import Environment, compile_exec, watches
 from runtime.plan.plan import Plan, encode
-from runtime.replies import failure, plan_file
+from runtime.replies import failure
 from runtime.request import ExecExit, ExecStart
 from runtime.zygote.messages import Kind
 
@@ -108,13 +107,13 @@ class Execs:
             if external:
                 external.discard(request.id)
 
-        memfd = plan_file(compiled.encoded)
         streams = () if request.process.terminal else (stdin, stdout, stderr)
         try:
             number = self._channel.post(
                 Kind.EXEC,
-                (memfd, *(call.descriptors if call else ()), *streams),
+                (*(call.descriptors if call else ()), *streams),
                 replied,
+                plan=compiled.encoded,
                 id=request.container_id,
                 exec=request.id,
                 clone_dir="" if compiled.held or call else request.clone_dir,
@@ -123,7 +122,6 @@ class Execs:
                 quiet=not (call or request.process.terminal),
             )
         finally:
-            os.close(memfd)
             if call:
                 call.close()
         self._running[request.id] = number, exited

@@ -1,6 +1,5 @@
-"""What a monitor's answers mean, and how a plan is sent to it."""
+"""What a monitor's answers mean."""
 
-import os
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -50,12 +49,3 @@ def failure(plan: Plan, fields: Mapping[str, Any], external: Bundle | None, comm
         return StepFailed("make the process", 0, len(plan), errno, detail)
     failed = StepFailed(plan[index].describe(), index + 1, len(plan), errno, detail)
     return WrongState(f"what it was to join has ended: {failed}") if errno == _ESRCH else failed
-
-
-def plan_file(plan: bytes) -> int:
-    """An encoded plan as a file, the caller's to close."""
-    data = memoryview(plan)
-    fd = os.memfd_create("crib-plan", os.MFD_CLOEXEC)
-    while data:
-        data = data[os.write(fd, data) :]
-    return fd

@@ -18,7 +18,7 @@ from runtime.external import Bundle, Call
 from runtime.linux.userns import mapped
 from runtime.plan.compile import HOOKS_ROOT, Environment, Start, compile_start, id_maps
 from runtime.plan.plan import encode
-from runtime.replies import failure, plan_file
+from runtime.replies import failure
 from runtime.request import ContainerStart, LogFile, Started, StepTiming
 from runtime.spec import Hooks, Linux
 from runtime.zygote.messages import Kind
@@ -52,11 +52,7 @@ class Starts:
         if start.pid != "new":
             return False
         plan = encode(start.plan)
-        memfd = plan_file(plan)
-        try:
-            self._channel.post(Kind.PREPARE, (memfd,), lambda _: None, **_asked(request, start))
-        finally:
-            os.close(memfd)
+        self._channel.post(Kind.PREPARE, (), lambda _: None, **_asked(request, start, plan))
         self._prepared[request.id] = start, plan
         return True
 
@@ -82,15 +78,14 @@ class Starts:
             start = compile_start(request.spec, request.rootfs, request.cgroup, self._environment, state)
             plan, created = encode(start.plan), partial(self._created, found, state)
         sent_ns = time.time_ns()
-        memfd = plan_file(plan)
         log = request.log
         self._starting[request.id] = created
         try:
             answer = self._channel.request(
                 Kind.START,
-                (memfd, *(call.descriptors if call else ()), *((log.fd,) if log else ())),
+                (*(call.descriptors if call else ()), *((log.fd,) if log else ())),
                 START_TIMEOUT_S,
-                **_asked(request, start, log, call),
+                **_asked(request, start, plan, log, call),
             )
             steps = [(step.phase, step.describe()) for step in start.plan]  # while the monitor is at it
             reply = await answer
@@ -99,7 +94,6 @@ class Starts:
             raise
         finally:
             self._starting.pop(request.id, None)
-            os.close(memfd)
             if call:
                 call.close()
         if reply.kind == Kind.FAILED:
@@ -170,12 +164,13 @@ class Starts:
 
 
 def _asked(
-    request: ContainerStart, start: Start, log: LogFile | None = None, call: Call | None = None
+    request: ContainerStart, start: Start, plan: bytes, log: LogFile | None = None, call: Call | None = None
 ) -> dict[str, Any]:
     """What PREPARE and START say."""
     cgroup, target = request.cgroup, request.pid_target
     return {
         "id": request.id,
+        "plan": plan,
         "pid": "target" if target else start.pid,
         "pid_ns": target or start.pid_ns,
         "own_pid": start.pid == "new" and not target,

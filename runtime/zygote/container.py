@@ -30,8 +30,8 @@ class Process:
     """One child of the monitor. `sync` is open until the child has become its program or failed.
 
     `staged`: `pid` is a process that will be replaced by one which it clones. `paused`: it waits for a word to go on.
-    `quiet`: nobody wants to know when it has become its program, only how it ends, also if that was before. `adoption`: it is made by an OCI
-    runtime's command, which `pid` is until there is the process itself.
+    `quiet`: nobody wants to know when it has become its program, only how it ends, also where that is before.
+    `adoption`: it is made by an OCI runtime's command, which `pid` is until there is the process itself.
     """
 
     __slots__ = (

@@ -12,7 +12,7 @@ from runtime.linux.lib import SyscallError
 from runtime.zygote.attach import detach_all
 from runtime.zygote.child import become
 from runtime.zygote.container import Container
-from runtime.zygote.messages import Kind, close_all, read_plan
+from runtime.zygote.messages import Kind, close_all
 from runtime.zygote.podspace import NEWPID
 from runtime.zygote.spool import Log, Spool
 
@@ -70,7 +70,7 @@ class Containers:
 
     def _clone(self, connection: socket.socket, fields: dict[str, Any], fds: list[int], *, waits: bool) -> Container:
         """The container, with a child that becomes it. What can fail comes before that: nobody would know it."""
-        plan, adopt, space = read_plan(fds[0]), fields.get("adopt", ""), self._space
+        plan, adopt, space = fields["plan"], fields.get("adopt", ""), self._space
         child = {"stdin": space.null, "stdout": space.null, "stderr": space.null}
         lent: list[int] = []  # for the child, and closed here
         mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
@@ -107,7 +107,7 @@ class Containers:
             close_all(lent)
         self._holds.add(container, held, ())
         if adopt:
-            self._adoptions.begin(container, adopt, fds.pop(1) if fields["terminal"] else -1)
+            self._adoptions.begin(container, adopt, fds.pop(0) if fields["terminal"] else -1)
         self._containers[container.id] = container
         return container
 

@@ -10,7 +10,7 @@ from runtime.plan.identity import Execute
 from runtime.plan.plan import decode
 from runtime.zygote.child import become
 from runtime.zygote.container import Process
-from runtime.zygote.messages import Kind, close_all, read_plan
+from runtime.zygote.messages import Kind, close_all
 from runtime.zygote.tree import kill_tree
 
 TYPE_CHECKING = False  # typing costs a monitor memory
@@ -76,9 +76,9 @@ class Execs:
         It is answered when that is decided; a `quiet` one only when it fails: its end tells the rest.
         """
         container = self._containers.running(fields["id"])
-        plan = self._plans.get(read_plan(fds[0]))
+        plan = self._plans.get(fields["plan"])
         silent = [self._space.null] * 3
-        streams = fds[-3:] if len(fds) > 3 else silent
+        streams = fds[-3:] if len(fds) >= 3 else silent
         child = dict(zip(("stdin", "stdout", "stderr"), streams, strict=True))
         child["container"] = container.pidfd
         adopt = fields.get("adopt", "")
@@ -109,7 +109,7 @@ class Execs:
             theirs.close()
         self._holds.add(process, held, join_files)
         if adopt:
-            self._adoptions.begin(process, adopt, fds.pop(1) if streams is silent and len(fds) > 1 else -1)
+            self._adoptions.begin(process, adopt, fds.pop(0) if streams is silent and fds else -1)
         self._execs[exec_id] = process
         self._exec_of[exec_id] = container
 

@@ -17,6 +17,7 @@ is a page of memory of that monitor's own (0.2 MiB, measured).
 from __future__ import annotations
 
 import array
+import errno
 import fcntl
 import marshal
 import os
@@ -46,7 +47,7 @@ class Kind:
     POD = "pod"  # cribd → monitor: make the pod's namespaces; reply fds: net namespace, netlink socket
     PREPARE = "prepare"  # cribd → monitor: clone the process of a START to come, which waits for that
     START = "start"  # cribd → monitor: start a container by its plan
-    EXEC = "exec"  # cribd → monitor: run a process in a container by its plan; fds: plan, and stdin, stdout, stderr
+    EXEC = "exec"  # cribd → monitor: run a process in a container by its plan; fds: stdin, stdout, stderr
     # where it gets no terminal; reply fd: the terminal's master. A quiet one is only answered by FAILED
     ATTACH = "attach"  # cribd → monitor: share a container's streams; fd: a socket for runtime.zygote.attach's packets
     SOCKET = "socket"  # cribd → monitor: make a socket in the pod's network namespace; reply fd: that
@@ -82,7 +83,7 @@ class OtherVersion(ProtocolError):
 
 
 def send(sock: socket.socket, kind: str, fds: tuple[int, ...] = (), **fields: Any) -> None:
-    """Send one message. Raises OSError (BlockingIOError when the peer's buffer is full)."""
+    """Send one message. Raises OSError: BlockingIOError when the peer's buffer is full, EMSGSIZE beyond LIMIT_BYTES."""
     fields["v"] = VERSION
     fields["k"] = kind
     data = pack(fields)
@@ -92,6 +93,8 @@ def send(sock: socket.socket, kind: str, fds: tuple[int, ...] = (), **fields: An
         else:
             sock.send(data)
         return
+    if len(data) > LIMIT_BYTES:
+        raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
     memfd = os.memfd_create("crib-message", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         view = memoryview(data)
@@ -154,14 +157,6 @@ def _decode(data: bytes) -> dict[str, Any]:
     if version != VERSION:
         raise OtherVersion(version, fields.get("n", 0))
     return fields
-
-
-def read_plan(fd: int) -> bytes:
-    """The plan in a memfd. Raises ValueError for one beyond the limit."""
-    size = os.fstat(fd).st_size
-    if size > LIMIT_BYTES:
-        raise ValueError(f"plan of {size} bytes")
-    return os.pread(fd, size, 0)
 
 
 def _read_memfd(fd: int, size: int) -> bytes:

@@ -52,6 +52,7 @@ _POD: dict[str, Any] = {
 }
 _START = {
     "id": "c",
+    "plan": _FAILING_PLAN,
     "clone_dir": "",
     "kill_dirs": [],
     "memory_events": "",
@@ -69,7 +70,7 @@ _START = {
 }
 _WARM_UP: tuple[tuple[str, bool, dict[str, Any]], ...] = (
     (Kind.POD, False, {"init_cgroup": [], **_POD}),
-    (Kind.PREPARE, True, {**_START, "log": ""}),
+    (Kind.PREPARE, False, {**_START, "log": ""}),
     (Kind.START, True, _START),
     (Kind.FACTS, False, {}),
 )
@@ -208,14 +209,12 @@ def _log() -> None:
 def _live(directory: str) -> None:
     """A monitor's life, in this process and without making anything that lasts."""
     cribd, monitors = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    plan = os.memfd_create("warm-up", os.MFD_CLOEXEC)
-    os.write(plan, _FAILING_PLAN)
     log = os.open("/dev/null", os.O_WRONLY | os.O_CLOEXEC)
     with cribd:
         monitor = Monitor("warm-up", directory, monitors, PodSpace())
         wake = monitor.wake_on_signals()
         for kind, fds, fields in _WARM_UP:
-            send(cribd, kind, (plan, log) if fds else (), n=1, **fields)
+            send(cribd, kind, (log,) if fds else (), n=1, **fields)
             monitor.turn()
             while select.select([cribd], [], [], 0)[0] == []:
                 monitor.turn()
@@ -224,4 +223,4 @@ def _live(directory: str) -> None:
         signal.set_wakeup_fd(-1)
         os.close(wake)
         monitor.close()
-    close_all([plan, log])
+    os.close(log)

@@ -29,6 +29,15 @@ def test_any_size_arrives_whole(size: int) -> None:
         assert message == (Kind.START, {"n": 1, "text": "x" * size}, [])
 
 
+def test_one_beyond_the_limit_is_not_sent() -> None:
+    left, right = pair()
+    with left, right:
+        with pytest.raises(OSError, match="long"):
+            send(left, Kind.START, n=1, plan=bytes(LIMIT_BYTES))
+        send(left, Kind.FACTS, n=2)
+        assert receive(right) == (Kind.FACTS, {"n": 2}, [])
+
+
 def test_descriptors_come_along_and_are_close_on_exec() -> None:
     left, right = pair()
     read, write = os.pipe()
