@@ -21,7 +21,6 @@ from runtime.linux.process import (
     CLOSE_RANGE_CLOEXEC,
     PR_SET_KEEPCAPS,
     PR_SET_NO_NEW_PRIVS,
-    PR_SET_PDEATHSIG,
     Exec,
     close_range,
     default_scheduling,
@@ -39,16 +38,17 @@ RLIMIT_NAMES = (
 )
 TIOCSPTLCK = 0x40045431
 TIOCGPTPEER = 0x5441
+_NEWUSER = int(CLONE.NEWUSER)
 _PTMX = os.makedev(5, 2)
 TIOCSWINSZ = 0x5414
 
 
 class Detach(Step):
-    """Let go of what the parent was: session, keyring, scheduling, parent-death signal, directory.
+    """Let go of what the parent was: session, keyring, scheduling, directory.
 
-    Of signals there is nothing to let go: a monitor blocks none and ignores none (see `Zygote`), and what it handles
-    the kernel resets in a child. The umask is 0 until `Execute` sets the process's own: what the steps make has exactly
-    the modes they say.
+    Of signals there is nothing to let go: a monitor blocks none and ignores none (see `Zygote`), what it handles the
+    kernel resets in a child, and also the signal of its parent's death. The umask is 0 until `Execute` sets the
+    process's own: what the steps make has exactly the modes they say.
     `key_label` is the SELinux label of the keyring, or "".
     """
 
@@ -63,7 +63,6 @@ class Detach(Step):
             join_session_keyring()
         except SyscallError as error:  # kernels without keyrings, or a nested runtime's filter
             context.warnings.append(str(error))
-        prctl(PR_SET_PDEATHSIG, 0)
         default_scheduling()
         os.umask(0)
         os.chdir("/")
@@ -175,7 +174,7 @@ class JoinProcess(Step):
 
     def run(self, context: Context) -> None:
         setns(context.fds[self.name], self.flags)
-        if self.flags & CLONE.NEWUSER:  # what is made from here on, a terminal too, must have an owner inside
+        if self.flags & _NEWUSER:  # what is made from here on, a terminal too, must have an owner inside
             become_root()
 
     def describe(self) -> str:
@@ -311,16 +310,15 @@ class FindExecutable(Step):
         if "/" in self.name:
             context.executable = self.name
             return
-        denied = False
-        for directory in self.path.split(":"):
-            candidate = f"{directory or '.'}/{self.name}"
-            try:
+        candidates = [f"{directory or '.'}/{self.name}" for directory in self.path.split(":")]
+        try:
+            for candidate in candidates:
                 if os.access(candidate, os.X_OK) and not os.path.isdir(candidate):
                     context.executable = candidate
                     return
-                denied = denied or os.access(candidate, os.F_OK)
-            except ValueError as error:
-                raise SyscallError("execve", ENOENT, self.name) from error
+            denied = any(os.access(candidate, os.F_OK) for candidate in candidates)
+        except ValueError as error:
+            raise SyscallError("execve", ENOENT, self.name) from error
         raise SyscallError(f'exec: "{self.name}": executable file not found in $PATH', EACCES if denied else ENOENT)
 
     def describe(self) -> str:

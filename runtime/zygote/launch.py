@@ -44,7 +44,8 @@ def interpreter() -> str:
 def launch(cgroup_files: tuple[str, ...] = ()) -> Zygote:
     """Start a zygote in the cgroup whose join files are given, and wait until it is ready.
 
-    Its environment is empty: no loader or interpreter setting of ours reaches a container's parent.
+    No loader or interpreter setting of ours reaches a container's parent. The loader looks up all names at once: what
+    is looked up when first called each child would look up for itself.
     Raises Unavailable.
     """
     root = Path(__file__).resolve().parents[2]
@@ -58,7 +59,7 @@ def launch(cgroup_files: tuple[str, ...] = ()) -> Zygote:
             executable=python,
             pass_fds=(theirs.fileno(),),
             stdin=subprocess.DEVNULL,
-            env={},
+            env={"LD_BIND_NOW": "1"},
             cwd="/",
         )
     mine.settimeout(_READY_TIMEOUT_S)
