@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Coroutine
 from contextvars import Context
 from dataclasses import dataclass
+from errno import EMSGSIZE
 from socket import socket
 from typing import Any, Final
 
@@ -46,7 +47,8 @@ class Channel:
         return self._sock.fileno() < 0
 
     def post(self, kind: str, fds: tuple[int, ...], replied: Callable[[Reply], None], **fields: Any) -> int:
-        """Send a request and go on; `replied` is called with the answer, or with FAILED when the peer is gone.
+        """Send a request and go on; `replied` is called with the answer, or with FAILED when the peer is gone or the
+        request is longer than a message may be.
 
         The descriptors stay the caller's. Returns the request's number. Raises Unavailable when the peer is gone.
         """
@@ -64,9 +66,18 @@ class Channel:
                 self._outbox.append((kind, tuple(map(os.dup, fds)), fields))
                 self._loop.add_writer(self._sock.fileno(), self._writable)
             except OSError as error:
-                del self._waiting[self._last]
-                raise Unavailable(f"{kind}: {(error.strerror or '').lower()}") from error
+                if error.errno == EMSGSIZE:
+                    self._refuse(kind, self._last)
+                else:
+                    del self._waiting[self._last]
+                    raise Unavailable(f"{kind}: {(error.strerror or '').lower()}") from error
         return self._last
+
+    def _refuse(self, kind: str, number: int) -> None:
+        """A request can't be sent: it is longer than a message may be."""
+        reply = Reply(Kind.FAILED, {"errno": EMSGSIZE, "detail": f"{kind}: {os.strerror(EMSGSIZE).lower()}"}, [])
+        if waiter := self._waiting.pop(number, None):
+            self._loop.call_soon(waiter, reply, context=Context())
 
     def forget(self, number: int) -> None:
         """Wait no longer for the answer to a request: there will be none."""
@@ -135,9 +146,11 @@ class Channel:
                 send(self._sock, kind, fds, **fields)
             except BlockingIOError:
                 return
-            except OSError:
-                self._end()
-                return
+            except OSError as error:
+                if error.errno != EMSGSIZE:
+                    self._end()
+                    return
+                self._refuse(kind, fields["n"])
             self._outbox.pop(0)
             close_all(list(fds))
         self._loop.remove_writer(self._sock.fileno())
