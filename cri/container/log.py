@@ -89,11 +89,14 @@ async def _rotate(node: Node, container: Container) -> None:
             os.rename(old, new, src_dir_fd=directory, dst_dir_fd=directory)
 
     try:
-        await node.work(rename, name, renamed)
+        # It has its name already where cribd ended in the midst of the last rotation.
+        with suppress(FileNotFoundError):
+            await node.work(rename, name, renamed)
         try:
             await reopen(node, container)
         except CribError:
-            await node.work(rename, renamed, name)  # what is written goes there still
+            with suppress(FileNotFoundError):
+                await node.work(rename, renamed, name)  # what is written goes there still
             raise
         await node.work(_prune, container, name, node.config.logs.max_files)
     except (OSError, CribError) as error:

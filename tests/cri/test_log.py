@@ -9,13 +9,16 @@ import sys
 from tests.limits import scaled
 
 CHILD = """
-import logging, sys
+import logging, select, sys
 from cri.daemon import log
 log.setup("info", "text")
 for number in range(5000):
     logging.info("line %d", number)
 print("done", flush=True)
 sys.stdin.readline()
+room = select.poll()
+room.register(2, select.POLLOUT)
+room.poll()
 logging.info("the end")
 """
 

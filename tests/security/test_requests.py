@@ -182,7 +182,7 @@ def test_53488_control_labels_as_annotations(monkeypatch: pytest.MonkeyPatch) ->
 def test_volumes_of_an_image_come_first_and_give_way() -> None:
     """Before anything of the request's is there, so that none of it is mounted on by way of a link in the image."""
     mount = pb.Mount(container_path="/data", host_path="/host")
-    paths = ("/etc/../../../etc", "/link", "/data", "/data/below", "/proc/self", "/sys", "/", "../..", "a\0b")
+    paths = ("/etc/../../../etc", "/link", "/data", "/data/below", "/proc/self", "/sys", "/", "../..")
     asked = own_volumes(paths, [mount])
     assert asked == ("/etc", "/link")
     made = {path: f"/own/{number}" for number, path in enumerate(asked)}

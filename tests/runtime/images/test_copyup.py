@@ -17,11 +17,13 @@ ENTRY = 4096
 
 def copied(root: Path, target: Path, limit_bytes: int) -> None:
     target.mkdir()
+    here = os.open(".", os.O_PATH)  # the program goes from directory to directory
     fds = os.open(root, os.O_PATH), os.open(target, os.O_RDONLY)
     try:
         Copier(fds[0], limit_bytes, ENTRY).copy("v", fds[1])
     finally:
-        for fd in fds:
+        os.fchdir(here)
+        for fd in (*fds, here):
             os.close(fd)
 
 
