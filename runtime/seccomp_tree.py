@@ -36,10 +36,9 @@ def smaller(program: bytes) -> bytes:
     """
     given, made = _Given(program), _Made()
     try:
-        begin = made.search(given.ranges(None, made))
+        begin = made.numbers(given.ranges(None, made))
         for arch in given.arches:
-            numbers = made.load(NUMBER, _ALL, made.search(given.ranges(arch, made)))
-            begin = made.test(EQUAL, arch, numbers, begin)
+            begin = made.test(EQUAL, arch, made.numbers(given.ranges(arch, made)), begin)
     except NotImplementedError:
         return program
     made.load(ARCH, _ALL, begin)
@@ -88,12 +87,16 @@ class _Made:
             self._labels[key] = self._write(LOAD, word)
         return self._labels[key]
 
-    def search(self, ranges: list[tuple[int, int]]) -> int:
-        """The label of going to that of the range which the loaded number is in; each begins with its first number."""
+    def numbers(self, ranges: list[tuple[int, int]]) -> int:
+        """The label of going to that of the range which a call's number is in; each begins with its first number."""
+        return ranges[0][1] if len(ranges) == 1 else self.load(NUMBER, _ALL, self._search(ranges))
+
+    def _search(self, ranges: list[tuple[int, int]]) -> int:
+        """The same where the number is loaded."""
         if len(ranges) == 1:
             return ranges[0][1]
         middle = len(ranges) // 2
-        return self.test(AT_LEAST, ranges[middle][0], self.search(ranges[middle:]), self.search(ranges[:middle]))
+        return self.test(AT_LEAST, ranges[middle][0], self._search(ranges[middle:]), self._search(ranges[:middle]))
 
     def _near(self, label: int) -> int:
         """A label within a conditional jump's reach that leads to the same."""

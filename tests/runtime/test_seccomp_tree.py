@@ -117,6 +117,13 @@ def test_what_libseccomp_does_not_write_stays() -> None:
     assert smaller(program) is program
 
 
+def test_numbers_are_told_apart_where_no_arch_is() -> None:
+    code = [*[(LOAD, 0, 0, 0)] * 7, (EQUAL, 0, 1, 0), (RETURN, 0, 0, 1), (RETURN, 0, 0, 2)]
+    after = smaller(packed(code))
+    assert len(unpacked(after)) < len(code)
+    assert_same(packed(code), after)
+
+
 def test_never_longer() -> None:
     program = packed([(RETURN, 0, 0, lib.ALLOW)])
     assert smaller(program) == program

@@ -41,11 +41,15 @@ pytestmark = [
 
 @dataclass
 class Thing:
-    """A pod or a container. `may` are the states it can be in; "" is not being listed."""
+    """A pod or a container. `may` are the states it can be in; "" is not being listed.
+
+    `ending`: it may have been sent a signal, and end whenever it likes.
+    """
 
     name: str
     id: str = ""
     may: set[str] = field(default_factory=lambda: {""})
+    ending: bool = False
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -105,7 +109,7 @@ class Caller:
             )
             answer = await self._call("CreateContainer", pod_sandbox_id=pod.id, config=config)
             if answer is not None:
-                one.id, one.may = answer.container_id, {"created"}
+                one.id, one.may, one.ending = answer.container_id, {"created"}, False
             return
         choice = dice.random()
         if one.may <= {"created"}:
@@ -128,6 +132,7 @@ class Caller:
     async def _end(self, pod: Told, then: str, method: str) -> None:
         """Stop or remove a pod: none of its containers runs on once that is answered."""
         for one in pod.containers.values():
+            one.ending = True
             one.may |= {"exited"} if then else {"exited", ""}
         await self._change(pod, then, method, pod_sandbox_id=pod.id)
         if "ready" not in pod.may:
@@ -137,6 +142,7 @@ class Caller:
     async def _change(self, thing: Thing, then: str, method: str, **fields: Any) -> None:
         on_the_way = {"RemovePodSandbox": "notready", "RemoveContainer": "exited", "StartContainer": "exited"}
         thing.may = thing.may | {then, on_the_way.get(method, then)}
+        thing.ending |= method in ("StopContainer", "RemoveContainer")
         stays = thing.may & {"created"} if method == "StopContainer" else set()  # one that never ran stays what it is
         answer = await self._call(method, **fields)
         if answer is None and method.startswith(("Stop", "Remove")):  # given up: it goes on, and can be joined
@@ -178,6 +184,8 @@ async def _holds(real: Real, pods: list[Told]) -> None:
         for name, one in pod.containers.items():
             is_there = mine.pop(name, None) or pb.Container()
             now = pb.ContainerState.Name(is_there.state).removeprefix("CONTAINER_").lower() if is_there.id else ""
+            if one.ending:
+                one.may |= {"exited"}
             assert now in one.may, (pod, one, now)
             if now == "running" and not await _answers(real, is_there.id):
                 now = "exited"
