@@ -23,6 +23,7 @@ from typing import Any
 from runtime.errors import Cancelled, Exhausted, Unavailable
 from runtime.images.errors import BadImage
 from runtime.images.image import ImagesConfig
+from runtime.linux.mount import open_tree
 
 _START = (
     "import sys, json; sys.path[:] = json.loads(sys.argv[1]);"
@@ -63,8 +64,8 @@ class Unpacked:
 
 
 class Unpacker:
-    """Unpacks layers, each in a process of its own, forked by a program that is started with the first and ends when
-    there has been none for a while.
+    """Processes that unpack layers, forked by a program that is started with the first and ends when there has been
+    none for a while.
 
     The program and its forks hold `store_lock`: nobody else takes the store while one of them can still write to it.
     Thread-safe.
@@ -84,34 +85,25 @@ class Unpacker:
         self._lock = threading.Lock()
         self._program: _Program | None = None
 
-    def begin(self, target: Path, recipe: int) -> "Unpack":
-        """Start on a layer, whose bytes are then written to what is returned; `target` is an empty directory, `recipe`
-        an empty file (see `runtime.images.unpack.recipe`).
+    def fork(self) -> "Unpack":
+        """A process without work. Raises Unavailable, Exhausted, OSError."""
+        jobs, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            try:
+                return Unpack(*self._fork(theirs.fileno()), jobs)
+            except BaseException:
+                jobs.close()
+                raise
 
-        Raises Unavailable, Exhausted, OSError.
-        """
-        with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
-            blob_theirs, blob = os.pipe()
-            theirs.callback(os.close, blob_theirs)
-            ours.callback(os.close, blob)
-            report, report_theirs = os.pipe()
-            theirs.callback(os.close, report_theirs)
-            ours.callback(os.close, report)
-            with contextlib.suppress(OSError):  # the usual size will do
-                fcntl.fcntl(blob, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-            pid, pidfd = self._fork(os.fsencode(target), [blob_theirs, report_theirs, recipe])
-            ours.pop_all()
-            return Unpack(pid, pidfd, blob, report)
-
-    def _fork(self, target: bytes, descriptors: list[int]) -> tuple[int, int]:
+    def _fork(self, jobs: int) -> tuple[int, int]:
         with self._lock:
             if self._program is not None:
                 with contextlib.suppress(OSError):
-                    return self._program.fork(target, descriptors)
+                    return self._program.fork(jobs)
                 self._program.close()  # it had nothing to do for a while, or was killed
             self._program = _Program(self._store_lock, self._limits)
             try:
-                return self._program.fork(target, descriptors)
+                return self._program.fork(jobs)
             except OSError as error:
                 reason = self._program.failure or "has ended"
                 raise Unavailable(f"the unpacking program: {reason}") from error
@@ -160,10 +152,10 @@ class _Program:
                 return
         process.wait()
 
-    def fork(self, target: bytes, descriptors: list[int]) -> tuple[int, int]:
-        """The pid and pidfd of a process for the layer. Raises OSError when the program has ended, Exhausted when it
-        goes on with the others, and there is no room for this one."""
-        socket.send_fds(self._socket, [target], descriptors)
+    def fork(self, jobs: int) -> tuple[int, int]:
+        """The pid and pidfd of a process that takes its work from a socket. Raises OSError when the program has ended,
+        Exhausted when it goes on with the others, and there is no room for this one."""
+        socket.send_fds(self._socket, [b"fork"], [jobs])
         answer, pidfds, _, _ = socket.recv_fds(self._socket, _ANSWER_BYTES, 1)
         if not answer:
             raise ConnectionResetError
@@ -178,17 +170,39 @@ class _Program:
 
 
 class Unpack:
-    """A child at work on one layer. Used by one thread; `kill` may come from any."""
+    """A process that unpacks one layer, and then another if it is `ready`. Used by one thread at a time; `kill` may
+    come from any."""
 
-    def __init__(self, pid: int, pidfd: int, blob: int, report: int) -> None:
+    def __init__(self, pid: int, pidfd: int, jobs: socket.socket) -> None:
         self.pid = pid
+        self.ready = True
         self._pidfd = pidfd
-        self._blob = blob
-        self._report = report
+        self._jobs = jobs
+        self._blob = -1
+        self._report = -1
         self._ended = select.poll()
         self._ended.register(pidfd, select.POLLIN)
         self._killed = False
         self._lock = threading.Lock()
+
+    def begin(self, target: Path, recipe: int) -> None:
+        """Start on a layer, whose bytes are then given to `write`; `target` is an empty directory, `recipe` an empty
+        file (see `runtime.images.unpack.recipe`).
+
+        Raises OSError.
+        """
+        self.ready = False
+        with contextlib.ExitStack() as theirs:
+            tree = open_tree(str(target))
+            theirs.callback(os.close, tree)
+            blob, self._blob = os.pipe()
+            theirs.callback(os.close, blob)
+            self._report, report = os.pipe()
+            theirs.callback(os.close, report)
+            with contextlib.suppress(OSError):  # the usual size will do
+                fcntl.fcntl(self._blob, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+            with contextlib.suppress(ConnectionError):  # `finish` tells that it was killed
+                socket.send_fds(self._jobs, [b"layer"], [tree, blob, report, recipe])
 
     def write(self, data: bytes) -> bool:
         """Give the child more of the layer, as soon as it can take it. False when it has ended early, which `finish`
@@ -202,7 +216,7 @@ class Unpack:
         return True
 
     def finish(self) -> Unpacked:
-        """That was the whole layer, as it should be, or the child has ended early: its report. Called once.
+        """That was the whole layer, as it should be, or the child has ended early: its report.
 
         Raises BadImage, Exhausted, Unavailable, Cancelled.
         """
@@ -215,7 +229,12 @@ class Unpack:
             raise Cancelled("unpacking was cancelled")
         if not line.endswith(b"\n"):
             raise Unavailable("unpack: the process was killed")
-        return _read_report(json.loads(line))
+        os.close(self._report)
+        self._report = -1
+        report = json.loads(line)
+        unpacked = _read_report(report)
+        self.ready = report["ready"]
+        return unpacked
 
     def kill(self) -> None:
         """End the child now; whoever waits for it gets Cancelled."""
@@ -230,6 +249,7 @@ class Unpack:
         if not self._ended.poll(0):
             self.kill()
             self._ended.poll()
+        self._jobs.close()
         with self._lock:
             for fd in (self._pidfd, self._blob, self._report):
                 if fd >= 0:

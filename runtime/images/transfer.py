@@ -82,6 +82,7 @@ class Transfer:
         self._lock = threading.Lock()
         self._stopped = False
         self._children: set[Unpack] = set()
+        self._idle: list[Unpack] = []
         self._numbers: dict[str, int] = {}
         self._held: list[int] = []
         self._fetching = threading.Semaphore(config.max_parallel)
@@ -136,7 +137,10 @@ class Transfer:
             self._report(descriptor, "waiting" if diff_id in self._numbers else "exists", 0)
         if missing:
             with self._synchronised_meanwhile():
-                self._in_parallel([(diff_id, *wanted[diff_id]) for diff_id in missing])
+                try:
+                    self._in_parallel([(diff_id, *wanted[diff_id]) for diff_id in missing])
+                finally:
+                    self._end_children()
         layers: list[Layer] = []
         for diff_id, below in zip(parsed.diff_ids, chains, strict=False):
             layers.append(self._settled(diff_id, below, layers))
@@ -224,20 +228,39 @@ class Transfer:
 
     @contextmanager
     def _begun(self, number: int) -> Iterator[Unpack]:
-        """A child for the layer, which is over when the context is."""
+        """A child at work on the layer, which is over when the context is."""
         path = self._shelf.path(number)
         path.mkdir(0o755)
         os.chmod(path, 0o755)
-        with open(self._shelf.recipe(number), "wb") as recipe:
-            child = self._unpacker.begin(path, recipe.fileno())
+        child = self._child()
         try:
-            with self._lock:
-                self._children.add(child)
             self._check()
+            with open(self._shelf.recipe(number), "wb") as recipe:
+                child.begin(path, recipe.fileno())
             yield child
         finally:
+            if not child.ready:
+                child.close()
             with self._lock:
-                self._children.discard(child)
+                if child.ready:
+                    self._idle.append(child)
+                else:
+                    self._children.discard(child)
+
+    def _child(self) -> Unpack:
+        with self._lock:
+            if self._idle:
+                return self._idle.pop()
+        child = self._unpacker.fork()
+        with self._lock:
+            self._children.add(child)
+        return child
+
+    def _end_children(self) -> None:
+        """All of them are idle."""
+        for child in self._children:
+            child.kill()
+        for child in self._children:
             child.close()
 
     def _feed(self, child: Unpack, descriptor: Descriptor) -> None:

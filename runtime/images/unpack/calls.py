@@ -14,11 +14,11 @@ from runtime.linux.seccomp import Filter
 _FILES: Final = (
     "open openat openat2 close read write lseek ftruncate fcntl dup dup2 fstat stat lstat newfstatat statx getdents64"
     " readlink readlinkat mkdir mkdirat rmdir unlink unlinkat symlink symlinkat link linkat mknod mknodat"
-    " sync_file_range chown lchown fchown fchownat"
+    " sync_file_range chown lchown fchown fchownat fchdir chroot"
     " chmod fchmod fchmodat fchmodat2 utimensat setxattr lsetxattr fsetxattr"
 )
 _ITSELF: Final = (
-    "brk munmap mremap madvise futex sched_yield sched_getaffinity set_robust_list rseq gettid getpid getrandom"
+    "recvmsg brk munmap mremap madvise futex sched_yield sched_getaffinity set_robust_list rseq gettid getpid getrandom"
     " clock_gettime clock_nanosleep restart_syscall rt_sigaction rt_sigprocmask rt_sigreturn sigaltstack tgkill"
     " exit exit_group"
 )

@@ -1,16 +1,21 @@
-"""The unpacking program: forks for each layer that cribd hands it; the fork confines itself and unpacks.
+"""The unpacking program: forks when cribd wants a process; the fork confines itself and unpacks layers of one image.
 
-Started by `runtime.images.layers`. Each message on its socket is the path of an empty directory, with three
-descriptors: a pipe that brings the blob, a pipe for the report, one line of JSON, and the file for the layer's recipe.
-The answer is the fork's pid and pidfd, or why there is none. The blob ends when the pipe does: who gives it up kills
-the fork first. Without work for a while the program ends; a message that it has not answered then was in vain.
+Started by `runtime.images.layers`. Each message on its socket has one descriptor, on which the fork finds its work; the
+answer is the fork's pid and pidfd, or why there is none. Without forks for a while the program ends; a message that it
+has not answered then was in vain.
 
-A fork costs what it touches, page by page: what can be done once is done before it.
+Each message to a fork is a layer, with four descriptors: a detached mount of its empty directory, a pipe that brings
+the blob, a pipe for the report, one line of JSON, and the file for the layer's recipe. The blob ends when the pipe
+does: who gives it up kills the fork first. When the report says so the fork waits for another layer.
+
+A fork costs what it touches, page by page: what can be done once is done before it, and small layers share one.
 
 Threat model: a layer may try to exploit a decompressor or the reader. The fork that reads it has the layer's directory
-as its root, no descriptor but those three, the store's lock (an empty file, to be read) and a path to its root, few
-capabilities, only the system calls that it needs, bounded memory, and dies with this process, which reads nothing but
-cribd's jobs and dies with cribd.
+as its root, in a mount that leads nowhere else, so that not even CAP_SYS_CHROOT leads out of it; no descriptor but
+those four, its socket, the store's lock (an empty file, to be read) and a path to its root, few capabilities, only the
+system calls that it needs, bounded memory, and dies with this process, which reads nothing but cribd's jobs and dies
+with cribd. What has taken over a fork could lie about the layer at hand, and write to those that it gets after: they
+are of the same image, and all its forks have ended before that is committed.
 """
 
 import gc
@@ -34,9 +39,14 @@ from runtime.linux.seccomp import Filter
 
 # SYS_ADMIN is what trusted.* attributes need.
 _KEEP = caps.mask(
-    ("CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID", "CAP_MKNOD", "CAP_SETFCAP", "CAP_SYS_ADMIN")
+    (
+        *("CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID", "CAP_MKNOD", "CAP_SETFCAP", "CAP_SYS_ADMIN"),
+        "CAP_SYS_CHROOT",
+    )
 )
 _MEMORY_LIMIT_BYTES = 512 << 20
+# After a larger layer the fork ends, and gives back its memory.
+_SMALL_BYTES = 8 << 20
 _REAP_MS = 1_000
 
 
@@ -66,9 +76,7 @@ def _lessen() -> None:
     prctl(PR_SET_NO_NEW_PRIVS, 1)
 
 
-def _confine(root: str, filter: Filter) -> None:
-    os.chroot(root)  # noqa: TID251 (this is the program that is to be confined, not cribd)
-    os.chdir("/")
+def _confine(filter: Filter) -> None:
     # What was not imported yet never is: a layer has files at the interpreter's paths.
     sys.path.clear()
     sys.meta_path.clear()
@@ -89,16 +97,21 @@ def _unpack(limits: Limits, blob: int, recipe: int) -> dict[str, object]:
         "lower_links": [[os.fsdecode(name), os.fsdecode(target)] for name, target in applied.lower_links],
         "diff_id": pipeline.diff_id,
         "spoilt": recorder.spoilt,
+        "ready": pipeline.size <= _SMALL_BYTES,
     }
 
 
 def _failure(kind: str, message: str, errno: int = 0) -> dict[str, object]:
-    return {"failed": kind, "message": message, "errno": errno}
+    return {"failed": kind, "message": message, "errno": errno, "ready": False}
 
 
-def _report(root: str, limits: Limits, filter: Filter, blob: int, recipe: int) -> dict[str, object]:
+def _report(limits: Limits, filter: Filter | None, root: int, blob: int, recipe: int) -> dict[str, object]:
+    """Of one layer; `filter` with the first."""
     try:
-        _confine(root, filter)
+        os.fchdir(root)
+        os.chroot(".")  # noqa: TID251 (this is the program that is to be confined, not cribd)
+        if filter is not None:
+            _confine(filter)
         return _unpack(limits, blob, recipe)
     except LimitReached as error:
         return _failure("limit", str(error))
@@ -113,14 +126,25 @@ def _report(root: str, limits: Limits, filter: Filter, blob: int, recipe: int) -
         return _failure("defect", f"{type(error).__name__}: {error}")
 
 
-def _work(root: str, limits: Limits, filter: Filter, blob: int, report: int, recipe: int) -> None:
-    """One layer, in the fork; never returns."""
+def _work(jobs: socket.socket, limits: Limits, filter: Filter | None) -> None:
+    """Layer after layer, in the fork; never returns."""
     status = 1
     try:
         os.dup2(0, 2)  # cribd's log is not the layer's
-        left = memoryview(json.dumps(_report(root, limits, filter, blob, recipe)).encode() + b"\n")
-        while left:
-            left = left[os.write(report, left) :]
+        ready: object = True
+        while ready:
+            message, descriptors, _, _ = socket.recv_fds(jobs, 16, 4)
+            if not message:
+                break
+            root, blob, report, recipe = descriptors
+            outcome = _report(limits, filter, root, blob, recipe)
+            filter = None
+            ready = outcome["ready"]
+            left = memoryview(json.dumps(outcome).encode() + b"\n")
+            while left:
+                left = left[os.write(report, left) :]
+            for descriptor in descriptors:
+                os.close(descriptor)
         status = 0
     finally:
         # Without waiting for the pipeline's thread, which may wait for bytes that never come.
@@ -156,7 +180,7 @@ def serve(number: int, parent: int, limits: Limits) -> None:
                 os._exit(0)
             forks -= _reap()
             continue
-        message, descriptors, _, _ = socket.recv_fds(jobs, 1 << 16, 3)
+        message, descriptors, _, _ = socket.recv_fds(jobs, 16, 1)
         if not message:
             _reap()
             os._exit(0)
@@ -172,7 +196,7 @@ def serve(number: int, parent: int, limits: Limits) -> None:
         if not pid:
             jobs.close()
             die_with(me)
-            _work(os.fsdecode(message), limits, filter, *descriptors)
+            _work(socket.socket(fileno=descriptors[0]), limits, filter)
         socket.send_fds(jobs, [answer.encode()], pidfds)
         for descriptor in (*pidfds, *descriptors):
             os.close(descriptor)

@@ -21,7 +21,7 @@ import zstandard
 from runtime.errors import Cancelled, Exhausted, Unavailable, WrongState
 from runtime.images import Images, ImagesConfig
 from runtime.images.errors import BadImage
-from runtime.images.layers import Unpacked, Unpacker, short_name
+from runtime.images.layers import Unpack, Unpacked, Unpacker, short_name
 from runtime.images.manifest import LAYERS_LIMIT
 from runtime.images.records import lock
 from runtime.removal import remove_tree
@@ -34,13 +34,24 @@ pytestmark = requires("root")
 ROOT = Path(__file__).resolve().parents[3]
 
 
+@contextmanager
+def begun(unpacker: Unpacker, target: Path) -> Iterator[Unpack]:
+    with tempfile.TemporaryFile() as recipe, closing(unpacker.fork()) as child:
+        child.begin(target, recipe.fileno())
+        yield child
+
+
+def ended(pidfd: int) -> None:
+    assert select.select([pidfd], [], [], scaled(20))[0]
+    os.close(pidfd)
+
+
 def unpack(target: Path, data: bytes, config: ImagesConfig | None = None) -> Unpacked:
     target.mkdir(exist_ok=True)
     with (
         tempfile.TemporaryFile() as lock,
         closing(Unpacker(config or ImagesConfig(), lock.fileno())) as unpacker,
-        tempfile.TemporaryFile() as recipe,
-        closing(unpacker.begin(target, recipe.fileno())) as child,
+        begun(unpacker, target) as child,
     ):
         child.write(data)
         return child.finish()
@@ -321,8 +332,7 @@ def test_the_child_is_confined(target: Path, run_dir: Path) -> None:
     held = lock(run_dir / "lock")
     with (
         closing(Unpacker(ImagesConfig(), held)) as unpacker,
-        open("/dev/null", "wb") as recipe,
-        closing(unpacker.begin(target, recipe.fileno())) as child,
+        begun(unpacker, target) as child,
     ):
         os.close(held)
         status: dict[str, str] = {}
@@ -330,13 +340,15 @@ def test_the_child_is_confined(target: Path, run_dir: Path) -> None:
             lines = Path(f"/proc/{child.pid}/status").read_text().splitlines()
             status = {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
             assert "Z" not in status["State"]
-        assert os.readlink(f"/proc/{child.pid}/root") == str(target)
-        assert os.readlink(f"/proc/{child.pid}/cwd") == str(target)
-        assert int(status["CapPrm"], 16).bit_count() == 7
-        assert int(status["CapBnd"], 16).bit_count() == 7
+        for there in ("root", "cwd", "root/..", "cwd/.."):
+            assert os.path.samefile(f"/proc/{child.pid}/{there}", target)
+        assert int(status["CapPrm"], 16).bit_count() == 8
+        assert int(status["CapBnd"], 16).bit_count() == 8
         assert status["Seccomp"] == "2"
-        names = {os.readlink(path) for path in Path(f"/proc/{child.pid}/fd").iterdir()}
-        assert {name.partition(":")[0] for name in names} <= {"/dev/null", "pipe", str(target), str(run_dir / "lock")}
+        for path in Path(f"/proc/{child.pid}/fd").iterdir():
+            name = os.readlink(path).partition(":")[0]
+            recipe_or_lock = name == str(run_dir / "lock") or name.endswith("(deleted)")
+            assert name in ("/dev/null", "pipe", "socket") or recipe_or_lock or os.path.samefile(path, target)
         with pytest.raises(WrongState, match="in use by another process"):
             lock(run_dir / "lock")
         child.kill()
@@ -347,34 +359,31 @@ def test_the_child_is_confined(target: Path, run_dir: Path) -> None:
 
 def test_a_program_that_has_ended_is_started_again(run_dir: Path) -> None:
     """It is one for all layers while they come, ends by itself when none does, and may be killed."""
-    programs = []
+    programs, pidfds = [], []
 
     def one(unpacker: Unpacker, name: str) -> None:
         (run_dir / name).mkdir()
-        with open("/dev/null", "wb") as recipe, closing(unpacker.begin(run_dir / name, recipe.fileno())) as child:
+        with begun(unpacker, run_dir / name) as child:
             programs.append(int(Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[1]))
+            pidfds.append(os.pidfd_open(programs[-1]))
             child.write(Layer().file("file", name).tar())
             child.finish()
         assert (run_dir / name / "file").read_text() == name
-
-    def ended(pid: int, kill: bool) -> None:
-        pidfd = os.pidfd_open(pid)
-        if kill:
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        assert select.select([pidfd], [], [], 20)[0]
-        os.close(pidfd)
 
     with tempfile.TemporaryFile() as lock, closing(Unpacker(ImagesConfig(), lock.fileno())) as unpacker:
         one(unpacker, "first")
         one(unpacker, "second")
         assert programs[0] == programs[1]
-        ended(programs[1], kill=True)
+        os.kill(programs[1], signal.SIGKILL)
+        ended(pidfds[1])
         one(unpacker, "third")
         assert programs[2] != programs[1]
     with tempfile.TemporaryFile() as lock, closing(Unpacker(ImagesConfig(), lock.fileno(), idle_s=0.05)) as unpacker:
         one(unpacker, "fourth")
-        ended(programs[3], kill=False)
+        ended(pidfds[3])
         one(unpacker, "fifth")
+    for number in (0, 2, 4):
+        os.close(pidfds[number])
 
 
 @contextmanager
@@ -392,14 +401,53 @@ def descriptors_left(pid: int, count: int) -> Iterator[None]:
         resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
 
 
-def pipes(pid: int) -> list[str]:
-    """The pipes that a process holds, but for its standard streams."""
-    found = []
+def sockets(pid: int) -> int:
+    """How many a process holds."""
+    found = 0
     for path in Path(f"/proc/{pid}/fd").iterdir():
         with suppress(FileNotFoundError):
-            if int(path.name) > 2 and os.readlink(path).startswith("pipe:"):
-                found.append(path.name)
+            found += os.readlink(path).startswith("socket:")
     return found
+
+
+def test_small_layers_share_a_process(run_dir: Path) -> None:
+    """Each has only its own directory; after a large one, or a bad one, the process ends."""
+    (run_dir / "secret").write_text("")
+    for name in "abcdef":
+        (run_dir / name).mkdir()
+    small = Layer().symlink("out", "/").file("out/secret", "mine").symlink("up", "../..").file("up/secret2", "mine")
+    large = Layer().file("zeros", bytes(9 << 20))
+    with (
+        tempfile.TemporaryFile() as lock,
+        tempfile.TemporaryFile() as recipe,
+        closing(Unpacker(ImagesConfig(), lock.fileno())) as unpacker,
+    ):
+        for last, names in ((large.tar(), "abc"), (b"x" * 1000, "def")):
+            with closing(unpacker.fork()) as child:
+                for name, data in zip(names, (small.tar(), small.tar(), last), strict=True):
+                    assert child.ready
+                    child.begin(run_dir / name, recipe.fileno())
+                    child.write(data)
+                    with suppress(BadImage):
+                        child.finish()
+                    if child.ready:
+                        assert {path.name for path in (run_dir / name).iterdir()} == {"out", "secret", "up", "secret2"}
+                ended(os.pidfd_open(child.pid))
+    assert {path.name for path in run_dir.iterdir()} == {*"abcdef", "secret"}
+    assert (run_dir / "secret").read_text() == ""
+
+
+def test_a_process_that_was_killed_between_layers(run_dir: Path) -> None:
+    with (
+        tempfile.TemporaryFile() as lock,
+        closing(Unpacker(ImagesConfig(), lock.fileno())) as unpacker,
+        closing(unpacker.fork()) as child,
+    ):
+        os.kill(child.pid, signal.SIGKILL)
+        child.begin(run_dir, lock.fileno())
+        child.write(Layer().file("f").tar())
+        with pytest.raises(Unavailable, match="the process was killed"):
+            child.finish()
 
 
 @pytest.mark.parametrize("whose", ["cribd", "the program"])
@@ -410,28 +458,32 @@ def test_who_has_no_descriptor_left_gets_no_process_and_others_go_on(run_dir: Pa
     with (
         tempfile.TemporaryFile() as lock,
         closing(Unpacker(ImagesConfig(), lock.fileno())) as unpacker,
-        open("/dev/null", "wb") as recipe,
-        closing(unpacker.begin(run_dir / "one", recipe.fileno())) as child,
+        begun(unpacker, run_dir / "one") as child,
     ):
         program = int(Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[1])
         child.write(data[:600])
         deadline_s = time.monotonic() + scaled(20)
-        while pipes(program):  # it closes them once it has answered
+        while sockets(program) > 1:  # it closes the fork's once it has answered
             assert time.monotonic() < deadline_s
-        # Two pipes here, the two ends and the recipe there.
+        # Here the recipe and a pair of sockets, there one of them.
         limited, message = (
-            ((os.getpid(), 4), "no descriptor is left")
+            ((os.getpid(), 3), "no descriptor is left")
             if whose == "cribd"
-            else ((program, 3), "fork: too many open files")
+            else ((program, 1), "fork: too many open files")
         )
-        with descriptors_left(*limited), pytest.raises(Exhausted, match=message):
-            unpacker.begin(run_dir / "two", recipe.fileno())
-        for count in range(4):
-            with descriptors_left(os.getpid(), count), pytest.raises(OSError, match="Too many open files"):
-                unpacker.begin(run_dir / "two", recipe.fileno())
+        with descriptors_left(*limited), pytest.raises(Exhausted, match=message), begun(unpacker, run_dir / "two"):
+            pass
+        # The process's descriptor as well, and for the layer its mount and two pipes.
+        for count in (0, 1, 2, *range(4, 8)):
+            with (
+                descriptors_left(os.getpid(), count),
+                pytest.raises(OSError, match=r"[Tt]oo many open files"),
+                begun(unpacker, run_dir / "two"),
+            ):
+                pass
         child.write(data[600:])
         child.finish()
-        with closing(unpacker.begin(run_dir / "two", recipe.fileno())) as another:
+        with begun(unpacker, run_dir / "two") as another:
             assert Path(f"/proc/{another.pid}/stat").read_text().rpartition(")")[2].split()[1] == str(program)
             another.write(data)
             another.finish()
@@ -460,7 +512,6 @@ refused(os.fork)
 refused(os.execv, "/bin/true", ["true"])
 refused(socket.socket)
 refused(os.kill, os.getpid(), 0)
-refused(os.chroot, "/")
 refused(os.rename, "/a", "/b")
 refused(mmap.mmap, -1, 4096, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_EXEC)
 for name in ("mount", "umount2", "unshare", "setns", "ptrace", "pivot_root", "open_by_handle_at", "init_module"):
@@ -495,7 +546,35 @@ def test_a_limit_that_is_lower_already_stays(target: Path) -> None:
 def test_system_calls_that_unpacking_does_not_need() -> None:
     """They are refused, though the process could do all of that; a thread it may have."""
     done = subprocess.run([sys.executable, "-c", ESCAPES], capture_output=True, check=True, text=True, timeout=60)
-    assert done.stdout == "." * 15 + "thread"
+    assert done.stdout == "." * 14 + "thread"
+
+
+OUT = """
+import os, sys
+from pathlib import Path
+from runtime.images.unpack.child import _KEEP, _confine
+from runtime.images.unpack.calls import only_unpacking
+from runtime.linux.mount import open_tree
+
+root = open_tree(sys.argv[1]) if sys.argv[2] == "guarded" else os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECTORY)
+filter = only_unpacking()
+os.fchdir(root)
+os.chroot(".")
+_confine(filter)
+os.mkdir("deeper")
+os.chroot("deeper")
+os.fchdir(root)
+os.open("../beside", os.O_WRONLY | os.O_CREAT)
+"""
+
+
+@pytest.mark.parametrize("how", ["guarded", "unguarded"])
+def test_the_way_out_of_a_chroot(run_dir: Path, how: str) -> None:
+    """What has taken over a process that unpacks goes it: out of the mount of its directory it doesn't lead."""
+    (run_dir / "layer").mkdir()
+    subprocess.run([sys.executable, "-c", OUT, str(run_dir / "layer"), how], cwd=ROOT, check=True, timeout=60)
+    assert (run_dir / "beside").exists() == (how == "unguarded")
+    assert (run_dir / "layer/beside").exists() == (how == "guarded")
 
 
 def test_short_names() -> None:
