@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 START_ERROR_EXIT: Final = 128
 _PREPARED_S: Final = 10.0
+_PREPARED: Final = 16
+"""So many containers of the node at once have a process, a log and pipes for a start to come: a kubelet starts what it
+makes, and what only makes them shall not take more than that."""
 _decode_spec: Final = msgspec.json.Decoder(Spec).decode
 _logger = logging.getLogger(__name__)
 
@@ -129,9 +132,12 @@ def _request(node: Node, container: Container, rootfs: RootFs) -> ContainerStart
 def prepare(node: Node, container: Container) -> None:
     """Begin with what StartContainer needs for a container that was just made, since as a rule it follows at once.
 
-    Its log is opened, its process waits, for a while. What goes wrong is for the start to tell.
+    Its log is opened, its process waits, for a while, where not too many others wait. What goes wrong is for the start
+    to tell.
     """
     if container.state is not ContainerState.CREATED or container.rootfs is None or not container.pod.ready:
+        return
+    if sum(other.log is not None for other in node.containers) >= _PREPARED:
         return
     loop = asyncio.get_running_loop()
     loop.call_later(_PREPARED_S, lambda: node.spawn(loop.create_task(_give_up(container))))

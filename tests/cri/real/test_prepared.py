@@ -32,9 +32,9 @@ def logs_open(real: Real) -> list[str]:
     return [link for link in links if link.startswith(str(real.logs))]
 
 
-async def monitor(real: Real) -> tuple[str, int]:
+async def monitor(real: Real, name: str = "pod") -> tuple[str, int]:
     """A pod, and its monitor's pid."""
-    pod = await real.pod(real.pod_config(network=False))
+    pod = await real.pod(real.pod_config(name, network=False))
     request = pb.PodSandboxStatusRequest(pod_sandbox_id=pod, verbose=True)
     return pod, int(json.loads((await real.client.PodSandboxStatus(request)).info["info"])["pid"])
 
@@ -63,6 +63,20 @@ async def test_who_joins_a_create_prepares_nothing_more(real: Real) -> None:
     await until(lambda: logs_open(real))
     await real.start(containers[0])
     await until(lambda: not logs_open(real))
+
+
+async def test_no_more_than_a_few_of_a_node_are_prepared(real: Real) -> None:
+    pods = [await monitor(real, "a"), await monitor(real, "b")]
+    made = []
+    for number in range(40):
+        pod, _ = pods[number % 2]
+        made.append(await real.create(pod, "sh", "-c", f"exit {number}", name=f"c{number}"))
+        assert len(logs_open(real)) <= 16
+        assert sum(len(children(parent)) for _, parent in pods) <= 16
+    for number, container in enumerate(made):
+        await real.start(container)
+        assert (await real.ended(container)).exit_code == number
+    assert not logs_open(real)
 
 
 async def test_a_start_without_its_log_leaves_no_process(real: Real) -> None:
