@@ -25,6 +25,7 @@ from net.network import (
 from net.transactions import Transactions
 
 CHOICES: Final = ("auto", "cni", "builtin")
+_CIDR_LIMIT: Final = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +120,8 @@ class NodeNetwork:
 
     def set_pod_cidrs(self, cidrs: Sequence[str]) -> None:
         for cidr in cidrs:
+            if len(cidr) > _CIDR_LIMIT:
+                raise InvalidSpec(f"pod CIDR {cidr[:_CIDR_LIMIT]!r}…: {len(cidr)} characters")
             try:
                 ip_network(cidr)
             except ValueError as error:

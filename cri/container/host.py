@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from cri.node import Node
 
 _DEVICES_LIMIT: Final = 4096
+_NAMES_LIMIT: Final = 65536
 _OWN_DEVICES: Final = frozenset(("/dev/pts", "/dev/shm", "/dev/mqueue", "/dev/fd", "/dev/console"))
 
 
@@ -54,7 +55,11 @@ def _devices(path: str) -> list[tuple[str, HostDevice]]:
         found = _device(real, "")
         return [(path, found)] if found else []
     devices: list[tuple[str, HostDevice]] = []
+    seen = 0
     for directory, below, names in os.walk(real):
+        seen += len(below) + len(names)
+        if seen > _NAMES_LIMIT:
+            raise InvalidSpec(f"devices.host_path {path!r}: holds more than {_NAMES_LIMIT} names")
         below[:] = [name for name in below if os.path.join(directory, name) not in _OWN_DEVICES]
         for name in names:
             whole = os.path.join(directory, name)

@@ -209,12 +209,19 @@ def _paths(config: pb.ContainerConfig) -> tuple[tuple[str, ...], tuple[str, ...]
     if not config.linux.HasField("security_context"):
         return MASKED_PATHS, READONLY_PATHS
     context = config.linux.security_context
-    for kind, paths in (("masked_paths", context.masked_paths), ("readonly_paths", context.readonly_paths)):
-        if len(paths) > PATHS_LIMIT:
-            raise InvalidSpec(f"{kind}: {len(paths)} entries, the limit is {PATHS_LIMIT}")
-    masked = tuple(absolute("masked_paths", path) for path in context.masked_paths)
-    readonly = tuple(absolute("readonly_paths", path) for path in context.readonly_paths)
+    masked = _below_root("masked_paths", context.masked_paths)
+    readonly = _below_root("readonly_paths", context.readonly_paths)
     return ((), ()) if context.privileged else (masked, readonly)
+
+
+def _below_root(kind: str, paths: Sequence[str]) -> tuple[str, ...]:
+    """Normal absolute paths. The root itself can't be covered: what runs in it would go on seeing what is below."""
+    if len(paths) > PATHS_LIMIT:
+        raise InvalidSpec(f"{kind}: {len(paths)} entries, the limit is {PATHS_LIMIT}")
+    found = tuple(absolute(kind, path) for path in paths)
+    if "/" in found:
+        raise InvalidSpec(f"{kind} '/': only what is below the root can be among them")
+    return found
 
 
 def _annotations(given: ContainerInput) -> dict[str, str]:

@@ -63,6 +63,8 @@ def container_devices(
     for entry in requested:
         host = _host_path(entry)
         target = absolute("devices.container_path", entry.container_path or host)
+        if target == "/":
+            raise InvalidSpec("devices.container_path '/': would be the container's root")
         access = permissions(entry.permissions)
         if not found.get(host):
             raise InvalidSpec(f"devices.host_path {show(host)}: no device there")

@@ -10,6 +10,7 @@ from runtime.errors import InvalidSpec
 REQUEST_LIMIT_BYTES = 8 << 20
 """A whole RunPodSandbox or CreateContainer configuration; etcd keeps a pod below 1.5 MiB."""
 PATH_LIMIT_BYTES = 4095  # PATH_MAX without its NUL
+FILE_LIMIT_BYTES = 255  # NAME_MAX
 NAME_LIMIT_BYTES = 253  # a DNS subdomain, Kubernetes' longest name
 ID_LIMIT_BYTES = 128
 LABELS_LIMIT_BYTES = 1 << 20

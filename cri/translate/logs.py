@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import posixpath
 
-from cri.translate.field import PATH_LIMIT_BYTES, bounded, no_backsteps, on_host, show
+from cri.translate.field import FILE_LIMIT_BYTES, PATH_LIMIT_BYTES, bounded, no_backsteps, on_host, show
 from runtime.errors import InvalidSpec
 
 
@@ -21,4 +21,6 @@ def log_path(log_directory: str, relative: str) -> str | None:
     clean = posixpath.normpath(no_backsteps("log_path", relative))
     if clean == "." or relative.endswith("/"):
         raise InvalidSpec(f"log_path {show(relative)}: names a directory")
+    for part in clean.split("/"):
+        bounded("log_path", part, FILE_LIMIT_BYTES)
     return bounded("log_path", posixpath.join(directory, clean), PATH_LIMIT_BYTES)

@@ -44,6 +44,9 @@ __all__ = [
 ]
 
 _RLIMITS: Final = {f"RLIMIT_{name}": number for number, name in enumerate(identity.RLIMIT_NAMES)}
+_NOFILE: Final = "RLIMIT_NOFILE"
+_DESCRIPTORS: Final = 64
+"""So many a start may have open beside the sources of mounts and the layers."""
 _VISIBLE: Final = "/sys"
 HOOKS_ROOT: Final = f"{_VISIBLE}/rootfs"
 """Where createContainer hooks find the root file system of a mapped container."""
@@ -105,7 +108,8 @@ def compile_start(
         build.tree.append(mounts.ReadOnlyRoot())
     process = spec.process
     detach = identity.Detach(process.selinux_label)
-    plan: list[Step] = [detach, *_inherited(process), *build.sources, *build.joins]
+    descriptors = len(build.sources) + len(rootfs.lowers) + _DESCRIPTORS
+    plan: list[Step] = [detach, *_inherited(process, descriptors), *build.sources, *build.joins]
     if build.uids:
         root = (rootfs.base, rootfs.lowers, rootfs.upper, rootfs.work, build.uids, build.gids)
         # Where root inside may look up a path, whatever the modes of the state directory's parents are.
@@ -130,6 +134,7 @@ def compile_start(
     plan += _label(process)
     plan += build.tree
     plan.append(mounts.PivotRoot())
+    plan += _own_descriptors(process, descriptors)
     plan += _hooks("startContainer", found.start_container, spec, state, environment)
     plan += _become(process, linux, environment.last_cap)
     return Start(tuple(plan), pid, pid_ns, process.terminal, watches(process, linux))
@@ -231,7 +236,8 @@ def _hooks(
     ]
 
 
-def _inherited(process: Process) -> list[Step]:
+def _inherited(process: Process, descriptors: int = 0) -> list[Step]:
+    """What can't be had any more once the host's privileges are gone; so many descriptors may be open meanwhile."""
     steps: list[Step] = []
     if process.oom_score_adj is not None:
         steps.append(identity.OomScoreAdj(process.oom_score_adj))
@@ -240,9 +246,16 @@ def _inherited(process: Process) -> list[Step]:
         for limit in process.rlimits:
             if limit.type not in _RLIMITS:
                 raise InvalidSpec(f"rlimit {limit.type!r} is unknown")
-            limits.append((_RLIMITS[limit.type], limit.soft, limit.hard))
+            room = min(descriptors, limit.hard) if limit.type == _NOFILE else 0
+            limits.append((_RLIMITS[limit.type], max(limit.soft, room), limit.hard))
         steps.append(identity.Rlimits(tuple(limits)))
     return steps
+
+
+def _own_descriptors(process: Process, descriptors: int) -> list[Step]:
+    """The process's own limit, where the steps before needed more."""
+    limits = [each for each in process.rlimits if each.type == _NOFILE and each.soft < min(descriptors, each.hard)]
+    return [identity.Rlimits(tuple((_RLIMITS[_NOFILE], each.soft, each.hard) for each in limits))] * bool(limits)
 
 
 def _label(process: Process) -> list[Step]:

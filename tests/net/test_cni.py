@@ -19,7 +19,7 @@ import pytest
 from net import Dns, HostPort, Wants
 from net.bridge import BridgeConfig
 from net.cni import CniConfig, CniNetwork
-from net.errors import CribError, DeadlineExceeded, Unavailable
+from net.errors import CribError, DeadlineExceeded, InvalidSpec, Unavailable
 from net.node import NetworkConfig, NodeNetwork
 from tests.net.given import NewNamespace, nft, pod
 from tests.net.namespaces import LinkWatch, Namespace, pinned, talk
@@ -625,6 +625,8 @@ def test_the_kubelets_pod_cidr(node: NodeNetwork, new_namespace: NewNamespace, h
     node.setup()
     first, second = new_namespace(), new_namespace()
     one = node.attach(pod(1), first.netns())
+    with pytest.raises(InvalidSpec, match=r"^pod CIDR '1{64}'…: 300 characters$"):
+        node.set_pod_cidrs(["1" * 300])
     node.set_pod_cidrs(["10.66.0.0/24"])
     assert node.status().ready, "pods of before keep theirs"
     assert talk(first, None, one.ips[0]) == one.gateway

@@ -97,6 +97,13 @@ async def test_links_and_depth(real: Real, tmp_path: Path) -> None:
     assert (await real.sh(container, "ls /v /v/below")).stdout == b"/v:\na\nbelow\n\n/v/below:\nb\n"
 
 
+async def test_more_than_the_process_may_open_files(real: Real, tmp_path: Path) -> None:
+    mounts = [volume(tmp_path, f"/v/{number}") for number in range(1100)]
+    container = await real.run(await real.pod(), "sleep", "1000", mounts=mounts)
+    assert (await real.sh(container, "grep -c ' /v/' /proc/self/mountinfo")).stdout == b"1100\n"
+    assert (await real.sh(container, "grep 'open files' /proc/1/limits | cut -c 27-30")).stdout == b"1024\n"
+
+
 async def test_what_can_not_be_is_refused(real: Real, shared: Path, tmp_path: Path) -> None:
     private = shared / "sub"
     mount("--make-private", str(private))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cri.api import cri_pb2 as pb
+from cri.container import host
 from cri.translate import Handler, HostDevice
 from cri.translate.devices import paths as device_paths
 from cri.translate.mounts import ImageVolume, image_volumes, own_volumes
@@ -293,6 +295,7 @@ def test_privileged_gets_every_device_of_the_host_unless_the_handler_says_no() -
         (pb.Device(host_path="dev/null", container_path="/dev/x"), "devices.host_path 'dev/null'"),
         (pb.Device(host_path="/dev/../x", container_path="/dev/x"), "devices.host_path '/dev/../x'"),
         (pb.Device(host_path="/dev/null", container_path="x"), "devices.container_path 'x'"),
+        (pb.Device(host_path="/dev/null", container_path="/x/.."), "devices.container_path '/'"),
         (pb.Device(host_path="/dev/null", permissions="rx"), "devices.permissions 'rx'"),
         (pb.Device(host_path="/dev/null", permissions="rr"), "devices.permissions 'rr'"),
     ],
@@ -301,3 +304,15 @@ def test_devices_refused(device: pb.Device, said: str) -> None:
     with pytest.raises(InvalidSpec) as error:
         spec(container(devices=[device]), devices={"/dev/null": [NULL]})
     assert said in str(error.value)
+
+
+def test_what_is_no_directory_of_devices_is_not_searched_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(30):
+        (tmp_path / f"{number}/below").mkdir(parents=True)
+    wanted = container(devices=[pb.Device(host_path=str(tmp_path))])
+    assert host.requested_devices(wanted) == {str(tmp_path): ()}
+    monkeypatch.setattr(host, "_NAMES_LIMIT", 50)
+    with pytest.raises(InvalidSpec, match=f"devices.host_path '{tmp_path}': holds more than 50 names"):
+        host.requested_devices(wanted)

@@ -260,6 +260,11 @@ def test_paths_are_exactly_the_request_s() -> None:
     assert "/proc/kcore" in linux(spec()).masked_paths, "no security context: the safe defaults"
     with pytest.raises(InvalidSpec, match="masked_paths 'proc'"):
         spec(secured(masked_paths=["proc"]))
+    for path in ("/", "//", "/x/.."):
+        with pytest.raises(InvalidSpec, match="masked_paths '/'"):
+            spec(secured(masked_paths=["/proc/kcore", path]))
+        with pytest.raises(InvalidSpec, match="readonly_paths '/'"):
+            spec(secured(readonly_paths=[path]))
     with pytest.raises(InvalidSpec, match="readonly_paths: 2000 entries"):
         spec(secured(readonly_paths=["/x"] * 2000))
 

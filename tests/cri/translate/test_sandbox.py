@@ -281,7 +281,9 @@ def test_log_path(directory: str, relative: str, expected: str | None) -> None:
     assert log_path(directory, relative) == expected
 
 
-@pytest.mark.parametrize("relative", ["../x", "a/../../x", "/etc/passwd", "a\0b", "a\nb", ".", "a/", "x" * 5000])
+@pytest.mark.parametrize(
+    "relative", ["../x", "a/../../x", "/etc/passwd", "a\0b", "a\nb", ".", "a/", "x" * 5000, "x" * 256 + "/0"]
+)
 def test_log_path_refused(relative: str) -> None:
     with pytest.raises(InvalidSpec, match="log_path"):
         log_path("/var/log", relative)

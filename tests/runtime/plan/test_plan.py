@@ -160,6 +160,20 @@ def test_limits_are_told_by_name() -> None:
     assert "resource limits nofile=1024:524288 core=0:unlimited" in described
 
 
+@pytest.mark.parametrize(("soft", "hard", "steps"), [(1024, 4096, 2), (4000, 4096, 1), (1024, 1100, 2), (64, 64, 1)])
+def test_a_start_has_descriptors_for_more_mounts_than_the_process_may_have(soft: int, hard: int, steps: int) -> None:
+    limits = (Rlimit(type="RLIMIT_NOFILE", soft=soft, hard=hard), Rlimit(type="RLIMIT_CORE", soft=0, hard=0))
+    process = Process(cwd="/", user=User(uid=0, gid=0), args=("true",), rlimits=limits)
+    many = [Mount(destination=f"/m/{n}", type="bind", source="/srv", options=("rbind",)) for n in range(1200)]
+    for plan in (plan_of(spec(process=process, mounts=tuple(many))), mapped_plan(*many, process=process)):
+        found = [step.limits for step in plan if isinstance(step, identity.Rlimits)]
+        assert len(found) == steps
+        assert found[0][0][1] >= min(hard, 1200)
+        assert found[0][1:] == ((4, 0, 0),)
+        assert found[-1][0] == (7, soft, hard)
+    assert identity.Rlimits not in [type(step) for step in plan_of(spec(mounts=tuple(many)))]
+
+
 def test_every_step_is_of_a_phase() -> None:
     phases = {"namespaces", "rootfs", "mounts", "cgroup", "identity", "hooks", "exec"}
     assert {kind.phase for kind in KINDS.values()} == phases
