@@ -4,7 +4,6 @@ They are hostile input whose size was bounded when it was read.
 """
 
 import hashlib
-import os
 from dataclasses import dataclass
 
 import msgspec
@@ -12,6 +11,7 @@ import msgspec
 from runtime.errors import NotFound, Unsupported
 from runtime.images.errors import BadImage
 from runtime.images.image import ImageConfig
+from runtime.images.platform import Machine, this_machine
 from runtime.images.reference import is_digest
 
 OCI_INDEX = "application/vnd.oci.image.index.v1+json"
@@ -23,9 +23,6 @@ _SCHEMA_1 = "application/vnd.docker.distribution.manifest.v1+"
 ACCEPT = ", ".join((*_INDEXES, *_MANIFESTS))
 # What overlayfs takes (OVL_MAX_STACK).
 LAYERS_LIMIT = 500
-_ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}
-# What every machine of the architecture runs.
-_BASE_VARIANTS = {"amd64": "v1", "arm64": "v8"}
 
 
 class Platform(msgspec.Struct, frozen=True):
@@ -170,25 +167,25 @@ def _layer(descriptor: Descriptor) -> Descriptor:
     return _checked(descriptor)
 
 
-def select(index: Index, machine: str | None = None) -> Descriptor:
-    """The entry for this machine (or `machine`, as uname prints it). Raises NotFound, which lists what there is."""
-    machine = machine or os.uname().machine
-    wanted = _ARCHITECTURES.get(machine, machine)
+def select(index: Index, machine: Machine | None = None) -> Descriptor:
+    """The entry that uses most of this machine (or of `machine`). Raises NotFound, which lists what there is."""
+    machine = machine or this_machine()
     offered: list[str] = []
-    ranked: list[tuple[int, int]] = []
-    for position, entry in enumerate(index.manifests):
+    ranked: list[tuple[int, Descriptor]] = []
+    for entry in index.manifests:
         platform = entry.platform
         if platform is None:
             # An index without platforms names one image, or several to be tried in order.
             if entry.media_type in _INDEXES or entry.media_type in _MANIFESTS:
-                ranked.append((2, position))
+                ranked.append((-1, entry))
         elif platform.os != "unknown":  # else an attestation
             offered.append("/".join(filter(None, (platform.os, platform.architecture, platform.variant))))
-            if platform.os == "linux" and platform.architecture == wanted:
-                ranked.append((0 if platform.variant in ("", _BASE_VARIANTS.get(wanted, "")) else 1, position))
+            rank = machine.rank(platform.architecture, platform.variant)
+            if platform.os == "linux" and rank is not None:
+                ranked.append((rank, entry))
     if not ranked:
-        raise NotFound(f"image has no manifest for linux/{wanted}, it has {', '.join(offered[:20]) or 'none'}")
-    return index.manifests[min(ranked)[1]]
+        raise NotFound(f"image has no manifest for {machine}, it has {', '.join(offered[:20]) or 'none'}")
+    return max(ranked, key=lambda pair: pair[0])[1]
 
 
 def parse_config(data: bytes, layers: int) -> Config:

@@ -10,6 +10,7 @@ import pytest
 from runtime.errors import NotFound, Unsupported
 from runtime.images.errors import BadImage
 from runtime.images.manifest import Index, Manifest, chain_ids, digest_of, parse, parse_config, select
+from runtime.images.platform import machine, this_machine
 from tests.runtime.images.given import DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST, Built, build, index, layer
 
 EMPTY = "sha256:" + "0" * 64
@@ -76,31 +77,59 @@ def platform(architecture: str, variant: str = "", os: str = "linux") -> dict[st
     return {"architecture": architecture, "os": os} | ({"variant": variant} if variant else {})
 
 
-@pytest.mark.parametrize(("machine", "wanted"), [("x86_64", 0), ("aarch64", 3)])
-def test_selection(machine: str, wanted: int) -> None:
-    images = [build(layer(a=str(number))) for number in range(6)]
-    platforms = [
-        platform("amd64"),
-        platform("amd64", "v3"),
-        platform("arm64", "v9"),
-        platform("arm64", "v8"),
-        platform("unknown", os="unknown"),
-        platform("amd64", os="windows"),
-    ]
-    for pairs in (list(zip(images, platforms, strict=True)), list(zip(images, platforms, strict=True))[::-1]):
-        parsed = parse(index(*pairs), OCI_INDEX)
+V2 = set("cx16 lahf_lm popcnt pni sse4_1 sse4_2 ssse3 fpu".split())
+V3 = V2 | set("abm avx avx2 bmi1 bmi2 f16c fma movbe xsave".split())
+LSE = set("fp asimd asimdrdm atomics crc32".split())
+
+
+@pytest.mark.parametrize(
+    ("name", "features", "offers", "wanted"),
+    [
+        ("x86_64", set(), ["amd64", "amd64/v2", "amd64/v3"], "amd64"),
+        ("x86_64", V2, ["amd64", "amd64/v2", "amd64/v3"], "amd64/v2"),
+        ("x86_64", V2, ["amd64/v3", "amd64/v1"], "amd64/v1"),
+        ("x86_64", V3, ["amd64/v3", "amd64/v4"], "amd64/v3"),
+        ("x86_64", V3 - {"ssse3"}, ["amd64/v3", "amd64"], "amd64"),
+        ("x86_64", V3, ["arm64", "386", "amd64/v9", "amd64"], "amd64"),
+        ("aarch64", set(), ["amd64", "arm64/v9", "arm64/v8"], "arm64/v8"),
+        ("aarch64", set(), ["arm64/v8.1", "arm64"], "arm64"),
+        ("aarch64", LSE, ["arm64/v8.0", "arm64/v8.1", "arm64/v8.2"], "arm64/v8.1"),
+        ("armv7l", set(), ["arm/v5", "arm/v6", "arm/v7", "arm64"], "arm/v7"),
+        ("armv6l", set(), ["arm/v5", "arm/v6", "arm/v7", "arm"], "arm/v6"),
+        ("riscv64", set(), ["amd64", "riscv64"], "riscv64"),
+    ],
+)
+def test_selection(name: str, features: set[str], offers: list[str], wanted: str) -> None:
+    """The best that the processor can run, in whatever order they are listed."""
+    built = {offer: build(layer(a=offer)) for offer in offers}
+    pairs = [(image, platform(*offer.split("/"))) for offer, image in built.items()]
+    others = [platform("unknown", os="unknown"), platform("amd64", os="windows"), platform("arm64", os="windows")]
+    pairs += [(build(layer(b=str(number))), other) for number, other in enumerate(others)]
+    for ordered in (pairs, pairs[::-1]):
+        parsed = parse(index(*ordered), OCI_INDEX)
         assert isinstance(parsed, Index)
-        assert select(parsed, machine).digest == images[wanted].digest
+        assert select(parsed, machine(name, features)).digest == built[wanted].digest
 
 
 def test_selection_without_a_match(built: Built) -> None:
     parsed = parse(index((built, platform("s390x")), (built, platform("unknown", os="unknown"))))
     assert isinstance(parsed, Index)
-    with pytest.raises(NotFound, match=r"no manifest for linux/amd64, it has linux/s390x$"):
-        select(parsed, "x86_64")
+    with pytest.raises(NotFound, match=r"no manifest for linux/amd64/v1, it has linux/s390x$"):
+        select(parsed, machine("x86_64", set()))
+    for name, features, told in (("x86_64", V2, "amd64/v2"), ("aarch64", LSE, "arm64/v8.1")):
+        newer = parse(index((built, platform("amd64", "v3")), (built, platform("arm64", "v9"))))
+        assert isinstance(newer, Index)
+        with pytest.raises(NotFound, match=rf"no manifest for linux/{told}, it has linux/amd64/v3, linux/arm64/v9$"):
+            select(newer, machine(name, features))
     unmarked = parse(index((built, None)))
     assert isinstance(unmarked, Index)
     assert select(unmarked).digest == built.digest
+
+
+def test_this_machine() -> None:
+    here = this_machine()
+    assert here.rank(here.architecture, "") == 0
+    assert here.rank("mips", "") is None
 
 
 def test_a_configuration(built: Built) -> None:
