@@ -49,6 +49,15 @@ def short_name(number: int) -> str:
             return digits
 
 
+def number_of(name: str) -> int | None:
+    """The layer whose directory has this name."""
+    try:
+        number = int(name, 36)
+    except ValueError:
+        return None
+    return number if 0 < number < 1 << 31 and short_name(number) == name else None
+
+
 @dataclass(frozen=True, slots=True)
 class Unpacked:
     """What a child reports. `spoilt`: the recipe is of no use.

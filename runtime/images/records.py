@@ -219,6 +219,14 @@ class ImageRecords:
         with self._database.transaction() as db:
             db.execute("DELETE FROM images WHERE id = ?", (image,))
 
+    def adopt(self, layers: Iterable[Layer]) -> None:
+        """Directories that have no record have one from now on, and their numbers aren't given out again."""
+        with self._database.transaction() as db:
+            db.executemany(
+                "INSERT INTO layers VALUES (?, ?, ?, ?, ?)",
+                [(layer.number, layer.diff_id, layer.below, layer.bytes_used, layer.inodes) for layer in layers],
+            )
+
     def forget_layers(self, numbers: Iterable[int]) -> None:
         """The directories of these layers are gone."""
         with self._database.transaction() as db:

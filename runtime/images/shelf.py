@@ -48,6 +48,10 @@ class Shelf:
         """What its recipe doesn't tell, see `runtime.images.seal`; not there where it tells all."""
         return self.recipes / f"{short_name(number)}{_SEAL}"
 
+    def paths(self, number: int) -> tuple[Path, Path, Path]:
+        """All that a layer may have on the disk."""
+        return self.path(number), self.recipe(number), self.seal(number)
+
     def restore(self, layer: Layer) -> None:
         """Hold a layer that the records name, putting it on the shelf if it is the first time."""
         with self._lock:

@@ -19,7 +19,7 @@ from runtime.images import merged
 from runtime.images.catalogue import Catalogue
 from runtime.images.health import Health
 from runtime.images.image import Auth, FsUsage, Image, ImagesConfig, Progress, RootFs
-from runtime.images.layers import Unpacker, short_name, usage_of
+from runtime.images.layers import Unpacker, number_of, short_name, usage_of
 from runtime.images.records import ImageRecords, Layer, RootFsRecords, lock
 from runtime.images.reference import Reference, parse
 from runtime.images.rootfs import Roots, lowers
@@ -86,7 +86,18 @@ class Images:
     def _load(self) -> None:
         layers = {layer.number: layer for layer in self._records.layers()}
         present = {entry.name for entry in os.scandir(self._base)}
-        for numbers in self._roots.load(layers.keys()):
+        # images.db was removed: containers may run on what nothing else knows of.
+        lost = {number for name in present if (number := number_of(name)) and number not in layers}
+        held = self._roots.load(layers.keys() | lost)
+        for number in lost:
+            used = (
+                usage_of(map(str, self._shelf.paths(number))) if any(number in numbers for numbers in held) else (0, 0)
+            )
+            layers[number] = Layer(number, "", "", *used)
+        if lost:
+            log.error("layers without a record: %d", len(lost))
+            self._records.adopt(layers[number] for number in lost)
+        for numbers in held:
             self._restore(layers, numbers)
         whole = {}
         for stored in self._records.images():

@@ -544,6 +544,32 @@ def test_damaged_records_of_containers(images: Images, open_store: OpenStore, ru
     assert tree_of(run_dir / "store") == [f"layers/{image.layers[0]}"]
 
 
+def test_containers_keep_their_layers_when_the_records_of_images_are_gone(
+    images: Images, open_store: OpenStore, run_dir: Path
+) -> None:
+    image = load(images, layer(a="1"), layer(b="2"))
+    load(images, layer(c="3"), name="local/other:1")
+    images.prepare("c", image.id)
+    images.close()
+    for path in (run_dir / "store").glob("images.db*"):
+        path.unlink()
+    for _ in range(2):
+        images = open_store()
+        assert images.list() == []
+        assert images.prepared() == ["c"]
+        images.close()
+        assert tree_of(run_dir / "store") == [*(f"layers/{name}" for name in sorted(image.layers)), "rootfs/c"]
+        assert (run_dir / "store/layers" / image.layers[1] / "b").read_text() == "2"
+    images = open_store()
+    again = load(images, layer(a="1"), layer(b="2"))
+    assert not set(again.layers) & set(image.layers)
+    with_lost = images.fs_info()[0][0].used_bytes
+    images.discard("c")
+    assert with_lost - images.fs_info()[0][0].used_bytes >= 2 * 4096
+    images.close()
+    assert tree_of(run_dir / "store") == [f"layers/{name}" for name in sorted(again.layers)]
+
+
 @pytest.mark.parametrize("damage", ["front", "back"])
 def test_readable_records_of_containers_are_kept(
     images: Images, open_store: OpenStore, run_dir: Path, damage: str
