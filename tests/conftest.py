@@ -10,8 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests import enclosure, leaks, requires
+
+# An example's time on a machine that does other things says nothing: a limit on it fails tests of what is right.
+settings.register_profile("crib", deadline=None)
+settings.load_profile("crib")
 
 
 def pytest_configure(config: pytest.Config) -> None:

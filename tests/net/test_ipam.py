@@ -158,7 +158,7 @@ class Machine(RuleBasedStateMachine):
 
 
 TestMachine = Machine.TestCase
-TestMachine.settings = settings(max_examples=50, stateful_step_count=30, deadline=None)
+TestMachine.settings = settings(max_examples=50, stateful_step_count=30)
 
 
 def networks(*cidrs: str) -> list[ipaddress.IPv4Network | ipaddress.IPv6Network]:
