@@ -40,19 +40,22 @@ pytestmark = [
 
 @dataclass(frozen=True)
 class Kept:
-    """What cribd and a pod's monitor hold."""
+    """What cribd and a pod's monitor hold. Of memory what is their own: the pages of programs' files are everybody's.
+
+    They are mapped when they are first used: those that a log's first line needs are a MiB.
+    """
 
     files: tuple[int, ...]
     memory_bytes: tuple[int, ...]
 
 
 def kept(*pids: int) -> Kept:
-    return Kept(tuple(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids), tuple(map(_rss, pids)))
+    return Kept(tuple(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids), tuple(map(_memory, pids)))
 
 
-def _rss(pid: int) -> int:
+def _memory(pid: int) -> int:
     with open(f"/proc/{pid}/status") as file:
-        return next(int(line.split()[1]) << 10 for line in file if line.startswith("VmRSS"))
+        return sum(int(line.split()[1]) << 10 for line in file if line.startswith(("RssAnon", "RssShmem")))
 
 
 @pytest_asyncio.fixture
@@ -92,7 +95,7 @@ async def _repeat(real: Real, container: str, once: Callable[[int], Awaitable[No
     logging.getLogger(__name__).warning(
         "%d cycles: memory grew by %s, calls took %.4f s, at most %.4f s", CYCLES, growth, median_s, max(latency_s)
     )
-    assert growth[0] < (8 << 20) and growth[1] < (1 << 20), growth
+    assert growth[0] < (8 << 20) and growth[1] < (256 << 10), growth
     assert max(latency_s) < scaled(2)
 
 
