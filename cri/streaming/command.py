@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 STDIN, STDOUT, STDERR, ERROR, RESIZE = "stdin", "stdout", "stderr", "error", "resize"
 _CHANNELS: Final = {STDIN: 0, STDOUT: 1, STDERR: 2, ERROR: 3, RESIZE: 4}
 _RESIZE_LIMIT_BYTES: Final = 1024
+"""Of sizes that come at once: those before them are none any more."""
 _MAX_SIZE: Final = 0xFFFF
 _RESIZE_VERSION: Final = 3
 _STATUS_VERSION: Final = 4
@@ -152,18 +153,15 @@ class Command(ABC):
 
     def _resized(self, data: bytes) -> None:
         """Take sizes, {"Width":80,"Height":24} each, from a stream of them; what is no size is passed over."""
-        self._sizes += data
-        while b"}" in self._sizes:
-            document, _, self._sizes = self._sizes.partition(b"}")
+        *documents, self._sizes = (self._sizes + data)[-_RESIZE_LIMIT_BYTES:].split(b"}")
+        for document in documents:
             try:
                 size = json.loads(document + b"}")
                 rows, columns = int(size["Height"]), int(size["Width"])
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
                 continue
             if 0 <= rows <= _MAX_SIZE and 0 <= columns <= _MAX_SIZE:
                 self.resize(rows, columns)
-        if len(self._sizes) > _RESIZE_LIMIT_BYTES:
-            self._sizes = b""
 
     @abstractmethod
     async def run(self) -> bytes:

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from typing import Final, Protocol
 
 READ_BYTES: Final = 128 << 10
+_PIECE_BYTES: Final = 4 << 10
+"""Up to this length what waits is put together: each piece costs as much again as it is long, or more."""
 
 
 class Hungry(Protocol):
@@ -134,7 +136,10 @@ class Inflow:
             self._link.consumed(self._stream, len(data))
             return
         self._link.waiting(len(data))
-        self._waiting.append(data)
+        if self._waiting and len(self._waiting[-1]) + len(data) <= _PIECE_BYTES:
+            self._waiting[-1] += data
+        else:
+            self._waiting.append(data)
         if self._fd >= 0 and not self._writing:
             self._write()
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import select
 import socket
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -15,8 +16,13 @@ from cri.streaming.wire import Event, Wire, WireError
 if TYPE_CHECKING:
     from cri.streaming.flow import Hungry
 
+CONNECTIONS_LIMIT: Final = 4096
 LINGER_S: Final = 5.0
 """For the client to close first, when everything has been said: its own last words would else cost it ours."""
+TURN_S: Final = 0.005
+"""Of computing for what a client has sent; then it is not read for as long as that took, and others have their turn."""
+BITE_BYTES: Final = 4 << 10
+"""The least that is taken of it at a time, where that takes long: up to 64 times as much else."""
 WAITING_HIGH_BYTES: Final = 1 << 20
 """Of what came from the client and has found no taker: above it, the connection is not read."""
 WAITING_LIMIT_BYTES: Final = 64 << 20
@@ -65,6 +71,9 @@ class Link(asyncio.Protocol):
         self._waiting_bytes = 0
         self._hang_up: select.epoll | None = None
         self._probing: asyncio.TimerHandle | None = None
+        self._bite_bytes = BITE_BYTES
+        self._left = b""  # of what came, for the next turn
+        self._resting: asyncio.TimerHandle | None = None
         self._finishing = False
         self._active_at = self._loop.time()
         self._timer: asyncio.TimerHandle | None = None
@@ -73,6 +82,9 @@ class Link(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
+        if len(self._links) >= CONNECTIONS_LIMIT:
+            transport.abort()
+            return
         self._transport = transport
         self._links.add(self)
         self._set_timer(self.creation_s, self._late)
@@ -83,15 +95,16 @@ class Link(asyncio.Protocol):
         self._active_at = self._loop.time()
         if self._wire is None:
             self._request(data)
-        elif not self._finishing:
-            self._feed(data)
+        else:
+            self._take_in(data)
 
     def eof_received(self) -> bool | None:
         return False  # no client of these protocols goes on listening after it has closed
 
     def connection_lost(self, error: Exception | None) -> None:
-        if self._timer:
-            self._timer.cancel()
+        for timer in (self._timer, self._resting):
+            if timer:
+                timer.cancel()
         self._watch_hang_up(False)
         self._transport = None
         self._links.discard(self)
@@ -126,7 +139,33 @@ class Link(asyncio.Protocol):
         session.begin()
         self.flush()
         if upgrade.trailing:
-            self._feed(upgrade.trailing)
+            self._take_in(upgrade.trailing)
+
+    def _take_in(self, data: bytes) -> None:
+        """Take what came, as much as one turn allows."""
+        assert self._transport
+        self._left += data
+        begin = end = time.thread_time()
+        while self._left and end - begin < TURN_S and not (self._finishing or self._transport.is_closing()):
+            bite, self._left = self._left[: self._bite_bytes], self._left[self._bite_bytes :]
+            self._feed(bite)
+            bitten, end = end, time.thread_time()
+            quick = end - bitten < TURN_S / 2
+            self._bite_bytes = min(2 * self._bite_bytes, 64 * BITE_BYTES) if quick else BITE_BYTES
+        if end - begin >= TURN_S and self._resting is None:
+            self._transport.pause_reading()
+            self._resting = self._loop.call_later(end - begin, self._rested)
+
+    def _rested(self) -> None:
+        self._resting = None
+        if self._transport:
+            self._take_in(b"")
+        self._read_on()
+
+    def _read_on(self) -> None:
+        """Read the connection again, unless there is another reason not to."""
+        if self._transport and self._hang_up is None and self._resting is None:
+            self._transport.resume_reading()
 
     def _feed(self, data: bytes) -> None:
         assert self._wire and self._session
@@ -209,7 +248,7 @@ class Link(asyncio.Protocol):
         if self._hang_up is not None:
             if self._waiting_bytes <= WAITING_HIGH_BYTES:
                 self._watch_hang_up(False)
-                self._transport.resume_reading()
+                self._read_on()
         elif self._waiting_bytes > WAITING_HIGH_BYTES:
             if not self._wire.paced():
                 self._transport.pause_reading()
@@ -234,15 +273,19 @@ class Link(asyncio.Protocol):
         self._finishing = True
         if self._hang_up is not None:
             self._watch_hang_up(False)
-            self._transport.resume_reading()
-        self._set_timer(LINGER_S, self.break_off)
+            self._read_on()
+        self._set_timer(LINGER_S, lambda: self._close(self._idle_s))
 
     def break_off(self) -> None:
-        """Close, once what was said has been sent."""
+        """Close, once what was said has been sent, or `LINGER_S` have passed."""
+        self._close(LINGER_S)
+
+    def _close(self, patience_s: float) -> None:
         if self._transport:
             if self._wire:
                 self._wire.close()
                 self.flush()
+            self._set_timer(patience_s, self._transport.abort)
             self._transport.close()
 
     def _watch_hang_up(self, on: bool) -> None:

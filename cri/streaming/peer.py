@@ -19,7 +19,7 @@ class Peer(Spdy):
     def open(self, headers: Mapping[str, str], *, ended: bool = False) -> int:
         """A new stream; `ended`: nothing will be sent on it."""
         number = self._last = self._last + 1 + self._last % 2
-        self._streams[number] = Stream(self._initial_window, remote_open=True, local_open=not ended)
+        self._streams[number] = Stream(remote_open=True, local_open=not ended)
         self._control(SYN_STREAM, FLAG_FIN if ended else 0, _HEAD.pack(number, 0, 0) + self._compressed(headers))
         return number
 

@@ -22,7 +22,6 @@ from runtime.errors import Unavailable
 if TYPE_CHECKING:
     from cri.node import Node
 
-CONNECTIONS_LIMIT: Final = 4096
 _KINDS: Final = {Exec: upgrade.EXEC, Attach: upgrade.ATTACH, Forward: upgrade.PORT_FORWARD}
 _ANY: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 _logger = logging.getLogger(__name__)
@@ -83,8 +82,6 @@ class StreamingServer:
 
     def _take_up(self, link: Link, asked: Upgrade) -> Session:
         """The session that the token stands for. Raises Refused."""
-        if len(self._links) > CONNECTIONS_LIMIT:
-            raise Refused(503, "too many connections")
         request = self._tokens.take(asked.token)
         if request is None or _KINDS[type(request)] != asked.kind:
             raise Refused(404, "no such request: its address works once and for a minute")

@@ -20,8 +20,9 @@ from cri.streaming.wire import UNLIMITED, Data, Ended, Event, Opened, Reset, Roo
 
 CONTROL_LIMIT_BYTES: Final = 32 << 10
 """Of a control frame. Headers of a stream are a few dozen bytes."""
-HEADERS_LIMIT_BYTES: Final = 64 << 10
+HEADERS_LIMIT_BYTES: Final = 8 << 10
 """Of a header block once it is decompressed: a thousandth of that may blow up to any size."""
+HEADERS_LIMIT: Final = 100
 STREAMS_LIMIT: Final = 2000
 WINDOW_BYTES: Final = 256 << 10
 """How much of a stream the peer may send ahead of its consumption."""
@@ -47,10 +48,12 @@ _PAIR: Final = Struct(">II")
 
 
 class Stream:
-    __slots__ = ("local_open", "remote_open", "send_window", "to_receive", "unacknowledged")
+    """`credit_bytes` is by how much its window differs from what all start with, which settings may change."""
 
-    def __init__(self, send_window: int, remote_open: bool, local_open: bool) -> None:
-        self.send_window = send_window
+    __slots__ = ("credit_bytes", "local_open", "remote_open", "to_receive", "unacknowledged")
+
+    def __init__(self, remote_open: bool, local_open: bool) -> None:
+        self.credit_bytes = 0
         self.to_receive = WINDOW_BYTES
         self.unacknowledged = 0
         self.remote_open = remote_open
@@ -179,7 +182,7 @@ class Spdy:
             self._control(RST_STREAM, 0, _PAIR.pack(number, REFUSED_STREAM))
             return
         ended = bool(flags & FLAG_FIN)
-        self._streams[number] = Stream(self._initial_window, not ended, not flags & FLAG_UNIDIRECTIONAL)
+        self._streams[number] = Stream(not ended, not flags & FLAG_UNIDIRECTIONAL)
         events.append(Opened(number, headers, ended))
 
     def _syn_reply(self, flags: int, body: bytes, events: list[Event]) -> None:
@@ -210,9 +213,7 @@ class Spdy:
             if identity & 0xFFFFFF == _SETTINGS_WINDOW:
                 if value > _MAX_WINDOW:
                     raise WireError(f"initial window of {value} bytes")
-                change, self._initial_window = value - self._initial_window, value
-                for stream in self._streams.values():
-                    stream.send_window += change
+                self._initial_window = value
         self._keeps_windows = True
         events.append(Room())
 
@@ -237,8 +238,8 @@ class Spdy:
             if self._session_window > _MAX_WINDOW:
                 raise WireError("session window overflow")
         elif stream := self._streams.get(number):
-            stream.send_window += delta
-            if stream.send_window > _MAX_WINDOW:
+            stream.credit_bytes += delta
+            if self._initial_window + stream.credit_bytes > _MAX_WINDOW:
                 self._forget(number)
                 self._control(RST_STREAM, 0, _PAIR.pack(number, FLOW_CONTROL_ERROR))
                 events.append(Reset(number))
@@ -257,9 +258,11 @@ class Spdy:
         if len(text) >= HEADERS_LIMIT_BYTES or self._inflate.unconsumed_tail:
             raise WireError(f"headers of more than {HEADERS_LIMIT_BYTES} bytes")
         (count,) = _U32.unpack_from(text)
+        if count > HEADERS_LIMIT:
+            raise WireError(f"{count} headers")
         at = 4
         words = []
-        for _ in range(2 * min(count, HEADERS_LIMIT_BYTES)):
+        for _ in range(2 * count):
             (length,) = _U32.unpack_from(text, at)
             at += 4 + length
             if at > len(text):
@@ -287,7 +290,7 @@ class Spdy:
         found = self._streams.get(stream)
         if found is None or self._keeps_windows is False:
             return UNLIMITED
-        room = min(found.send_window, self._session_window)
+        room = min(self._initial_window + found.credit_bytes, self._session_window)
         if room <= 0 and self._keeps_windows is None and not self._probed:
             self._probed = True
             self._control(PING, 0, _U32.pack(_PROBE))
@@ -297,7 +300,7 @@ class Spdy:
         found = self._streams.get(stream)
         if found and found.local_open and data:
             assert len(data) <= _FRAME_BYTES
-            found.send_window -= len(data)
+            found.credit_bytes -= len(data)
             self._session_window -= len(data)
             self._out += (_DATA_HEAD.pack(stream, len(data)), data)
 

@@ -108,8 +108,9 @@ class Channels:
             self._channel = -1
 
     def _gather(self, body: bytes, finished: bool, events: list[Event]) -> None:
-        self._parts.append(body)
-        self._parts_bytes += len(body)
+        if body:
+            self._parts.append(body)
+            self._parts_bytes += len(body)
         if self._parts_bytes > TEXT_LIMIT_BYTES:
             self._refuse(f"message of more than {TEXT_LIMIT_BYTES} bytes")
         if finished:

@@ -24,7 +24,7 @@ import pytest_asyncio
 from cri.config import StreamingSection
 from cri.node import Node
 from cri.sandbox.pod import Pod
-from cri.streaming import tokens
+from cri.streaming import link, tokens
 from cri.streaming.request import Forward
 from cri.streaming.server import StreamingServer
 from cri.streaming.tokens import Tokens
@@ -249,6 +249,35 @@ async def test_an_idle_connection_ends_and_a_busy_one_does_not() -> None:
         assert not busy.goaway
         await idle.close()
         await busy.close()
+
+
+def _send_on(sock: socket.socket) -> None:
+    while True:
+        sock.send(bytes(1 << 20))
+
+
+@pytest.mark.parametrize("how", ["idle", "bad"])
+async def test_a_client_that_never_reads_ends_too(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """What it was to be told is never sent, and must not keep its connection and all that is behind that."""
+    monkeypatch.setattr(link, "LINGER_S", 0.3)
+    async with serving(idle_timeout_s=1 if how == "idle" else 60) as served:
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            listening.settimeout(scaled(10))
+            client = await Spdy().connect(served.url(), _PROTOCOL)
+            client.writer.transport.pause_reading()
+            client.send(frames.settings(1 << 30) + frames.window_update(0, 1 << 30))
+            Forwarded(client, listening.getsockname()[1])
+            accepted, _ = await asyncio.to_thread(listening.accept)
+            with accepted:
+                accepted.settimeout(0.5)
+                with pytest.raises(TimeoutError):
+                    await asyncio.to_thread(_send_on, accepted)
+                assert served.server._links
+                if how == "bad":
+                    client.send(frames.data(77, b"x"))
+                await until(lambda: not served.server._links)
+        client.writer.transport.resume_reading()
+        await client.close()
 
 
 # TLS

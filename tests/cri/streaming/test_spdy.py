@@ -184,6 +184,7 @@ def bomb() -> bytes:
         frames.Compressor().syn_stream_of(1, struct.pack(">I", 0xFFFFFFFF)),
         frames.Compressor().syn_stream_of(1, struct.pack(">III", 1, 0xFFFFFFF0, 3) + b"abc"),
         frames.Compressor().syn_stream_of(1, struct.pack(">II", 1, 2) + b"\xff\xfe" + struct.pack(">I", 0)),
+        frames.Compressor().syn_stream_of(1, struct.pack(">I", 1000) + bytes(8 * 1000)),
         bomb(),
     ],
 )
