@@ -25,10 +25,12 @@ from runtime.images.errors import BadImage
 from runtime.images.image import ImagesConfig
 from runtime.linux.mount import open_tree
 
+# It holds the store's lock from the beginning: before all that takes long comes that it dies with cribd.
 _START = (
-    "import sys, json; sys.path[:] = json.loads(sys.argv[1]);"
-    "from runtime.images.unpack.child import Limits, serve;"
-    "serve(int(sys.argv[2]), int(sys.argv[3]), Limits(**json.loads(sys.argv[4])))"
+    "import sys; sys.path[:] = sys.argv[4:];"
+    "from runtime.linux.process import die_with; die_with(int(sys.argv[2]));"
+    "import json; from runtime.images.unpack.child import Limits, serve;"
+    "serve(int(sys.argv[1]), Limits(**json.loads(sys.argv[3])))"
 )
 # What cribd may be ahead of the child: the most that the kernel gives without being configured to.
 _PIPE_BYTES = 1 << 20
@@ -138,12 +140,12 @@ class _Program:
         self._thread.start()
 
     def _run(self, theirs: socket.socket, store_lock: int, limits: str) -> None:
-        paths = json.dumps([path for path in sys.path if path])
+        paths = [path for path in sys.path if path]
         with theirs:
             # Isolated and without site: nothing in the environment or the working directory decides what is imported.
             try:
                 process = subprocess.Popen(
-                    [sys.executable, "-I", "-S", "-c", _START, paths, str(theirs.fileno()), str(os.getpid()), limits],
+                    [sys.executable, "-I", "-S", "-c", _START, str(theirs.fileno()), str(os.getpid()), limits, *paths],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     pass_fds=(theirs.fileno(), store_lock),

@@ -162,9 +162,8 @@ def _reap() -> int:
     return ended
 
 
-def serve(number: int, parent: int, limits: Limits) -> None:
+def serve(number: int, limits: Limits) -> None:
     """Take jobs from the socket with this descriptor until cribd closes its end or has none for a while."""
-    die_with(parent)
     filter = only_unpacking()
     _lessen()
     gc.disable()
