@@ -43,12 +43,13 @@ async def connect(url: str, **options: Any) -> AsyncIterator[Any]:
 
 
 async def test_exec(real: Real, container: str) -> None:
-    script = "read -r line; echo got $line; echo err >&2; exit 7"
+    script = "read -r line; echo got $line; read -r _; echo err >&2; exit 7"
     async with connect(await exec_url(real, container, "sh", "-c", script, stdin=True)) as stream:
 
         def talk() -> tuple[str, str, int]:
             stream.write_stdin("it\n")
-            out = stream.readline_stdout(timeout=scaled(20))
+            out = stream.readline_stdout(timeout=scaled(20))  # of a connection that is closed already it tells none
+            stream.write_stdin("and\n")
             stream.run_forever(timeout=scaled(20))
             return out, stream.read_stderr(), stream.returncode
 

@@ -249,7 +249,7 @@ async def test_rotation_by_cribd(real: Real) -> None:
     real.client = real.daemon.client()
     pod = await real.pod(real.pod_config(network=False))
     container = await real.run(pod, "sh", "-c", _COUNTER)
-    await until(lambda: len(list(real.logs.iterdir())) > _ROUNDS, timeout_s=60)
+    await until(lambda: len(list(real.logs.iterdir())) > _ROUNDS, timeout_s=60 + 3 * _ROUNDS)  # one a second at most
     real.daemon.kill()  # the output goes on meanwhile, to one file
     log = real.logs / "c.log"
     now = time.time_ns()
