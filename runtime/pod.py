@@ -30,7 +30,7 @@ class Pod:
     `netns_fd` and `rtnl` (a NETLINK_ROUTE socket inside) are there after the start of a pod with its own network
     namespace, until `release_network`. `on_exit` is called once per container that ends, `on_log` with what is
     known of a container whose log loses output or is full, `on_lost` when the monitor is gone without having been asked
-    to end.
+    to end. `over` is set when it is gone, or let go of.
     """
 
     def __init__(
@@ -45,6 +45,7 @@ class Pod:
         self.on_exit: Callable[[ContainerExit], None] | None = None
         self.on_log: Callable[[ContainerFact], None] | None = None
         self.on_lost: Callable[[], None] | None = None
+        self.over = asyncio.Event()
         self._pidfd = pidfd
         self._channel = channel
         self._starts = Starts(channel, environment, self.request, run_hooks)
@@ -169,7 +170,7 @@ class Pod:
         """Let go of the monitor, which lives on if it does."""
         self.release_network()
         self._channel.close()
-        self._execs.fail(Unavailable(f"pod {self.id}: its monitor is gone"))
+        self._gone()
         if self._pidfd >= 0:
             os.close(self._pidfd)
             self._pidfd = -1
@@ -185,9 +186,13 @@ class Pod:
             self._execs.exited(fields["exec"], fields["code"], fields["exited_ns"])
 
     def _lost(self) -> None:
-        self._execs.fail(Unavailable(f"pod {self.id}: its monitor is gone"))
+        self._gone()
         if self.on_lost:
             self.on_lost()
+
+    def _gone(self) -> None:
+        self.over.set()
+        self._execs.fail(Unavailable(f"pod {self.id}: its monitor is gone"))
 
 
 async def gone(pidfd: int, timeout_s: float) -> bool:

@@ -52,9 +52,11 @@ class ForwardSession:
         self._connections: dict[str, _Connection] = {}
         self._by_data: dict[int, str] = {}
         self._by_error: dict[int, str] = {}
+        self._watching: asyncio.Task[None] | None = None
 
     def begin(self) -> None:
         """The connection stands."""
+        self._watching = asyncio.get_running_loop().create_task(self._end_with_pod())
         if self._wire is not None:
             return
         for number, port in enumerate(self._request.ports):
@@ -64,6 +66,13 @@ class ForwardSession:
                 self._link.send(stream, port.to_bytes(2, "little"))
             self._join(str(number), connection, data=2 * number)
             self._join(str(number), connection, error=2 * number + 1)
+
+    async def _end_with_pod(self) -> None:
+        """What is sent to a pod that is gone goes nowhere, and holds no socket; what it has said is still told."""
+        await self._request.pod.monitor.over.wait()
+        for connection in self._connections.values():
+            if connection.inflow:
+                connection.inflow.close()
 
     def event(self, event: Event) -> None:
         if isinstance(event, Data):
@@ -210,6 +219,8 @@ class ForwardSession:
 
     def gone(self) -> None:
         """The client is gone."""
+        if self._watching:
+            self._watching.cancel()
         for connection in self._connections.values():
             self._stop(connection)
         self._connections.clear()

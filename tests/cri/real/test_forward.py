@@ -130,6 +130,23 @@ async def test_a_reader_that_stops_stops_its_own_connection_alone(real: Real, se
         giving.cancel()
 
 
+async def test_a_pod_that_is_gone(real: Real) -> None:
+    """Its connections end with it, though their clients have not ended them: each held its network namespace."""
+    pod = await real.pod()
+    await real.run(pod, "sh", "-c", "while :; do nc -l -p 7000 -e sh -c 'echo up; exec sleep 4321'; done")
+    async with spdy(await forward_url(real, pod), _PROTOCOL) as client:
+        number = 0
+        while True:  # until it listens
+            connection = Forwarded(client, 7000, str(number := number + 1))
+            if await connection.data.read() == b"up\n":
+                break
+        await real.client.StopPodSandbox(pb.StopPodSandboxRequest(pod_sandbox_id=pod))
+        assert await connection.data.got() == b""
+        assert await connection.error.got() == b""
+        refused = Forwarded(client, 7000, "after")
+        assert b"error forwarding port 7000" in await refused.error.got()
+
+
 async def test_host_network(real: Real) -> None:
     pod = await real.pod(real.pod_config(network=False))
     with socket.create_server(("127.0.0.1", 0)) as server:

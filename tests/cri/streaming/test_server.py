@@ -42,6 +42,9 @@ _PROTOCOL = ("portforward.k8s.io",)
 class Monitor:
     """A pod's, as far as port-forward asks: the namespace is this process's own."""
 
+    def __init__(self) -> None:
+        self.over = asyncio.Event()
+
     async def tcp_socket(self, family: int) -> socket.socket:
         made = socket.socket(family, socket.SOCK_STREAM)
         made.setblocking(False)
