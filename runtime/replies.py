@@ -44,7 +44,8 @@ def failure(plan: Plan, fields: Mapping[str, Any], external: Bundle | None, comm
     if errno == _ESRCH and index is None:
         return WrongState(detail)
     if external and index == -1:
-        return StepFailed(external.title, len(plan), len(plan), errno, external.complaint(command, detail))
+        said = detail if fields.get("oom") else external.complaint(command, detail)
+        return StepFailed(external.title, len(plan), len(plan), errno, said)
     if index is None or not 0 <= index < len(plan):
         return StepFailed("make the process", 0, len(plan), errno, detail)
     failed = StepFailed(plan[index].describe(), index + 1, len(plan), errno, detail)

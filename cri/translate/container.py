@@ -15,7 +15,7 @@ from cri.translate.devices import HostDevice, container_devices
 from cri.translate.field import REQUEST_LIMIT_BYTES, absolute, name
 from cri.translate.field import labels as check_labels
 from cri.translate.mounts import MountRules, PodPaths, container_mounts
-from cri.translate.namespaces import PodNamespaces, container_namespaces, container_pid_mode
+from cri.translate.namespaces import PodNamespaces, UserMapping, container_namespaces, container_pid_mode
 from cri.translate.resources import oom_score_adj, resources
 from cri.translate.sandbox import PodPlan, sandbox_to_pod
 from cri.translate.seccomp import seccomp
@@ -107,6 +107,8 @@ def container_to_spec(given: ContainerInput) -> Spec:
     config, defaults, host = given.config, given.defaults, given.host
     check_container(config, given.sandbox)
     pod = given.pod or sandbox_to_pod(given.sandbox, defaults=defaults, host=host)
+    if pod.user:
+        _check_mapped(given.user, pod.user)
     context = config.linux.security_context
     privileged = context.privileged
     pid_mode = container_pid_mode(context.namespace_options, pod.modes)
@@ -222,6 +224,15 @@ def _below_root(kind: str, paths: Sequence[str]) -> tuple[str, ...]:
     if "/" in found:
         raise InvalidSpec(f"{kind} '/': only what is below the root can be among them")
     return found
+
+
+def _check_mapped(user: ResolvedUser, mapping: UserMapping) -> None:
+    """Refuses ids, of the request or of the image, that the pod's user namespace doesn't have."""
+    groups = (("supplemental_groups", gid) for gid in user.additional_gids if gid != user.gid)
+    for kind, id in (("run_as_user", user.uid), ("run_as_group", user.gid), *groups):
+        size = (mapping.uid if kind == "run_as_user" else mapping.gid).size
+        if id >= size:
+            raise InvalidSpec(f"{kind} {id}: the pod's user namespace has ids below {size}")
 
 
 def _annotations(given: ContainerInput) -> dict[str, str]:

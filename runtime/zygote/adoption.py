@@ -3,7 +3,8 @@
 1. the monitor clones a child that becomes the runtime's command, in a container's stead
 2. the command makes the process, writes its pid to a file, sends its terminal if it has one, and ends
 3. the kernel gives the process to the monitor, a subreaper; it may have ended by then, so the file is read before
-   anything is reaped whose pid may stand in it
+   anything is reaped whose pid may stand in it, and what is reaped before there is a file (crun's process is the
+   monitor's at once) is remembered while the command runs
 
 A command is not killed in the middle: what it has made may run in the container and be in no file, session or tree that
 tells whose it is. So who doesn't want the process any more has it killed when the command is through.
@@ -28,11 +29,12 @@ _PATIENCE_S: Final = 3.0  # with a command that makes what nobody wants; less th
 class Adoption:
     """A command that runs. `pid_file` is below the open directory `directory`; `listener`, or -1, is the adoption's."""
 
-    __slots__ = ("_directory", "_listener", "_pid_file", "command", "runs", "unwanted_by")
+    __slots__ = ("_directory", "_listener", "_pid_file", "command", "reaped", "runs", "unwanted_by")
 
     def __init__(self, command: int, directory: int, pid_file: str, listener: int) -> None:
         self.command = command
         self.runs = True
+        self.reaped: dict[int, Any] = {}  # by pid, since the command began: as waitid(2) tells
         self.unwanted_by = 0.0  # when the command is killed, if nobody wants what it makes
         self._directory = directory
         self._pid_file = pid_file
@@ -48,6 +50,10 @@ class Adoption:
                 pid = int(os.read(fd, 32))
             finally:
                 os.close(fd)
+            if pid in self.reaped:
+                process.pid = pid
+                process.end(self.reaped[pid])
+                return True
             pidfd = os.pidfd_open(pid)
         except (OSError, ValueError):  # not there yet, not written yet
             return False
@@ -121,6 +127,7 @@ class Adoptions:
             for process in self._processes:
                 if process.adoption:
                     process.adoption.take(process)
+                    process.adoption.reaped[info.si_pid] = info
             os.waitid(os.P_PID, info.si_pid, os.WEXITED)
         return info
 

@@ -207,6 +207,7 @@ class Containers:
         if container.failure is not None:
             if container.failure["failed"] < 0 and _oom_killed(container.memory_events):
                 container.failure["detail"] = "killed for memory: its limit is too low to start with"
+                container.failure["oom"] = True
             if not container.waits:  # else START clones another one, and tells
                 self._server.send(
                     container.asker, Kind.FAILED, re=container.n, durations_ns=container.report.get("d", []),

@@ -164,6 +164,24 @@ async def test_a_command_that_the_runtime_never_gets_made(real: Real) -> None:
     await real.client.StopContainer(pb.StopContainerRequest(container_id=container, timeout=0))
 
 
+async def test_a_command_that_has_ended_before_the_runtime_names_it(real: Real) -> None:
+    """As crun's may, whose process is nobody's child before its pid is written."""
+    link = real.daemon.directory / "rt"
+    container = await real.run(await pod_of(real, "gone"), "sleep", "1000")
+    link.unlink()
+    late = 'case "$1" in *.pid) file=$1; set -- "$@" "$1.late";; *) set -- "$@" "$1";; esac; shift'
+    ended = 'while [ -e "/proc/$(cat "$file.late")" ]; do sleep 0.01; done; mv "$file.late" "$file"; exit 0'
+    link.write_text(
+        f'#!/bin/sh\ncase " $* " in *" exec "*)\n'
+        f'n=$#; while [ $n -gt 0 ]; do {late}; n=$((n - 1)); done\n{program()} "$@" || exit; {ended};; esac\n'
+        f'exec {program()} "$@"\n'
+    )
+    link.chmod(0o755)
+    for code in (0, 7):
+        said = await real.sh(container, f"echo said; exit {code}")
+        assert (said.exit_code, said.stdout) == (code, b"said\n")
+
+
 async def test_an_unknown_handler(real: Real) -> None:
     code, said = await refused(pod_of(real, "nobody"))
     assert code is grpc.StatusCode.INVALID_ARGUMENT

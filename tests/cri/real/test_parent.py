@@ -22,6 +22,7 @@ from runtime.errors import NotFound, WrongState
 from tests.cri.client import until
 from tests.cri.real.conftest import Real
 from tests.cri.real.daemon import RUNTIME
+from tests.cri.real.test_prepared import children, monitor
 from tests.cri.real.test_resources import MIB, V2, cgroup_path, held, limits, update
 from tests.limits import scaled
 from tests.requires import requires
@@ -187,11 +188,18 @@ async def test_a_kubelet_that_asks_nobody(real: Real) -> None:
 
 
 async def test_a_cgroup_that_is_removed_before_the_start(real: Real) -> None:
-    pod = await real.pod(real.pod_config(network=False))
+    cgroups = detect()
+    pod, parent = await monitor(real)
     first = await real.run(pod, "sleep", "1000", name="first")
     container = await real.create(pod, "sleep", "1000")
     path = cgroup_path(await real.pid(first)).replace(first, container)
-    assert detect().remove(path)
+
+    def removed() -> bool:
+        cgroups.kill(path)  # on v2 its process may be waiting there
+        return cgroups.remove(path)
+
+    await until(removed)
+    await until(lambda: not V2 or len(children(parent)) == 1)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await real.client.UpdateContainerResources(
             pb.UpdateContainerResourcesRequest(container_id=container, linux=pb.LinuxContainerResources(cpu_shares=7))
@@ -210,10 +218,10 @@ async def test_a_pod_that_is_full_of_processes(real: Real) -> None:
     cgroups = detect()
     pod = await real.pod(real.pod_config(network=False))
     first = await real.run(pod, "sleep", "1000", name="first")
-    second = await real.create(pod, "sh", "-c", "true & wait", name="second")
     path = cgroup_path(await real.pid(first))
     limit = Path(f"/sys/fs/cgroup{'' if V2 else '/pids'}{path}").parent / "pids.max"
     limit.write_text(held(path, "pids.current", "pids.current"))
+    second = await real.create(pod, "sleep", "1000", name="second")
     if V2:  # on v1 a process may enter, and only not fork
         for call in (real.sh(first, "echo full"), real.start(second)):
             with pytest.raises(grpc.aio.AioRpcError) as caught:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cri.api import cri_pb2 as pb
-from cri.translate import sandbox_to_pod
+from cri.translate import ResolvedUser, sandbox_to_pod
 from runtime.errors import InvalidSpec, Unsupported
 from runtime.spec import IDMapping, Namespace
 from tests.cri.translate.given import DEFAULTS, HOST, Namespaces, linux, mount_at, sandbox_with, secured, spec
@@ -101,6 +101,21 @@ def test_own_user_namespace() -> None:
     plan = sandbox_to_pod(pod(userns_options=OWN_USER), defaults=DEFAULTS, host=HOST)
     assert plan.user is not None
     assert plan.sysctls == {}, "no ping_group_range: its ids would have to be mapped"
+
+
+@pytest.mark.parametrize(
+    ("user", "said"),
+    [
+        (ResolvedUser(uid=65536, gid=0), "run_as_user 65536: the pod's user namespace has ids below 65536"),
+        (ResolvedUser(uid=0, gid=70000, additional_gids=(70000,)), "run_as_group 70000"),
+        (ResolvedUser(uid=0, gid=0, additional_gids=(0, 65536)), "supplemental_groups 65536"),
+    ],
+)
+def test_ids_that_the_own_user_namespace_lacks(user: ResolvedUser, said: str) -> None:
+    spec(pod=pod(userns_options=OWN_USER), user=ResolvedUser(uid=65535, gid=65535, additional_gids=(65535,)))
+    with pytest.raises(InvalidSpec, match=said):
+        spec(pod=pod(userns_options=OWN_USER), user=user)
+    spec(user=user)
 
 
 def test_own_user_namespace_on_the_host_s_network_binds_sys() -> None:
