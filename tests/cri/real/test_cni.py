@@ -17,7 +17,7 @@ import pytest
 from cri.api import cri_pb2 as pb
 from tests.cri.client import until
 from tests.cri.real.conftest import Real
-from tests.cri.real.daemon import Daemon
+from tests.cri.real.daemon import RUNTIME, Daemon
 from tests.net.given import ip, nft
 from tests.requires import cni_plugins, requires
 
@@ -29,6 +29,7 @@ PLUGIN = """#!/bin/sh
 [ "$CNI_COMMAND" = DEL ] && [ -e DIRECTORY/refuse ] && { echo '{"code": 999, "msg": "not now"}'; exit 1; }
 exec PLUGINS/bridge
 """
+_PATH = f"path = '{RUNTIME}'\n" if RUNTIME else ""
 RANGES = [[{"subnet": "10.77.0.0/24"}], [{"subnet": "fd77::/64"}]]
 
 
@@ -62,12 +63,13 @@ def daemon(run_dir: Path) -> Iterator[Daemon]:
     }
     lines = "".join(f"{key} = {value}\n" for key, value in settings.items())
     forward = {path: path.read_text() for path in Path("/proc/sys/net").glob("ipv*/ip_forward")}
-    made = Daemon(run_dir, f"[network]\n{lines}")
+    made = Daemon(run_dir, f'[network]\n{lines}[handlers.aside]\ncni_conf_dir = "{run_dir}/aside.d"\n{_PATH}')
     made.start()
     yield made
     if made.process is not None:
         assert made.stop() == 0, made.log()
-    subprocess.run("ip link delete cnitest0".split(), check=False, capture_output=True)
+    for name in ("cnitest0", "cnitest1"):
+        subprocess.run(["ip", "link", "delete", name], check=False, capture_output=True)
     nft("flush", "ruleset")
     for path, value in forward.items():
         path.write_text(value)
@@ -121,6 +123,29 @@ async def test_a_pods_life(real: Real) -> None:
     assert leased(real.daemon.directory) == []
     assert "18080" not in nft("list", "ruleset")
     assert ip("link", "show", "master", "cnitest0") == []
+
+
+async def test_a_handler_with_a_network_of_its_own(real: Real) -> None:
+    put(real)
+    directory = real.daemon.directory
+    request = pb.RunPodSandboxRequest(config=real.pod_config("aside"), runtime_handler="aside")
+    with pytest.raises(grpc.aio.AioRpcError, match="no usable CNI configuration in"):
+        await real.client.RunPodSandbox(request)
+    (directory / "aside.d").mkdir()
+    ranges = [[{"subnet": "10.78.0.0/24"}]]
+    own = conf(directory, ranges).replace('"bridged"', '"aside"').replace("cnitest0", "cnitest1")
+    (directory / "aside.d/1.conflist").write_text(own)
+    pod = (await real.client.RunPodSandbox(request)).pod_sandbox_id
+    other = await real.pod()
+    assert await addresses(real, pod) == ["10.78.0.2"]
+    assert await addresses(real, other) == ["10.77.0.2", "fd77::2"]
+    real.daemon.kill()
+    await real.client.close()
+    (directory / "aside.d/1.conflist").unlink()  # what was made by it is known without it
+    real.daemon.start()
+    real.client = real.daemon.client()
+    await real.remove(pod, other)
+    assert not [name for name in os.listdir(directory / "leases/aside") if name.startswith("10.")]
 
 
 async def test_a_del_that_fails_is_tried_again_by_the_next_cribd(real: Real) -> None:
