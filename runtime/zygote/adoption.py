@@ -7,7 +7,8 @@
    monitor's at once) is remembered while the command runs
 
 A command is not killed in the middle: what it has made may run in the container and be in no file, session or tree that
-tells whose it is. So who doesn't want the process any more has it killed when the command is through.
+tells whose it is. So who doesn't want the process any more has it killed when the command is through. A command that
+takes too long is killed all the same: what nobody knows is looked for then (`tree.kill_strays`).
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from runtime.plan.plan import decode
 from runtime.zygote.child import become
 from runtime.zygote.container import Process
 from runtime.zygote.messages import Kind, close_all
-from runtime.zygote.tree import kill_tree
+from runtime.zygote.tree import kill_strays, kill_tree
 
 TYPE_CHECKING = False  # typing costs a monitor memory
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ class Execs:
         self._plans = Plans()
         self._execs: dict[str, Process] = {}
         self._exec_of: dict[str, Container] = {}
+        self._unnamed: set[str] = set()  # containers in which a killed command may have left what it had made
 
     def start(self, connection: socket.socket, fields: dict[str, Any], fds: list[int]) -> None:
         """As the EXEC message asks. Raises OSError, KeyError or ValueError.
@@ -144,13 +145,19 @@ class Execs:
     def made(self, process: Process) -> None:
         """A runtime's command has made it, or failed."""
         exec_id = next(exec_id for exec_id, one in self._execs.items() if one is process)
-        adoption, process.adoption = process.adoption, None
+        container, adoption, process.adoption = self._exec_of[exec_id], process.adoption, None
         if process.failure is None:
             self._runs(exec_id, process)
             if adoption and adoption.unwanted_by:
                 self._end(exec_id)
         else:
             self._ended(exec_id, process)
+            if adoption and adoption.unwanted_by:
+                self._unnamed.add(container.id)
+        others = [one for exec_id, one in self._execs.items() if self._exec_of[exec_id] is container]
+        if container.id in self._unnamed and not any(one.adoption for one in others):
+            self._unnamed.discard(container.id)
+            kill_strays(container.pid, {container.pid, *(one.pid for one in others)}, container.kill_dirs)
 
     def kill(self, exec_id: str) -> None:
         """SIGKILL to the process and its descendants. Raises OSError."""

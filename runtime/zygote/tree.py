@@ -42,6 +42,22 @@ def kill_tree(root: int, directories: tuple[str, ...]) -> None:
     take_out(known, directories)
 
 
+def kill_strays(first: int, known: set[int], directories: tuple[str, ...]) -> None:
+    """Kill with their trees this process's children in a container, whose first process is `first`, but the known ones.
+
+    None of them is the container's own: its orphans go to the first process of its pid namespace. One in the namespace
+    of this process has its orphans here, and is left alone.
+    """
+    try:
+        if os.stat(f"/proc/{first}/ns/pid").st_ino == os.stat("/proc/self/ns/pid").st_ino:
+            return
+    except OSError:  # it has ended
+        return
+    for pid, (parent, _, _) in _members(directories).items():
+        if parent == os.getpid() and pid not in known:
+            kill_tree(pid, directories)
+
+
 def _members(directories: tuple[str, ...]) -> dict[int, tuple[int, int, int]]:
     """(parent, session, time of birth) by pid of the container's live processes, parents first as far as pids tell."""
     found = {}

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +24,10 @@ from tests.limits import scaled
 from tests.requires import requires
 
 pytestmark = [pytest.mark.asyncio, requires("root", "busybox", "bridge", "overlay", "runc")]
+
+
+LATE = 'case "$1" in *.pid) file=$1; set -- "$@" "$1.late";; *) set -- "$@" "$1";; esac; shift'
+"""Of a runtime's arguments: the pid goes to another file."""
 
 
 def program() -> str:
@@ -169,17 +174,50 @@ async def test_a_command_that_has_ended_before_the_runtime_names_it(real: Real) 
     link = real.daemon.directory / "rt"
     container = await real.run(await pod_of(real, "gone"), "sleep", "1000")
     link.unlink()
-    late = 'case "$1" in *.pid) file=$1; set -- "$@" "$1.late";; *) set -- "$@" "$1";; esac; shift'
     ended = 'while [ -e "/proc/$(cat "$file.late")" ]; do sleep 0.01; done; mv "$file.late" "$file"; exit 0'
     link.write_text(
         f'#!/bin/sh\ncase " $* " in *" exec "*)\n'
-        f'n=$#; while [ $n -gt 0 ]; do {late}; n=$((n - 1)); done\n{program()} "$@" || exit; {ended};; esac\n'
+        f'n=$#; while [ $n -gt 0 ]; do {LATE}; n=$((n - 1)); done\n{program()} "$@" || exit; {ended};; esac\n'
         f'exec {program()} "$@"\n'
     )
     link.chmod(0o755)
     for code in (0, 7):
         said = await real.sh(container, f"echo said; exit {code}")
         assert (said.exit_code, said.stdout) == (code, b"said\n")
+
+
+async def test_a_command_that_is_made_and_never_named(real: Real) -> None:
+    """The runtime hangs when the process runs already; others of the container, by then and later, are left alone."""
+    link, made = real.daemon.directory / "rt", real.daemon.directory / "made"
+    container = await real.run(await pod_of(real, "gone"), "sh", "-c", "setsid sh -c 'sleep 1001 & sleep 1002' & wait")
+    path = cgroup_path(await real.pid(container))
+
+    def sleeping() -> set[str]:
+        found = set()
+        for pid in detect().procs(path):
+            with suppress(OSError):
+                words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+                found |= {words[1]} if words[0] == "sleep" else set()
+        return found
+
+    other = asyncio.ensure_future(real.sh(container, "sleep 1003; true", limit_s=1000))
+    await until(lambda: sleeping() == {"1001", "1002", "1003"})
+    link.unlink()
+    link.write_text(
+        f'#!/bin/sh\ncase " $* " in *" exec "*)\n'
+        f"n=$#; while [ $n -gt 0 ]; do {LATE}; n=$((n - 1)); done\n"
+        f'{program()} "$@" || exit; touch {made}; sleep 1000;; esac\nexec {program()} "$@"\n'
+    )
+    link.chmod(0o755)
+    for _ in range(2):
+        request = pb.ExecSyncRequest(container_id=container, cmd=["sleep", "1004"], timeout=2)
+        code, _ = await refused(real.client.ExecSync(request))
+        assert (code, made.exists()) == (grpc.StatusCode.DEADLINE_EXCEEDED, True)
+        made.unlink()
+        await until(lambda: sleeping() == {"1001", "1002", "1003"})
+    assert not other.done()
+    other.cancel()
+    await until(lambda: sleeping() == {"1001", "1002"})
 
 
 async def test_an_unknown_handler(real: Real) -> None:
