@@ -162,13 +162,15 @@ def _remaining_s(context: _Context) -> float | None:
 
 def _write(name: str, code: grpc.StatusCode, text: str, failure: BaseException | None, seconds: float) -> None:
     """The call's one line: INFO for a change, DEBUG for `_READS`, also unheard ones; worse for what went wrong."""
-    extra: dict[str, object] = {"code": code.name, "ms": f"{seconds * 1e3:.1f}"}
-    if text:
-        extra["error"] = text
     reads = _READS.search(name) is not None
     level = logging.DEBUG if reads else logging.INFO
     if failure is not None:
         level = logging.ERROR
     elif code not in _NO_TROUBLE and not (reads and code is grpc.StatusCode.CANCELLED):
         level = logging.WARNING
+    if not _logger.isEnabledFor(level):
+        return
+    extra: dict[str, object] = {"code": code.name, "ms": f"{seconds * 1e3:.1f}"}
+    if text:
+        extra["error"] = text
     _logger.log(level, "call", extra={"fields": extra}, exc_info=failure)

@@ -95,15 +95,13 @@ class Execs:
         loop = asyncio.get_running_loop()
         started: asyncio.Future[int] = loop.create_future()
         exited: asyncio.Future[ExecExit] = loop.create_future()
-        exited.add_done_callback(lambda future: future.cancelled() or future.exception())
 
         def replied(reply: Reply) -> None:
             if reply.kind != Kind.FAILED:
                 started.set_result(reply.fds[0] if reply.fds else -1)
             else:
                 self._running.pop(request.id, None)
-                if not exited.done():
-                    exited.set_exception(failure(compiled.plan, reply.fields, external, request.id))
+                _fail(exited, failure(compiled.plan, reply.fields, external, request.id))
             if external:
                 external.discard(request.id)
 
@@ -150,6 +148,12 @@ class Execs:
     def fail(self, error: Unavailable) -> None:
         """The monitor is gone: so are they."""
         for _, future in self._running.values():
-            if not future.done():
-                future.set_exception(error)
+            _fail(future, error)
         self._running.clear()
+
+
+def _fail(exited: asyncio.Future[ExecExit], error: Exception) -> None:
+    """Tell who waits, if anybody does."""
+    if not exited.done():
+        exited.set_exception(error)
+        exited.exception()  # seen, as far as asyncio's log is concerned

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Final
 from cri.api import cri_pb2 as pb
 from cri.container.log import close_log
 from cri.state.records import ContainerRecord, ContainerState
-from runtime.engine import ContainerExit, ContainerStart, LogFile, LogLoss
+from runtime.engine import ContainerExit, ContainerStart, ExecStart, LogFile, LogLoss
 from runtime.images import RootFs
-from runtime.spec import Process, Spec
+from runtime.spec import Spec
 
 if TYPE_CHECKING:
     from cri.sandbox.pod import Pod
@@ -42,7 +42,7 @@ class Container:
         self.rootfs: RootFs | None = None
         self.prepared: ContainerStart | None = None
         self.log: asyncio.Task[LogFile | None] | None = None
-        self.command: Process | None = None
+        self.command: ExecStart | None = None
         self.exit: ContainerExit | None = None
         self.log_loss = LogLoss()
         self.started = asyncio.Event()

@@ -49,7 +49,7 @@ def finish(node: Node, container: Container, code: int, reason: str, message: st
         finished_ns=max(finished_ns, container.record.started_ns),
         stop_deadline_ns=0,
     )
-    container.spec = container.rootfs = None
+    container.spec = container.rootfs = container.command = None
     fields = {"container": container.id, "sandbox": container.pod.id, "code": code, "reason": reason}
     _logger.info("container exited", extra={"fields": fields})
     node.spawn(asyncio.get_running_loop().create_task(_settled(node, container)))

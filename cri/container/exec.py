@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 import logging
 import os
 from typing import TYPE_CHECKING, Final
@@ -27,30 +29,36 @@ Half of it is each stream's own, whichever is first to flood; what one doesn't u
 """
 _READ_BYTES: Final = 64 << 10
 _KILL_WAIT_S: Final = 5.0
+_SOON_S: Final = 0.05
 _logger = logging.getLogger(__name__)
 
 
 class Output:
     """Reads a process's stdout and stderr from two pipes, in the loop, keeping at most `KEPT_BYTES` of both.
 
-    `closed` is set when both are at their end. The write ends are the caller's to hand out and to close.
+    Not from the beginning: a command such as a probe has ended soon, and then the pipes hold all that it wrote. The
+    write ends are the caller's to hand out and to close.
     """
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._kept: dict[int, bytearray] = {}
-        self.closed = asyncio.Event()
+        self._watched = False
+        self._closed: asyncio.Future[None] = self._loop.create_future()
         self.write_ends: list[int] = []
-        self._read_ends: list[int] = []
-        self._open: set[int] = set()
+        self._open: list[int] = []
         for _ in range(2):
             reading, writing = os.pipe2(os.O_CLOEXEC)
             os.set_blocking(reading, False)
             self.write_ends.append(writing)
-            self._read_ends.append(reading)
+            self._open.append(reading)
             self._kept[reading] = bytearray()
-            self._open.add(reading)
-            self._loop.add_reader(reading, self._readable, reading)
+        self._timer = self._loop.call_later(_SOON_S, self._watch)
+
+    def _watch(self) -> None:
+        self._watched = True
+        for fd in self._open:
+            self._loop.add_reader(fd, self._readable, fd)
 
     def _readable(self, fd: int) -> bool:
         """Take one read; whether there may be more at once."""
@@ -69,12 +77,12 @@ class Output:
         return True
 
     def _close(self, fd: int) -> None:
-        if fd in self._open:
-            self._open.remove(fd)
+        if self._watched:
             self._loop.remove_reader(fd)
-            os.close(fd)
-        if not self._open:
-            self.closed.set()
+        self._open.remove(fd)
+        os.close(fd)
+        if not self._open and not self._closed.done():
+            self._closed.set_result(None)
 
     def release_write_ends(self) -> None:
         """Close our copies of the write ends: the process has its own."""
@@ -91,16 +99,16 @@ class Output:
             for _ in range(KEPT_BYTES // _READ_BYTES):
                 if not self._readable(fd):
                     break
-        try:
-            async with asyncio.timeout(drain_s):
-                await self.closed.wait()
-        except TimeoutError:
-            pass
-        stdout, stderr = (bytes(self._kept[fd]) for fd in self._read_ends)
+        if self._open:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(drain_s):
+                    await self._closed
+        stdout, stderr = map(bytes, self._kept.values())
         return stdout, stderr
 
     def close(self) -> None:
         """Let go of all descriptors."""
+        self._timer.cancel()
         self.release_write_ends()
         for fd in list(self._open):
             self._close(fd)
@@ -162,29 +170,31 @@ async def kill(process: Exec) -> None:
 def exec_start(node: Node, container: Container, command: list[str], *, terminal: bool = False) -> ExecStart:
     """What the engine is asked to run. Raises InvalidSpec, or WrongState unless the container runs."""
     args = tuple(command)
-    process = container.command
-    if process is None or process.args != args:
+    last = container.command
+    again = last is not None and last.process.args == args
+    if not again:
         _check(args)
     if container.state is not ContainerState.RUNNING:
         raise WrongState(f"{container.title} is not running")
+    new_id = node.new_id()[:16]
+    if last and again and not terminal:
+        return dataclasses.replace(last, id=new_id)
     spec = spec_of(node, container)
     env = spec.process.env
-    if terminal:
-        if not any(item.startswith("TERM=") for item in env):
-            env = (*env, "TERM=xterm")
-        process = msgspec.structs.replace(spec.process, args=args, env=env, terminal=True, console_size=None)
-    elif process is None or process.args != args:
-        process = msgspec.structs.replace(spec.process, args=args, terminal=False, console_size=None)
-        container.command = process
-    return ExecStart(
-        id=node.new_id()[:16],
+    if terminal and not any(item.startswith("TERM=") for item in env):
+        env = (*env, "TERM=xterm")
+    start = ExecStart(
+        id=new_id,
         container_id=container.id,
-        process=process,
+        process=msgspec.structs.replace(spec.process, args=args, env=env, terminal=terminal, console_size=None),
         linux=spec.linux or Linux(),
         join_files=node.cgroups.join_files(container.record.cgroup_path),
         clone_dir=node.cgroups.clone_dir(container.record.cgroup_path) or "",
         runtime=container.pod.record.runtime,
     )
+    if not terminal:
+        container.command = start
+    return start
 
 
 def _check(command: tuple[str, ...]) -> None:

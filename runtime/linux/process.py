@@ -12,7 +12,7 @@ from runtime.linux.namespaces import CLONE
 
 TYPE_CHECKING = False  # typing costs a monitor memory
 if TYPE_CHECKING:
-    from typing import Final
+    from typing import Any, Final
 
 PR_SET_PDEATHSIG: Final = 1
 PR_SET_DUMPABLE: Final = 4
@@ -34,7 +34,6 @@ PTRACE_DETACH: Final = 17
 CLOSE_RANGE_CLOEXEC: Final = 4
 KEYCTL_JOIN_SESSION_KEYRING: Final = 1
 SIGCHLD: Final = 17
-_ZEROS: Final = (0, 0, 0, 0)
 _prctl: Final = function("prctl", 5)
 _ptrace: Final = function("ptrace", 4)
 _personality: Final = function("personality", 1)
@@ -44,9 +43,10 @@ _PARENT: Final = int(CLONE.PARENT)
 _INTO_CGROUP: Final = int(CLONE.INTO_CGROUP)
 
 
-def prctl(option: int, *args: int) -> int:
-    """prctl(2) with up to four numeric arguments. Raises SyscallError."""
-    return check("prctl", _prctl(option, *args, *_ZEROS[len(args) :]))
+def prctl(option: int, first: int = 0, second: int = 0) -> int:
+    """prctl(2) with up to two numeric arguments. Raises SyscallError."""
+    result: int = _prctl(option, first, second, 0, 0)
+    return result if result != -1 else check("prctl", result)
 
 
 def die_with(parent: int) -> None:
@@ -140,7 +140,13 @@ def join_session_keyring() -> None:
 
 
 _IOPRIO_WHO_PROCESS: Final = 1
-_CPUS: Final = range(os.sysconf("SC_NPROCESSORS_CONF"))
+_CPUS: Final = os.sysconf("SC_NPROCESSORS_CONF")
+_SCHEDULING: Final[tuple[tuple[str, tuple[Any, ...]], ...]] = (
+    ("sched_setaffinity", (0, (_CPUS + 63) // 64 * 8, ((1 << _CPUS) - 1).to_bytes((_CPUS + 63) // 64 * 8, "little"))),
+    ("sched_setscheduler", (0, os.SCHED_OTHER, bytes(4))),
+    ("setpriority", (os.PRIO_PROCESS, 0, 0)),
+    ("ioprio_set", (_IOPRIO_WHO_PROCESS, 0, 0)),
+)
 _TIMERSLACK_NS: Final = 50_000
 _COREDUMP_FILTER: Final = b"0x33"  # core(5): the kernel's own default
 
@@ -149,10 +155,8 @@ def default_scheduling() -> None:
     """Any processor and memory node, nice 0, SCHED_OTHER, no I/O priority: what a service manager gave cribd is not
     for containers, whose cgroup says what they may use. Raises OSError.
     """
-    os.sched_setaffinity(0, _CPUS)
-    default_policy()
-    os.setpriority(os.PRIO_PROCESS, 0, 0)
-    syscall("ioprio_set", _IOPRIO_WHO_PROCESS, 0, 0)
+    for name, arguments in _SCHEDULING:  # as data: a child runs this once, and code is slow then (see `rehearsal`)
+        syscall(name, *arguments)
     try:
         syscall("set_mempolicy", 0, None, 0)
     except SyscallError:  # a kernel without NUMA

@@ -281,6 +281,9 @@ class WorkingDirectory(Step):
     path: str
 
     def run(self, context: Context) -> None:
+        if self.path == "/":
+            os.chdir("/")
+            return
         root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             directory = files.make_directories(root, self.path)

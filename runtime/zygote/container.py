@@ -8,9 +8,9 @@ import os
 import signal
 import socket
 import struct
-import termios
 import time
 
+from runtime.plan.identity import TIOCSWINSZ
 from runtime.zygote.log import Stream
 from runtime.zygote.packets import STDERR, STDOUT
 
@@ -82,10 +82,14 @@ class Process:
     def read_sync(self) -> bool:
         """Take what the child reports; True when the start is decided, one way or the other."""
         assert self.sync is not None
+        fds: list[int] = []
         try:
-            data, fds, _, _ = socket.recv_fds(self.sync, _READ_BYTES, 1)
+            if self.quiet:  # it has nothing to hand over
+                data = self.sync.recv(_READ_BYTES)
+            else:
+                data, fds, _, _ = socket.recv_fds(self.sync, _READ_BYTES, 1)
         except ConnectionResetError:  # it died and hadn't read what it was told
-            data, fds = b"", []
+            data = b""
         message = marshal.loads(data) if data else {}
         if fds and "pid" not in message:
             self.terminal = fds[0]
@@ -124,7 +128,7 @@ class Process:
 
     def resize(self, rows: int, columns: int) -> None:
         """Set the terminal's size. Raises OSError without a terminal."""
-        fcntl.ioctl(self.terminal, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+        fcntl.ioctl(self.terminal, TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
 
     def close(self) -> None:
         if self.pidfd >= 0:

@@ -11,6 +11,7 @@ import resource
 
 from runtime.linux import caps
 from runtime.linux.namespaces import CLONE
+from runtime.linux.process import close_all_but
 from runtime.plan import identity
 from runtime.plan.plan import Context, Step, decode, encode, run
 
@@ -24,13 +25,14 @@ def rehearse_child() -> None:
         held = dict(line.split(":\t") for line in file if line.startswith("Cap"))
     with open("/proc/self/oom_score_adj", encoding="ascii") as file:
         oom_score_adj = int(file.read())
+    close_all_but(tuple(before))
     context = Context({"stdin": 0, "stdout": 1, "stderr": 2, "container": os.pidfd_open(os.getpid())})
     plan: tuple[Step, ...] = (
         identity.JoinCgroup(("/dev/null",)),
         identity.OomScoreAdj(oom_score_adj),
         identity.Rlimits(((resource.RLIMIT_CORE, *resource.getrlimit(resource.RLIMIT_CORE)),)),
         identity.JoinProcess("container", int(CLONE.NEWUTS | CLONE.NEWIPC | CLONE.NEWNET)),
-        identity.WorkingDirectory("/"),
+        identity.WorkingDirectory("/."),
         identity.FindExecutable("proc", "/nonexistent:/"),
         identity.Execute(
             args=("nothing",),
