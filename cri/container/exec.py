@@ -47,13 +47,17 @@ class Output:
         self._closed: asyncio.Future[None] = self._loop.create_future()
         self.write_ends: list[int] = []
         self._open: list[int] = []
-        for _ in range(2):
-            reading, writing = os.pipe2(os.O_CLOEXEC)
-            os.set_blocking(reading, False)
-            self.write_ends.append(writing)
-            self._open.append(reading)
-            self._kept[reading] = bytearray()
         self._timer = self._loop.call_later(_SOON_S, self._watch)
+        try:
+            for _ in range(2):
+                reading, writing = os.pipe2(os.O_CLOEXEC)
+                os.set_blocking(reading, False)
+                self.write_ends.append(writing)
+                self._open.append(reading)
+                self._kept[reading] = bytearray()
+        except OSError:  # no more descriptors
+            self.close()
+            raise
 
     def _watch(self) -> None:
         self._watched = True
