@@ -22,10 +22,11 @@ import pytest
 import pytest_asyncio
 
 from cri.config import StreamingSection
+from cri.container.container import Container
 from cri.node import Node
 from cri.sandbox.pod import Pod
 from cri.streaming import link, tokens
-from cri.streaming.request import Forward
+from cri.streaming.request import Exec, Forward, Streams
 from cri.streaming.server import StreamingServer
 from cri.streaming.tokens import Tokens
 from runtime.errors import Exhausted
@@ -232,6 +233,20 @@ async def test_a_connection_that_is_never_complete() -> None:
         await half.got()
         assert half.reset
         assert await Forwarded(client, served.port, "whole").echoes(b"fine")
+        await client.close()
+
+
+async def test_a_command_whose_streams_never_come() -> None:
+    """One of no known kind, and a second one of a kind, are refused; nothing runs before all are there."""
+    async with serving(creation_timeout_s=0.5) as served:
+        request = Exec(cast(Container, None), ("true",), Streams(stdin=False, stdout=True, stderr=True, tty=False))
+        client = await Spdy().connect(served.server.url(request))
+        error, again, unknown, unasked = (client.open(streamtype=kind) for kind in ("error", "error", "?", "stdin"))
+        for stream in (error, again, unknown, unasked):
+            await stream.replied.wait()
+        assert [stream.reset for stream in (error, again, unknown, unasked)] == [False, True, True, True]
+        await client.closed()
+        assert client.goaway
         await client.close()
 
 
