@@ -188,11 +188,11 @@ class Inflow:
             pass
 
     def _close(self) -> None:
+        if self._writing:  # first: a duplicate would keep the closed one's watch, for whoever gets its number
+            self._writing = False
+            self._loop.remove_writer(self._fd)
         if self._fd >= 0:
             self._release(self._fd)
-            if self._writing:
-                self._writing = False
-                self._loop.remove_writer(self._fd)
             self._fd = -1
         self._over = True
         self.ended.set()
