@@ -154,6 +154,7 @@ class ForwardSession:
         try:
             await outflow.ended.wait()
             self._link.end(connection.data)
+            self._link.end(connection.error)  # for its end, kubectl until 1.27 waits before it ends its own half
             await connection.inflow.ended.wait()
             self._end(key, connection)
         finally:

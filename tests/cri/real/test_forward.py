@@ -34,9 +34,16 @@ async def echo(reader, writer):
         await writer.drain()
     writer.close()
 
+async def bye(reader, writer):
+    writer.write(b"bye")
+    writer.write_eof()
+    print((await reader.read()).decode(), flush=True)
+    writer.close()
+
 async def main():
     await asyncio.start_server(echo, "127.0.0.1", 8080)
     await asyncio.start_server(echo, "::1", 8081)
+    await asyncio.start_server(bye, "127.0.0.1", 8082)
     print("ready", flush=True)
     await asyncio.Event().wait()
 
@@ -54,7 +61,7 @@ def servers() -> Iterator[Servers]:
 
 
 async def serving(real: Real, servers: Servers) -> str:
-    """A pod whose ports answer with what they are sent: 8080, and 8081 by IPv6 alone."""
+    """A pod whose ports answer with what they are sent: 8080, and 8081 by IPv6 alone; 8082 says bye, and listens."""
     pod = await real.pod()
     container = await real.run(pod, "sleep", "1000")
     request = pb.ContainerStatusRequest(container_id=container, verbose=True)
@@ -92,6 +99,19 @@ async def test_every_byte_and_each_end(real: Real, servers: Servers, port: int) 
         assert await connection.data.got() == body
         assert await connection.error.got() == b""
         await giving
+
+
+async def test_a_client_that_never_ends_its_half_hears_of_the_end(real: Real, servers: Servers) -> None:
+    pod = await serving(real, servers)
+    async with spdy(await forward_url(real, pod), _PROTOCOL) as client:
+        connection = Forwarded(client, 8082)
+        assert await connection.data.got() == b"bye"
+        assert await connection.error.got() == b""
+        await connection.data.write(b"what is said now")
+        connection.data.end()
+        heard = servers[0].stdout
+        assert heard
+        assert await asyncio.to_thread(heard.readline) == b"what is said now\n"
 
 
 async def test_many_at_once_and_one_that_breaks(real: Real, servers: Servers) -> None:
