@@ -43,6 +43,7 @@ class ImageCalls:
 
     async def pull(self, request: pb.PullImageRequest, call: Call) -> pb.PullImageResponse:
         """Goes on as long as bytes come and the caller waits: the kubelet sets no deadline."""
+        self._node.handlers.options(request.image.runtime_handler)  # all have the one store
         auth = _auth(request.auth) if request.HasField("auth") else None
         image = await pull(self._node, _named(request.image), auth, None)
         return pb.PullImageResponse(image_ref=image.id)

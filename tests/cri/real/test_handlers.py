@@ -221,9 +221,11 @@ async def test_a_command_that_is_made_and_never_named(real: Real) -> None:
 
 
 async def test_an_unknown_handler(real: Real) -> None:
-    code, said = await refused(pod_of(real, "nobody"))
-    assert code is grpc.StatusCode.INVALID_ARGUMENT
-    assert said == "runtime_handler 'nobody': this node has '', 'gone', 'oci'"
+    image = pb.ImageSpec(image="localhost/crib/busybox:latest", runtime_handler="nobody")
+    for asked in (pod_of(real, "nobody"), real.client.PullImage(pb.PullImageRequest(image=image))):
+        code, said = await refused(asked)
+        assert code is grpc.StatusCode.INVALID_ARGUMENT
+        assert said == "runtime_handler 'nobody': this node has '', 'gone', 'oci'"
 
 
 @pytest.mark.parametrize("when", ["create", "start"])
