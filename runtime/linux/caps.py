@@ -42,20 +42,16 @@ def last_cap() -> int:
         return int(file.read())
 
 
+def packed(effective: int, permitted: int, inheritable: int) -> tuple[bytes, bytes]:
+    """The two arguments of capset(2) for this process and these bit masks."""
+    sets = effective, permitted, inheritable
+    halves = [one & 0xFFFFFFFF for one in sets] + [one >> 32 for one in sets]
+    return struct.pack("Ii", _VERSION_3, 0), struct.pack("6I", *halves)
+
+
 def capset(effective: int, permitted: int, inheritable: int) -> None:
     """Set this process's three sets, as bit masks. Raises SyscallError."""
-    header = struct.pack("Ii", _VERSION_3, 0)
-    low, high = 0xFFFFFFFF, 32
-    data = struct.pack(
-        "6I",
-        effective & low,
-        permitted & low,
-        inheritable & low,
-        effective >> high,
-        permitted >> high,
-        inheritable >> high,
-    )
-    syscall("capset", header, data)
+    syscall("capset", *packed(effective, permitted, inheritable))
 
 
 def drop_bounding(keep: int, last: int) -> None:

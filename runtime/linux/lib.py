@@ -26,7 +26,13 @@ _COMMON: Final[dict[str, int]] = {
 }
 _BY_MACHINE: Final[dict[str, dict[str, int]]] = {
     "x86_64": {
+        "write": 1,
+        "close": 3,
         "execve": 59,
+        "chdir": 80,
+        "fchdir": 81,
+        "umask": 95,
+        "setsid": 112,
         "setgroups": 116,
         "setresuid": 117,
         "setresgid": 119,
@@ -34,26 +40,44 @@ _BY_MACHINE: Final[dict[str, dict[str, int]]] = {
         "setpriority": 141,
         "sched_setscheduler": 144,
         "pivot_root": 155,
+        "prctl": 157,
         "sched_setaffinity": 203,
         "set_mempolicy": 238,
         "keyctl": 250,
         "ioprio_set": 251,
+        "openat": 257,
+        "faccessat": 269,
+        "dup3": 292,
+        "prlimit64": 302,
+        "setns": 308,
         "seccomp": 317,
         "bpf": 321,
     },
     "aarch64": {
+        "dup3": 24,
         "ioprio_set": 30,
         "pivot_root": 41,
+        "faccessat": 48,
+        "chdir": 49,
+        "fchdir": 50,
+        "openat": 56,
+        "close": 57,
+        "write": 64,
         "capset": 91,
         "sched_setscheduler": 119,
         "sched_setaffinity": 122,
         "setpriority": 140,
         "setresuid": 147,
         "setresgid": 149,
+        "setsid": 157,
         "setgroups": 159,
+        "umask": 166,
+        "prctl": 167,
         "keyctl": 219,
         "execve": 221,
         "set_mempolicy": 237,
+        "prlimit64": 261,
+        "setns": 268,
         "seccomp": 277,
         "bpf": 280,
     },
@@ -81,7 +105,7 @@ def function(name: str, arguments: int, library: ctypes.CDLL = libc, result: typ
     return bound
 
 
-_syscall: Final = function("syscall", 7, result=ctypes.c_long)
+call: Final = function("syscall", 7, result=ctypes.c_long)
 # Holds the GIL during the call: for clone3, whose child must find it held by itself.
 syscall_with_gil: Final = function("syscall", 3, ctypes.PyDLL(None, use_errno=True), ctypes.c_long)
 _PADDING: Final = (0, 0, 0, 0, 0, 0)
@@ -104,12 +128,23 @@ def syscall(name: str, *args: Any, path: str | None = None) -> int:
     nr = NR[name]
     padding = _PADDING[len(args) :]
     while True:
-        result: int = _syscall(nr, *args, *padding)
+        result: int = call(nr, *args, *padding)
         if result != -1:
             return result
         errno = ctypes.get_errno()
         if errno != EINTR:
             raise SyscallError(name, errno, path)
+
+
+def failure(number: int) -> SyscallError:
+    """What the system call that `call` was just asked for has failed with."""
+    return SyscallError(next(name for name in NR if NR[name] == number), ctypes.get_errno())
+
+
+def placed(data: bytes) -> tuple[Any, int]:
+    """A buffer with these bytes and a NUL, and its address, which is good while that is kept."""
+    buffer = ctypes.create_string_buffer(data)
+    return buffer, ctypes.addressof(buffer)
 
 
 def check(call: str, result: int, path: str | None = None) -> int:

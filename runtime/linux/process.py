@@ -141,7 +141,7 @@ def join_session_keyring() -> None:
 
 _IOPRIO_WHO_PROCESS: Final = 1
 _CPUS: Final = os.sysconf("SC_NPROCESSORS_CONF")
-_SCHEDULING: Final[tuple[tuple[str, tuple[Any, ...]], ...]] = (
+SCHEDULING: Final[tuple[tuple[str, tuple[Any, ...]], ...]] = (
     ("sched_setaffinity", (0, (_CPUS + 63) // 64 * 8, ((1 << _CPUS) - 1).to_bytes((_CPUS + 63) // 64 * 8, "little"))),
     ("sched_setscheduler", (0, os.SCHED_OTHER, bytes(4))),
     ("setpriority", (os.PRIO_PROCESS, 0, 0)),
@@ -155,7 +155,7 @@ def default_scheduling() -> None:
     """Any processor and memory node, nice 0, SCHED_OTHER, no I/O priority: what a service manager gave cribd is not
     for containers, whose cgroup says what they may use. Raises OSError.
     """
-    for name, arguments in _SCHEDULING:  # as data: a child runs this once, and code is slow then (see `rehearsal`)
+    for name, arguments in SCHEDULING:  # as data: a child runs this once, and code is slow then (see `rehearsal`)
         syscall(name, *arguments)
     try:
         syscall("set_mempolicy", 0, None, 0)
@@ -194,7 +194,7 @@ class Exec:
     """An execve whose arguments are encoded and allocated beforehand, so that `run` is a single system call."""
 
     def __init__(self, path: str, args: tuple[str, ...], env: tuple[str, ...]) -> None:
-        self.path = os.fsencode(path)
+        self.path, self.name = os.fsencode(path), args[0]
         self._args = (ctypes.c_char_p * (len(args) + 1))(*[os.fsencode(arg) for arg in args], None)
         self._env = (ctypes.c_char_p * (len(env) + 1))(*[os.fsencode(item) for item in env], None)
 

@@ -25,6 +25,7 @@ class Filter:
             raise ValueError(f"seccomp program of {len(bpf)} bytes")
         self._buffer = ctypes.create_string_buffer(bpf, len(bpf))
         self._program = _Program(len(bpf) // 8, ctypes.addressof(self._buffer))
+        self.address = ctypes.addressof(self._program)
 
     def load(self, flags: int = 0) -> int:
         """seccomp(2) SET_MODE_FILTER: needs no_new_privs or CAP_SYS_ADMIN. Returns the listener if `flags` ask for one.

@@ -36,9 +36,10 @@ from runtime.plan.plan import Context, Step
 RLIMIT_NAMES = (
     "CPU FSIZE DATA STACK CORE RSS NPROC NOFILE MEMLOCK AS LOCKS SIGPENDING MSGQUEUE NICE RTPRIO RTTIME".split()
 )
+KEY_LABEL = "/proc/self/attr/keycreate"
 TIOCSPTLCK = 0x40045431
 TIOCGPTPEER = 0x5441
-_NEWUSER = int(CLONE.NEWUSER)
+NEWUSER = int(CLONE.NEWUSER)
 _PTMX = os.makedev(5, 2)
 TIOCSWINSZ = 0x5414
 
@@ -58,7 +59,7 @@ class Detach(Step):
 
     def run(self, context: Context) -> None:
         if self.key_label:  # until execve
-            _write("/proc/self/attr/keycreate", self.key_label)
+            _write(KEY_LABEL, self.key_label)
         try:
             join_session_keyring()
         except SyscallError as error:  # kernels without keyrings, or a nested runtime's filter
@@ -174,7 +175,7 @@ class JoinProcess(Step):
 
     def run(self, context: Context) -> None:
         setns(context.fds[self.name], self.flags)
-        if self.flags & _NEWUSER:  # what is made from here on, a terminal too, must have an owner inside
+        if self.flags & NEWUSER:  # what is made from here on, a terminal too, must have an owner inside
             become_root()
 
     def describe(self) -> str:
@@ -220,7 +221,7 @@ class Rlimits(Step):
 
     def run(self, context: Context) -> None:
         for number, soft, hard in self.limits:
-            wanted = (_limit(soft), _limit(hard))
+            wanted = (limit(soft), limit(hard))
             try:
                 resource.setrlimit(number, wanted)
             except (ValueError, PermissionError):
@@ -239,7 +240,7 @@ def _shown(value: int) -> str:
     return "unlimited" if value >= 1 << 63 else str(value)
 
 
-def _limit(value: int) -> int:
+def limit(value: int) -> int:
     return resource.RLIM_INFINITY if value >= 1 << 63 else value
 
 
@@ -313,7 +314,7 @@ class FindExecutable(Step):
         if "/" in self.name:
             context.executable = self.name
             return
-        candidates = [f"{directory or '.'}/{self.name}" for directory in self.path.split(":")]
+        candidates = self.candidates()
         try:
             for candidate in candidates:
                 if os.access(candidate, os.X_OK) and not os.path.isdir(candidate):
@@ -323,6 +324,10 @@ class FindExecutable(Step):
         except ValueError as error:
             raise SyscallError("execve", ENOENT, self.name) from error
         raise SyscallError(f'exec: "{self.name}": executable file not found in $PATH', EACCES if denied else ENOENT)
+
+    def candidates(self) -> list[str]:
+        """Where one without a slash may be."""
+        return [f"{directory or '.'}/{self.name}" for directory in self.path.split(":")]
 
     def describe(self) -> str:
         return f"find {self.name}"

@@ -19,14 +19,16 @@ from __future__ import annotations
 import os
 import socket
 
-from runtime.linux.lib import SyscallError
+from runtime.linux.lib import SyscallError, call, failure
 from runtime.linux.process import PTRACE_TRACEME, close_all_but, ptrace
 from runtime.plan import external, hooks, identity, layers, mounts, user  # noqa: F401 - the kinds of steps that a plan can name
-from runtime.plan.plan import Context, decode, run
+from runtime.plan.lower import CONTAINER, LABEL, SYNC, descriptors
+from runtime.plan.plan import Context, Outcome, decode, run
 from runtime.zygote.messages import pack
 
 TYPE_CHECKING = False  # typing costs a monitor memory
 if TYPE_CHECKING:
+    from runtime.plan.lower import Call, Lowered
     from runtime.plan.plan import Plan
 
 
@@ -74,6 +76,64 @@ def become(
             pass
     finally:
         os._exit(127)
+
+
+def become_by_calls(lowered: Lowered, fds: dict[str, int], sync: socket.socket) -> None:
+    """As `become`, for a quiet child: by calls, and by the plan from the step on of which one fails; never returns."""
+    try:
+        if not _made(descriptors(fds, sync.fileno()), {}):
+            become(lowered.plan, fds, sync, traced=False, quiet=True)  # nothing is lost
+        done = _steps_made(lowered)
+        if done == len(lowered.steps) and (path := lowered.named or _found(lowered)):
+            _report(_executed(lowered, path))
+        call(*lowered.close)
+        context = Context({"stdin": 0, "stdout": 1, "stderr": 2, "container": CONTAINER, "label": LABEL})
+        _report(run(lowered.plan, context, done))
+    except BaseException as error:
+        os.write(SYNC, pack({"failed": -1, "errno": 0, "detail": f"bug: {type(error).__name__}: {error}"}))
+    finally:
+        os._exit(127)
+
+
+def _steps_made(lowered: Lowered) -> int:
+    """How many went well."""
+    for index, calls in enumerate(lowered.steps):
+        if not _made(calls, lowered.instead):
+            return index
+    return len(lowered.steps)
+
+
+def _made(calls: list[Call], instead: dict[Call, Call]) -> bool:
+    """Whether all went well."""
+    for arguments in calls:
+        if call(*arguments) == -1 and (arguments not in instead or call(*instead[arguments]) == -1):
+            return False
+    return True
+
+
+def _found(lowered: Lowered) -> bytes:
+    for path, can_be_executed, is_directory in lowered.candidates:
+        if call(*can_be_executed) == 0 and call(*is_directory) == -1:
+            return path
+    return b""
+
+
+def _executed(lowered: Lowered, path: bytes) -> Outcome:
+    """The last step, which only comes back when it fails: it can't be begun anew."""
+    for arguments in lowered.execute:
+        if call(*arguments) == -1:
+            error = failure(arguments[0])
+            break
+    else:
+        lowered.program.path = path
+        error = SyscallError(f'exec: "{lowered.program.name}"', lowered.program.run())
+    return Outcome(0, [], len(lowered.plan) - 1, error.errno or 0, str(error))
+
+
+def _report(outcome: Outcome) -> None:
+    """A step has failed: end with that."""
+    os.write(SYNC, pack({"failed": outcome.failed, "errno": outcome.errno, "detail": outcome.detail}))
+    os._exit(127)
 
 
 def _pause(sync: socket.socket) -> str:

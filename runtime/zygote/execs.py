@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import select
 import socket
+import struct
 
 from runtime.cgroup import files as cgroup_files
-from runtime.plan.identity import Execute
+from runtime.plan.lower import Lowered
 from runtime.plan.plan import decode
-from runtime.zygote.child import become
+from runtime.zygote.child import become, become_by_calls
 from runtime.zygote.container import Process
 from runtime.zygote.messages import Kind, close_all
 from runtime.zygote.tree import kill_strays, kill_tree
@@ -37,10 +38,10 @@ class Plans:
 
     def __init__(self) -> None:
         self._seen: list[int] = []
-        self._decoded: dict[bytes, Plan] = {}
+        self._decoded: dict[bytes, Plan | Lowered] = {}
 
-    def get(self, data: bytes) -> bytes | Plan:
-        """The plan, decoded if that is worth it. Raises ValueError."""
+    def get(self, data: bytes) -> bytes | Plan | Lowered:
+        """The plan, decoded and lowered if that is worth it. Raises ValueError."""
         plan = self._decoded.get(data)
         if plan is None:
             number = hash(data)
@@ -49,9 +50,12 @@ class Plans:
                 return data
             if len(self._decoded) == _KEPT:
                 del self._decoded[next(iter(self._decoded))]
-            plan = self._decoded[data] = decode(data)
-            if isinstance(plan[-1], Execute):
-                plan[-1].prepare()
+            steps = decode(data)
+            try:
+                plan = Lowered(steps)
+            except (NotImplementedError, struct.error):  # the child will tell what is wrong
+                plan = steps
+            self._decoded[data] = plan
         return plan
 
 
@@ -94,13 +98,22 @@ class Execs:
         mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         process = Process(connection, fields["n"], mine)
         process.quiet = fields.get("quiet", False)
+        lowered = plan if isinstance(plan, Lowered) and process.quiet and not held else None
         try:  # what can fail comes before the child, which nobody would know
             if not process.quiet:
                 self._server.watch(mine.fileno(), lambda: self._started(exec_id, process, mine.fileno()))
             inherited = -1 if adopt else container.pidfd
             process.pid, process.pidfd = self._holds.clone(self._space, held, inherited, 0, clone_dir)
             if process.pid == 0:
-                become(plan, child, theirs, traced=bool(held), quiet=process.quiet)
+                if lowered:
+                    become_by_calls(lowered, child, theirs)
+                become(
+                    plan.plan if isinstance(plan, Lowered) else plan,
+                    child,
+                    theirs,
+                    traced=bool(held),
+                    quiet=process.quiet,
+                )
         except BaseException:
             if self._server.watched(mine.fileno()):
                 self._server.unwatch(mine.fileno())
