@@ -116,6 +116,7 @@ class _Registry:
 @contextmanager
 def _registry(port: int, directory: str) -> Iterator[_Registry]:
     settings = Path(directory, "registry.yml")
+    settings.parent.mkdir(parents=True, exist_ok=True)
     settings.write_text(
         "version: 0.1\nlog: {level: error, accesslog: {disabled: true}}\n"
         f"storage: {{filesystem: {{rootdirectory: {directory}/data}}}}\nhttp: {{addr: '127.0.0.1:{port}', secret: x}}\n"
