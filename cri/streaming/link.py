@@ -152,6 +152,8 @@ class Link(asyncio.Protocol):
             bitten, end = end, time.thread_time()
             quick = end - bitten < TURN_S / 2
             self._bite_bytes = min(2 * self._bite_bytes, 64 * BITE_BYTES) if quick else BITE_BYTES
+        if self._finishing:
+            self._left = b""  # nobody takes it any more
         if end - begin >= TURN_S and self._resting is None:
             self._transport.pause_reading()
             self._resting = self._loop.call_later(end - begin, self._rested)

@@ -298,6 +298,18 @@ async def test_a_client_that_never_reads_ends_too(monkeypatch: pytest.MonkeyPatc
         await client.close()
 
 
+async def test_what_comes_after_the_end_is_not_kept() -> None:
+    async with serving() as served:
+        client = await Spdy().connect(served.url(), _PROTOCOL)
+        (ending,) = served.server._links
+        ending.finish(say=False)
+        for _ in range(8):
+            client.send(bytes(1 << 20))
+            await client.writer.drain()
+        assert ending._left == b""
+        await client.close()
+
+
 # TLS
 
 
