@@ -82,23 +82,28 @@ class Lowered:
         self.program, _ = execute.prepare()
         self.execute = list(self._execute(execute))
 
-    def _address(self, data: bytes) -> int:
-        buffer, address = placed(data)
-        self._buffers.append(buffer)
-        return address
+    def _call(self, name: str, *arguments: int | bytes) -> Call:
+        """As `_call`, with the addresses of strings, which are kept."""
+        words = []
+        for argument in arguments:
+            if isinstance(argument, bytes):
+                buffer, argument = placed(argument)
+                self._buffers.append(buffer)
+            words.append(argument)
+        return _call(name, *words)
 
     def _step(self, step: Step) -> Iterator[Call]:
         if isinstance(step, identity.Detach):
             if step.key_label:
                 yield from self._write(identity.KEY_LABEL, step.key_label)
-            yield _call("keyctl", KEYCTL_JOIN_SESSION_KEYRING)
+            yield self._call("keyctl", KEYCTL_JOIN_SESSION_KEYRING)
             for name, arguments in SCHEDULING:
-                yield _call(name, *[self._address(one) if isinstance(one, bytes) else one for one in arguments])
+                yield self._call(name, *arguments)
             if os.path.exists("/proc/self/numa_maps"):
-                yield _call("set_mempolicy")
-            yield _call("umask")
-            yield _call("chdir", self._address(b"/"))
-            yield _call("setsid")
+                yield self._call("set_mempolicy")
+            yield self._call("umask")
+            yield self._call("chdir", b"/")
+            yield self._call("setsid")
         elif isinstance(step, identity.JoinCgroup):
             for name in step.files:
                 yield from self._write(name, "0")
@@ -114,66 +119,64 @@ class Lowered:
                 yield wanted
         elif isinstance(step, identity.OpenLabel):
             yield self._open(step.path)
-            yield _call("dup3", _OPENED, LABEL, os.O_CLOEXEC)
+            yield self._call("dup3", _OPENED, LABEL, os.O_CLOEXEC)
             yield self.close
         elif isinstance(step, identity.JoinProcess):
-            yield _call("setns", CONTAINER, step.flags)
+            yield self._call("setns", CONTAINER, step.flags)
             if step.flags & identity.NEWUSER:
                 yield from self._identity(0, 0, ())
         elif isinstance(step, identity.WorkingDirectory) and step.path == "/":
-            yield _call("chdir", self._address(b"/"))
+            yield self._call("chdir", b"/")
         elif isinstance(step, identity.WorkingDirectory) and step.path.startswith("/"):
             how = struct.pack("3Q", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, 0, _RESOLVE_NO_MAGICLINKS)
-            yield _call("openat2", _AT_FDCWD, self._address(os.fsencode(step.path)), self._address(how), len(how))
-            yield _call("fchdir", _OPENED)
+            yield self._call("openat2", _AT_FDCWD, os.fsencode(step.path), how, len(how))
+            yield self._call("fchdir", _OPENED)
             yield self.close
         else:
             raise NotImplementedError
 
     def _open(self, path: str) -> Call:
-        return _call("openat", _AT_FDCWD, self._address(os.fsencode(path)), os.O_WRONLY | os.O_CLOEXEC)
+        return self._call("openat", _AT_FDCWD, os.fsencode(path), os.O_WRONLY | os.O_CLOEXEC)
 
     def _write(self, path: str, value: str) -> Iterator[Call]:
         yield self._open(path)
-        yield _call("write", _OPENED, self._address(value.encode()), len(value.encode()))
+        yield self._call("write", _OPENED, value.encode(), len(value.encode()))
         yield self.close
 
     def _access(self, path: bytes, mode: int) -> Call:
-        return _call("faccessat", _AT_FDCWD, self._address(path), mode)
+        return self._call("faccessat", _AT_FDCWD, path, mode)
 
     def _limit(self, number: int, soft: int, hard: int) -> Call:
-        return _call(
-            "prlimit64", 0, number, self._address(struct.pack("2q", identity.limit(soft), identity.limit(hard)))
-        )
+        return self._call("prlimit64", 0, number, struct.pack("2q", identity.limit(soft), identity.limit(hard)))
 
     def _identity(self, uid: int, gid: int, groups: tuple[int, ...]) -> Iterator[Call]:
-        yield _call("setgroups", len(groups), self._address(struct.pack(f"{len(groups)}I", *groups)))
-        yield _call("setresgid", gid, gid, gid)
-        yield _call("setresuid", uid, uid, uid)
+        yield self._call("setgroups", len(groups), struct.pack(f"{len(groups)}I", *groups))
+        yield self._call("setresgid", gid, gid, gid)
+        yield self._call("setresuid", uid, uid, uid)
 
     def _execute(self, step: identity.Execute) -> Iterator[Call]:
         _, program = step.prepare()
-        load = [_call("seccomp", SECCOMP_SET_MODE_FILTER, step.seccomp_flags, program.address)] if program else []
-        yield _call("close_range", SYNC, _LAST, CLOSE_RANGE_CLOEXEC)
-        yield _call("umask", step.umask)
+        load = [self._call("seccomp", SECCOMP_SET_MODE_FILTER, step.seccomp_flags, program.address)] if program else []
+        yield self._call("close_range", SYNC, _LAST, CLOSE_RANGE_CLOEXEC)
+        yield self._call("umask", step.umask)
         if step.label:
-            yield _call("write", LABEL, self._address(step.label.encode()), len(step.label.encode()))
+            yield self._call("write", LABEL, step.label.encode(), len(step.label.encode()))
         for number in range(step.last_cap + 1):
             if not step.bounding >> number & 1:
-                yield _call("prctl", PR_CAPBSET_DROP, number)
+                yield self._call("prctl", PR_CAPBSET_DROP, number)
         if step.no_new_privileges:
-            yield _call("prctl", PR_SET_NO_NEW_PRIVS, 1)
+            yield self._call("prctl", PR_SET_NO_NEW_PRIVS, 1)
         else:
             yield from load
         if step.uid:
-            yield _call("prctl", PR_SET_KEEPCAPS, 1)
+            yield self._call("prctl", PR_SET_KEEPCAPS, 1)
         yield from self._identity(step.uid, step.gid, step.groups)
         header, sets = caps.packed(step.effective, step.permitted, step.inheritable)
-        yield _call("capset", self._address(header), self._address(sets))
-        yield _call("prctl", PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
+        yield self._call("capset", header, sets)
+        yield self._call("prctl", PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
         for number in range(step.ambient.bit_length()):
             if step.ambient >> number & 1:
-                yield _call("prctl", PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, number)
+                yield self._call("prctl", PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, number)
         if step.no_new_privileges:
             yield from load
 

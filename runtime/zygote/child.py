@@ -85,10 +85,12 @@ def become_by_calls(lowered: Lowered, fds: dict[str, int], sync: socket.socket) 
             become(lowered.plan, fds, sync, traced=False, quiet=True)  # nothing is lost
         done = _steps_made(lowered)
         if done == len(lowered.steps) and (path := lowered.named or _found(lowered)):
-            _report(_executed(lowered, path))
-        call(*lowered.close)
-        context = Context({"stdin": 0, "stdout": 1, "stderr": 2, "container": CONTAINER, "label": LABEL})
-        _report(run(lowered.plan, context, done))
+            outcome = _executed(lowered, path)
+        else:
+            call(*lowered.close)
+            context = Context({"stdin": 0, "stdout": 1, "stderr": 2, "container": CONTAINER, "label": LABEL})
+            outcome = run(lowered.plan, context, done)
+        os.write(SYNC, pack({"failed": outcome.failed, "errno": outcome.errno, "detail": outcome.detail}))
     except BaseException as error:
         os.write(SYNC, pack({"failed": -1, "errno": 0, "detail": f"bug: {type(error).__name__}: {error}"}))
     finally:
@@ -128,12 +130,6 @@ def _executed(lowered: Lowered, path: bytes) -> Outcome:
         lowered.program.path = path
         error = SyscallError(f'exec: "{lowered.program.name}"', lowered.program.run())
     return Outcome(0, [], len(lowered.plan) - 1, error.errno or 0, str(error))
-
-
-def _report(outcome: Outcome) -> None:
-    """A step has failed: end with that."""
-    os.write(SYNC, pack({"failed": outcome.failed, "errno": outcome.errno, "detail": outcome.detail}))
-    os._exit(127)
 
 
 def _pause(sync: socket.socket) -> str:
