@@ -57,7 +57,7 @@ def check(
     users = catalogue.hold_all()
     try:
         for number, images in sorted(users.items()):
-            path, recipe, seal = shelf.path(number), shelf.recipe(number), shelf.seal(number)
+            path, recipe, seal = shelf.paths(number)
             layer, verified = shelf.get(number), recipe.exists() or seal.exists()
             problem = problem_of(path, recipe, seal, layer.diff_id) if verified else ""
             problem = problem if path.is_dir() else "its directory is missing"

@@ -128,9 +128,10 @@ class Shelf:
         gone = []
         for number in doomed:
             try:
-                self.recipe(number).unlink(missing_ok=True)
-                self.seal(number).unlink(missing_ok=True)
-                remove_tree(self.path(number))
+                path, *beside = self.paths(number)
+                for file in beside:
+                    file.unlink(missing_ok=True)
+                remove_tree(path)
                 gone.append(number)
             except OSError as error:
                 log.warning("layer %s is left behind: %s", short_name(number), error)

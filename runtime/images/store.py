@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import TimeoutError as NotYet
 from contextlib import ExitStack
 from errno import EDQUOT, ENOSPC
+from itertools import chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -89,14 +90,12 @@ class Images:
         # images.db was removed: containers may run on what nothing else knows of.
         lost = {number for name in present if (number := number_of(name)) and number not in layers}
         held = self._roots.load(layers.keys() | lost)
-        for number in lost:
-            used = (
-                usage_of(map(str, self._shelf.paths(number))) if any(number in numbers for numbers in held) else (0, 0)
-            )
-            layers[number] = Layer(number, "", "", *used)
         if lost:
             log.error("layers without a record: %d", len(lost))
-            self._records.adopt(layers[number] for number in lost)
+            used = {number: usage_of(map(str, self._shelf.paths(number))) for number in lost.intersection(chain(*held))}
+            adopted = {number: Layer(number, "", "", *used.get(number, (0, 0))) for number in lost}
+            self._records.adopt(adopted.values())
+            layers |= adopted
         for numbers in held:
             self._restore(layers, numbers)
         whole = {}

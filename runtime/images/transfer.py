@@ -202,7 +202,7 @@ class Transfer:
     def _layer_of(self, number: int, diff_id: str, below: str, unpacked: Unpacked) -> Layer:
         """The finished layer, with what is kept to check it."""
         shelf = self._shelf
-        more = seal.finish(shelf.path(number), shelf.recipe(number), shelf.seal(number), unpacked)
+        more = seal.finish(*shelf.paths(number), unpacked)
         return Layer(number, diff_id, below, unpacked.bytes_used + more[0], unpacked.inodes + more[1])
 
     def _brought(self, number: int, descriptor: Descriptor) -> Unpacked:
