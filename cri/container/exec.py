@@ -175,13 +175,13 @@ def exec_start(node: Node, container: Container, command: list[str], *, terminal
     """What the engine is asked to run. Raises InvalidSpec, or WrongState unless the container runs."""
     args = tuple(command)
     last = container.command
-    again = last is not None and last.process.args == args
-    if not again:
+    if last is None or last.process.args != args:
+        last = None
         _check(args)
     if container.state is not ContainerState.RUNNING:
         raise WrongState(f"{container.title} is not running")
     new_id = node.new_id()[:16]
-    if last and again and not terminal:
+    if last and not terminal:
         return dataclasses.replace(last, id=new_id)
     spec = spec_of(node, container)
     env = spec.process.env
