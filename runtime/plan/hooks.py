@@ -23,7 +23,8 @@ TYPE_CHECKING = False  # typing costs a monitor memory
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_STDERR_BYTES = 4096
+_SAID_BYTES = 4096
+_PIPE_BYTES = 65536  # as much as a pipe holds: one read empties it
 
 
 class Pause(Step):
@@ -143,13 +144,13 @@ def _wait(title: str, pid: int, pidfd: int, read: int, timeout_s: int) -> tuple[
     while True:
         ready = dict(poll.poll(max(0, int((until - time.monotonic()) * 1000))))
         if read in ready:
-            data = os.read(read, _STDERR_BYTES)
-            said = (said + data)[-_STDERR_BYTES:]
+            data = os.read(read, _PIPE_BYTES)
+            said = (said + data)[-_SAID_BYTES:]
             if not data:
                 poll.unregister(read)
-        elif pidfd in ready:
+        if pidfd in ready:  # what it wrote was read; what it left running may write for ever
             return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said.decode("utf-8", "replace")
-        if time.monotonic() >= until and pidfd not in ready:
+        if time.monotonic() >= until:
             os.killpg(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             raise SyscallError(f"{title}: took longer than {timeout_s} s", ETIME)

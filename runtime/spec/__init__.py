@@ -1,6 +1,6 @@
 """The OCI runtime spec 1.2 as data: the boundary between the API room and the engine."""
 
-from runtime.spec.container import OCI_VERSION, IntelRdt, Linux, Namespace, Spec
+from runtime.spec.container import OCI_VERSION, Linux, Namespace, Spec
 from runtime.spec.hooks import Hook, Hooks
 from runtime.spec.mounts import Device, IDMapping, Mount, Root
 from runtime.spec.process import (
@@ -43,7 +43,6 @@ __all__ = [
     "HugepageLimit",
     "IDMapping",
     "IOPriority",
-    "IntelRdt",
     "InterfacePriority",
     "Linux",
     "Memory",

@@ -24,14 +24,6 @@ class Namespace(Part, frozen=True):
     path: str = ""
 
 
-class IntelRdt(Part, frozen=True):
-    clos_id: str = field(name="closID", default="")
-    l3_cache_schema: str = field(name="l3CacheSchema", default="")
-    mem_bw_schema: str = field(name="memBwSchema", default="")
-    enable_cmt: bool = field(name="enableCMT", default=False)
-    enable_mbm: bool = field(name="enableMBM", default=False)
-
-
 class Linux(Part, frozen=True):
     """`cgroups_path` is absolute below the hierarchy's root and final."""
 
@@ -47,7 +39,6 @@ class Linux(Part, frozen=True):
     masked_paths: tuple[str, ...] = ()
     readonly_paths: tuple[str, ...] = ()
     mount_label: str = ""
-    intel_rdt: IntelRdt | None = None
 
 
 class Spec(Part, frozen=True):

@@ -94,6 +94,21 @@ async def test_a_hook_that_fails_or_hangs_ends_the_start(bench: Bench, stage: st
     assert await pod.containers() == []
 
 
+@pytest.mark.parametrize("stage", ["create_runtime", "create_container", "start_container"])
+async def test_a_hook_is_over_when_it_has_ended_whatever_it_leaves_writing(bench: Bench, stage: str) -> None:
+    pod = await bench.pod()
+    leave = "cat /dev/zero >&2 & head -c 1000000 /dev/zero >&2; exit"
+    for code in (0, 3):
+        one = (hook(f"{leave} {code}", "PATH=/bin:/usr/bin"),)
+        spec = with_hooks(container(pod, "true"), **{stage: one})
+        start = asyncio.wait_for(bench.start(pod, f"c{code}", spec), TIMEOUT_S)
+        if not code:
+            await start
+            continue
+        with pytest.raises(StepFailed, match="exit code 3"):
+            await start
+
+
 async def test_a_failing_poststart_hook_is_a_warning(bench: Bench) -> None:
     pod = await bench.pod()
     spec = with_hooks(container(pod, "sleep", "100"), poststart=(hook("exit 4"),), poststop=(hook("exit 5"),))
