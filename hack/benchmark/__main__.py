@@ -30,6 +30,7 @@ with one container; CPU per cycle is that with its stop and removal, read from c
 The floor is the same work by a bare C program (benchmark/floor.c; needs gcc). Memory counts Pss and page tables of
 shims, or of monitors and their zygote. --features compares starts of a pod without seccomp (plain), with a user
 namespace, with seccomp, and with 50 volumes. Pods of this run are removed at its end, whatever happens.
+hack/bench images measures pulls (see its own --help).
 """
 
 

@@ -193,7 +193,7 @@ def _drop_caches(keep: bool) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="hack/bench-images", description=__doc__)
+    parser = argparse.ArgumentParser(prog="hack/bench images", description=__doc__)
     add = parser.add_argument
     add("--endpoint", action="append", required=True, metavar="NAME=unix:///SOCKET", help="a CRI socket; repeatable")
     add("--rounds", type=int, default=3, help="pulls of each image by each runtime (%(default)s)")
