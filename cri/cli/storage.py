@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 import tarfile
+import tempfile
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator
@@ -82,8 +83,9 @@ def save(client: Client, options: Namespace) -> int:
     return 0
 
 
-def _cannot(name: str | Path, error: OSError) -> Failure:
-    return Failure(f"cannot write {name}: {(error.strerror or str(error)).lower()}")
+def _cannot(name: str | Path, error: OSError | tarfile.TarError) -> Failure:
+    cause = error.strerror if isinstance(error, OSError) else None
+    return Failure(f"cannot write {name}: {(cause or str(error)).lower()}")
 
 
 def _write(chunks: Iterator[bytes], file: IO[bytes]) -> None:
@@ -110,21 +112,29 @@ class _Reader(io.RawIOBase):
 
 
 def _lay_out(chunks: Iterator[bytes], directory: Path) -> None:
+    """All of the layout, or nothing."""
+    if directory.exists():
+        raise Failure(f"cannot write {directory}: file exists")
     try:
-        directory.mkdir()
-        with tarfile.open(fileobj=io.BufferedReader(_Reader(chunks)), mode="r|") as archive:
-            for member in archive:
-                data = archive.extractfile(member)
-                if data is None or member.name == "manifest.json" or ".." in Path(member.name).parts:
-                    continue
-                target = directory / member.name.lstrip("/")
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with data, open(target, "xb") as file:
-                    shutil.copyfileobj(data, file, 1 << 20)
-    except OSError as error:
+        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}.") as aside:
+            part = Path(aside, "layout")
+            part.mkdir()
+            _extract(chunks, part)
+            part.rename(directory)
+    except (OSError, tarfile.TarError) as error:
         raise _cannot(directory, error) from error
-    except tarfile.TarError as error:
-        raise Failure(f"cannot write {directory}: {error}") from error
+
+
+def _extract(chunks: Iterator[bytes], directory: Path) -> None:
+    with tarfile.open(fileobj=io.BufferedReader(_Reader(chunks)), mode="r|") as archive:
+        for member in archive:
+            data = archive.extractfile(member)
+            if data is None or member.name == "manifest.json" or ".." in Path(member.name).parts:
+                continue
+            target = directory / member.name.lstrip("/")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with data, open(target, "xb") as file:
+                shutil.copyfileobj(data, file, 1 << 20)
 
 
 def inspect(client: Client, options: Namespace) -> int:
@@ -196,17 +206,19 @@ def _trees(stored: crib_pb2.StorageResponse) -> list[TreeRow]:
 
 
 def df(client: Client, options: Namespace) -> int:
-    """What images and containers take; layers that several images have count once."""
+    """What images and containers take; layers that several images have count once, and those of a removed image as long
+    as a container needs them."""
     stored = client.call("Storage")
     used = {container.image for container in stored.containers}
     needed = {name for image in stored.images if image.id in used or image.pinned for name in image.layers}
+    free = {name for image in stored.images for name in image.layers} - needed
     rows = [
         UsageRow(
             kind="images",
             number=len(stored.images),
             in_use=sum(image.id in used for image in stored.images),
             size_bytes=sum(layer.size_bytes for layer in stored.layers),
-            reclaimable_bytes=sum(layer.size_bytes for layer in stored.layers if layer.name not in needed),
+            reclaimable_bytes=sum(layer.size_bytes for layer in stored.layers if layer.name in free),
         ),
         UsageRow(
             kind="containers",

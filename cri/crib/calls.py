@@ -78,7 +78,7 @@ class CribCalls:
             server_address=request.server_address,
         )
         news: asyncio.Queue[Progress | None] = asyncio.Queue()
-        task = asyncio.create_task(pull(self._node, request.image, auth if auth != Auth() else None, news.put_nowait))
+        task = asyncio.create_task(pull(self._node, request.image, auth, news.put_nowait))
         task.add_done_callback(lambda _: news.put_nowait(None))
         try:
             while (one := await news.get()) is not None:

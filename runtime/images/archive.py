@@ -17,7 +17,8 @@ import msgspec
 from runtime.errors import Exhausted, InvalidSpec
 from runtime.images.errors import BadImage
 from runtime.images.image import ImagesConfig
-from runtime.images.manifest import Descriptor, Index, Manifest, digest_of, parse, select
+from runtime.images.manifest import Descriptor, Index, Manifest, digest_of, parse, rank, select
+from runtime.images.platform import this_machine
 from runtime.images.reference import is_tag
 from runtime.images.reference import parse as parse_reference
 from runtime.images.transfer import Content
@@ -154,7 +155,8 @@ class Archive:
         top = parse(self._small(self._member("index.json"), "index.json", self._config.manifest_limit_bytes))
         if not isinstance(top, Index):
             raise BadImage("archive: index.json is not an index")
-        for entry in top.manifests:
+        machine = this_machine()
+        for entry in [e for e in top.manifests if rank(e, machine) is not None] or top.manifests:
             descriptor = entry
             for _ in range(_NESTED_INDEXES):
                 raw = self._checked(descriptor, self._config.manifest_limit_bytes)

@@ -23,8 +23,11 @@ class Health:
         with self._lock:
             self._down.pop(endpoint.base, None)
 
+    def down(self, endpoint: Endpoint) -> bool:
+        """Whether it did not answer of late."""
+        with self._lock:
+            return self._down.get(endpoint.base, 0) > time.monotonic()
+
     def ordered(self, endpoints: list[Endpoint]) -> list[Endpoint]:
         """As configured, but those last that did not answer of late."""
-        now_s = time.monotonic()
-        with self._lock:
-            return sorted(endpoints, key=lambda endpoint: self._down.get(endpoint.base, 0) > now_s)
+        return sorted(endpoints, key=self.down)

@@ -6,7 +6,7 @@ Format: containerd docs/hosts.md. A directory per registry below `hosts_dir`: `<
 import ipaddress
 import ssl
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -109,6 +109,7 @@ def _from_file(registry: str, path: Path) -> list[Endpoint]:
     if not isinstance(server, str):
         raise InvalidSpec(f"{path}: server is not a string")
     upstream = _endpoint(path, server or _default_base(registry), {**table, "host": {}}, registry, upstream=True)
+    found = [replace(e, upstream=e.upstream or e.base == upstream.base) for e in found]
     if all(endpoint.base != upstream.base for endpoint in found):
         found.append(upstream)
     return [e for e in found if e.capabilities & {"pull", "resolve"}]
@@ -179,7 +180,7 @@ def _clients(path: Path, value: Any) -> tuple[tuple[str, str | None], ...]:
 def _headers(path: Path, value: Any) -> tuple[tuple[str, str], ...]:
     if not isinstance(value, dict):
         raise InvalidSpec(f"{path}: header is not a table")
-    return tuple((name, item) for name in value for item in _strings(path, value, name))
+    return tuple((name, ", ".join(_strings(path, value, name))) for name in value)
 
 
 def _docker_style(directory: Path) -> Tls:

@@ -75,6 +75,11 @@ class Auth:
     registry_token: str = field(default="", repr=False)
     server_address: str = ""
 
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing in it to show to anybody."""
+        return not (self.username or self.auth or self.identity_token or self.registry_token)
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:

@@ -170,22 +170,22 @@ def _layer(descriptor: Descriptor) -> Descriptor:
 def select(index: Index, machine: Machine | None = None) -> Descriptor:
     """The entry that uses most of this machine (or of `machine`). Raises NotFound, which lists what there is."""
     machine = machine or this_machine()
-    offered: list[str] = []
-    ranked: list[tuple[int, Descriptor]] = []
-    for entry in index.manifests:
-        platform = entry.platform
-        if platform is None:
-            # An index without platforms names one image, or several to be tried in order.
-            if entry.media_type in _INDEXES or entry.media_type in _MANIFESTS:
-                ranked.append((-1, entry))
-        elif platform.os != "unknown":  # else an attestation
-            offered.append("/".join(filter(None, (platform.os, platform.architecture, platform.variant))))
-            rank = machine.rank(platform.architecture, platform.variant)
-            if platform.os == "linux" and rank is not None:
-                ranked.append((rank, entry))
+    ranked = [(found, entry) for entry in index.manifests if (found := rank(entry, machine)) is not None]
     if not ranked:
+        platforms = [entry.platform for entry in index.manifests if entry.platform]
+        # Of an unknown system are attestations.
+        offered = ["/".join(filter(None, (p.os, p.architecture, p.variant))) for p in platforms if p.os != "unknown"]
         raise NotFound(f"image has no manifest for {machine}, it has {', '.join(offered[:20]) or 'none'}")
     return max(ranked, key=lambda pair: pair[0])[1]
+
+
+def rank(entry: Descriptor, machine: Machine) -> int | None:
+    """How much of the machine an index's entry uses, -1 if it names no platform; None if it isn't for the machine."""
+    platform = entry.platform
+    if platform is None:
+        # An index without platforms names one image, or several to be tried in order.
+        return -1 if entry.media_type in (*_INDEXES, *_MANIFESTS) else None
+    return machine.rank(platform.architecture, platform.variant) if platform.os == "linux" else None
 
 
 def parse_config(data: bytes, layers: int) -> Config:

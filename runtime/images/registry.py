@@ -225,12 +225,15 @@ class Registry:
     def _ask(
         self, capability: str, what: str, fetch: Callable[[Endpoint], T], without: Collection[str] | None = None
     ) -> T:
-        """Try the endpoints in order, those found dead last, each with retries; the last one's error is raised."""
+        """Try the endpoints in order, each with retries; the last one's error is raised. Those found dead come last,
+        and not after the upstream has answered."""
         ready = [e for e in self._endpoints if capability in e.capabilities and e.base not in (without or ())]
         failure: CribError = NotFound(f"{self._reference}: no host is configured for {capability}")
-        left = self._health.ordered(ready)
+        left, told = self._health.ordered(ready), False
         while left:
             endpoint = left.pop(0)
+            if told and self._health.down(endpoint):
+                break
             try:
                 result = self._retried(endpoint, fetch, not left)
                 self._health.answered(endpoint)
@@ -241,6 +244,8 @@ class Registry:
                 failure = error
                 if isinstance(error, RegistryUnavailable):
                     self._health.failed(endpoint)
+                elif endpoint.upstream:
+                    told = True
                 if isinstance(error, BadContent) and without is not None:
                     raise  # what has come is of no use to the next
                 if len(ready) > 1:

@@ -12,7 +12,6 @@ from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import Any
 from urllib.parse import unquote, urljoin, urlsplit
-from urllib.request import getproxies, proxy_bypass
 from weakref import WeakSet
 
 import urllib3
@@ -31,8 +30,9 @@ from urllib3.response import BaseHTTPResponse
 from runtime.errors import Cancelled, NotFound
 from runtime.images import auth as credentials
 from runtime.images.errors import BadContent, RegistryDenied, RegistryUnavailable
-from runtime.images.hosts import Endpoint, is_loopback
+from runtime.images.hosts import Endpoint
 from runtime.images.image import Auth, ImagesConfig
+from runtime.images.proxy import proxy_of
 from runtime.images.reference import Reference
 
 # `skip_verify` is the administrator's decision, and written in their own hosts.toml.
@@ -60,6 +60,7 @@ class Answer:
     def __init__(self, session: "Session", response: BaseHTTPResponse, host: str) -> None:
         self._session = session
         self._response = response
+        self._broken = False
         self.host = host
         self.status = response.status
         self.headers = response.headers
@@ -98,6 +99,7 @@ class Answer:
             raise self._session.stalled(self.host) from error
         except (HTTPError, OSError):
             self._session.check()
+            self._broken = True
             return b""
 
     def body(self, limit: int) -> bytes:
@@ -106,8 +108,9 @@ class Answer:
         while len(data) < limit and (chunk := self.chunk(limit - len(data))):
             data += chunk
         remaining = getattr(self._response, "length_remaining", None)
-        if remaining and len(data) < limit:
-            raise Busy(f"connection ends after {len(data)} of {len(data) + remaining} bytes")
+        if len(data) < limit and (remaining or self._broken):
+            of = f" of {len(data) + remaining}" if remaining else ""
+            raise Busy(f"connection ends after {len(data)}{of} bytes")
         return data
 
 
@@ -168,12 +171,13 @@ class Session:
         url = f"{endpoint.base}/{self._reference.repository}/{path}"
         if not endpoint.upstream:
             url += f"?ns={self._reference.registry}"
+        given = self._authorization(endpoint)
         answer = self._send(endpoint, url, headers)
         auth = self._auth if endpoint.upstream else None
         if answer.status == 401 and answer.host == endpoint.host:  # and not whom it redirects to (CVE-2020-15157)
             with answer:
                 offered = credentials.challenges(answer.headers.get("WWW-Authenticate", ""))
-            if not self._satisfy(endpoint, offered, auth):
+            if not self._satisfy(endpoint, offered, auth, given):
                 raise self._denied(answer, auth)
             answer = self._send(endpoint, url, headers)
         if answer.status in (200, 206):
@@ -236,7 +240,7 @@ class Session:
         return answer
 
     def _pool(self, endpoint: Endpoint, url: str) -> urllib3.PoolManager:
-        proxy = _proxy(url)
+        proxy = proxy_of(url)
         encrypted = url.startswith("https:") or (proxy or "").startswith("https:")
         with self._lock:
             pool = self._pools.get((endpoint.tls, encrypted, proxy))
@@ -298,11 +302,15 @@ class Session:
             return {"Authorization": credentials.basic(*pair)} if pair else {}
         return {}
 
-    def _satisfy(self, endpoint: Endpoint, offered: list[credentials.Challenge], auth: Auth | None) -> bool:
-        """Do what a challenge of the endpoint's asks for; False when there is nothing to answer it with."""
+    def _satisfy(
+        self, endpoint: Endpoint, offered: list[credentials.Challenge], auth: Auth | None, given: dict[str, str]
+    ) -> bool:
+        """Do what a challenge of the endpoint's asks for; False when there is nothing to answer it with but what was
+        `given`."""
         for challenge in offered:
             if challenge.scheme == "basic":
-                if auth is None or credentials.user_and_password(auth) is None or endpoint.base in self._basic:
+                pair = credentials.user_and_password(auth) if auth is not None else None
+                if pair is None or given.get("Authorization") == credentials.basic(*pair):
                     return False
                 self._basic.add(endpoint.base)
             elif auth is not None and auth.registry_token:
@@ -324,16 +332,9 @@ class Session:
         if answer.status in (400, 401, 403, 404):
             raise self._denied(answer, auth)
         if answer.status != 200:
-            raise Busy(f"token service {host} answers {answer.status}")
+            wait_s = _retry_after_s(answer.headers.get("Retry-After", ""))
+            raise Busy(f"token service {host} answers {answer.status}", wait_s)
         return credentials.read_token(data, host)
-
-
-def _proxy(url: str) -> str | None:
-    """The proxy that the environment names for `url` (http_proxy, https_proxy, no_proxy); never one for loopback."""
-    parts = urlsplit(url)
-    if is_loopback(parts.netloc) or proxy_bypass(parts.hostname or ""):
-        return None
-    return getproxies().get(parts.scheme)
 
 
 def _reason(error: BaseException) -> str:
@@ -352,7 +353,7 @@ def _detail(body: bytes) -> str:
 
 
 def _retry_after_s(value: str) -> float | None:
-    if value.isdigit():
+    if value.isascii() and value.isdecimal():
         return float(value[:9])
     try:
         return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())

@@ -86,6 +86,10 @@ class Shelf:
     def get(self, number: int) -> Layer:
         return self._layers[number]
 
+    def all(self) -> list[Layer]:
+        with self._lock:
+            return list(self._layers.values())
+
     def hide(self, number: int) -> None:
         """Let no one come to need this layer, which is damaged, any more."""
         with self._lock:
@@ -139,8 +143,7 @@ class Shelf:
 
     def usage(self) -> tuple[int, int]:
         """Bytes and inodes of all layers and their directories. Walks those that are on their way in or out."""
-        with self._lock:
-            layers = list(self._layers.values())
+        layers = self.all()
         finished = {short_name(layer.number) for layer in layers}
         others = [
             f"{directory}/{name}"

@@ -96,8 +96,6 @@ class Images:
             adopted = {number: Layer(number, "", "", *used.get(number, (0, 0))) for number in lost}
             self._records.adopt(adopted.values())
             layers |= adopted
-        for numbers in held:
-            self._restore(layers, numbers)
         whole = {}
         for stored in self._records.images():
             missing = [n for n in stored.layers if n not in layers or short_name(n) not in present]
@@ -108,6 +106,9 @@ class Images:
                 continue
             self._restore(layers, stored.layers)
             whole[stored.id] = stored
+        # After those of images, which are the ones to be shared: a container may have one that was damaged.
+        for numbers in held:
+            self._restore(layers, numbers)
         names = {name: image for name, image in self._records.names().items() if image in whole}
         self._catalogue.load(whole.values(), names)
         unknown = [number for number in layers if not self._shelf.known(number)]
@@ -173,6 +174,7 @@ class Images:
         With `only`, NotFound where the registry has another image than that id by this name.
         """
         reference = parse(ref)
+        auth = None if auth is None or auth.empty else auth
         if cancelled is not None and cancelled.is_set():
             raise Cancelled(f"pull of {reference} was cancelled")
         pull = self._join(reference, auth, progress, only)
@@ -301,15 +303,8 @@ class Images:
         return check(self._catalogue, self._shelf, self._records, pull)
 
     def layers(self) -> dict[str, tuple[int, int]]:
-        """Bytes and inodes of each layer of an image, by its short name."""
-        found = {}
-        for number in self._catalogue.users():
-            try:
-                layer = self._shelf.get(number)
-            except KeyError:
-                continue  # removed meanwhile
-            found[short_name(number)] = (layer.bytes_used, layer.inodes)
-        return found
+        """Bytes and inodes of each finished layer, by its short name; of some only a container is left."""
+        return {short_name(layer.number): (layer.bytes_used, layer.inodes) for layer in self._shelf.all()}
 
     def users(self) -> dict[str, str]:
         """The image of each container that has a root file system."""

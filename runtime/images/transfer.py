@@ -142,8 +142,8 @@ class Transfer:
                 finally:
                     self._end_children()
         layers: list[Layer] = []
-        for diff_id, below in zip(parsed.diff_ids, chains, strict=False):
-            layers.append(self._settled(diff_id, below, layers))
+        for descriptor, diff_id, below in zip(self._content.manifest.layers, parsed.diff_ids, chains, strict=False):
+            layers.append(self._settled(diff_id, descriptor, below, layers))
         return layers
 
     def _on_shelf(self, diff_id: str, below: str) -> bool:
@@ -258,9 +258,11 @@ class Transfer:
 
     def _end_children(self) -> None:
         """All of them are idle."""
-        for child in self._children:
+        with self._lock:
+            children, self._children, self._idle = self._children, set(), []
+        for child in children:
             child.kill()
-        for child in self._children:
+        for child in children:
             child.close()
 
     def _feed(self, child: Unpack, descriptor: Descriptor) -> None:
@@ -297,14 +299,17 @@ class Transfer:
         except CribError as error:
             raise type(error)(f"layer {descriptor.digest}: {error}") from error
 
-    def _settled(self, diff_id: str, below: str, layers: Iterable[Layer]) -> Layer:
+    def _settled(self, diff_id: str, descriptor: Descriptor, below: str, layers: Iterable[Layer]) -> Layer:
         """The layer of the chain, completed by those below it if it has to be."""
-        if diff_id not in self._open:
-            layer = self._shelf.hold_equal(diff_id, below)
-            if layer is None:
-                raise Unavailable(f"layer {diff_id} has vanished")
-            self._held.append(layer.number)
-            return layer
+        while diff_id not in self._open:
+            if self._on_shelf(diff_id, below):
+                return self._shelf.get(self._held[-1])
+            # It comes a second time, on top of more than the first time, and can't stand alone.
+            self._numbers[diff_id] = self._records.new_layers([diff_id])[0]
+            try:
+                self._layer(diff_id, descriptor, below)
+            finally:
+                self._end_children()
         number, unpacked = self._open.pop(diff_id)
         lower = tuple(self._shelf.path(layer.number) for layer in list(layers)[::-1])
         below_it = tuple(dict.fromkeys(lower))

@@ -52,6 +52,8 @@ def test_a_layout(crib: Crib, tmp_path: Path) -> None:
         assert hashlib.sha256(blob.read_bytes()).hexdigest() == blob.name
     assert {layer["digest"][7:] for layer in manifest["layers"]} < {blob.name for blob in blobs.iterdir()}
     assert "file exists" in crib.error("save", "--layout", str(layout), IMAGE, code=1)
+    crib.error("save", "--layout", str(tmp_path / "other"), "local/none:1", code=3)
+    assert list(tmp_path.iterdir()) == [layout]
     [image] = crib.json("images")
     crib("rmi", IMAGE)
     assert crib("load", str(layout)) == f"{IMAGE}\n"

@@ -8,7 +8,8 @@ import select
 import socket
 import ssl
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import parse_qs
@@ -205,6 +206,61 @@ def test_tokens_that_end_in_the_middle(images: Images, tmp_path: Path) -> None:
         assert images.pull(f"{liar.host}/app").id == built.id
         assert 3 <= len(asked) <= 8, "a new one when the last is refused"
         assert asked[0] == ("GET", {"a": ["b"], "service": ["liar"], "scope": ["repository:app:pull"]})
+
+
+def test_a_token_service_that_wants_to_be_asked_later(images: Images, liar: Liar) -> None:
+    asked_s: list[float] = []
+
+    def token(request: Request) -> None:
+        asked_s.append(time.monotonic())
+        if len(asked_s) == 1:
+            request.reply(429, Retry_After="1")
+        else:
+            request.reply(200, b'{"token": "t"}')
+
+    def guarded(request: Request) -> None:
+        if request.headers.get("Authorization") == "Bearer t":
+            liar.honest(request)
+        else:
+            request.reply(401, WWW_Authenticate=f'Bearer realm="http://{liar.host}/token"')
+
+    liar.lies = {"/token": token, "/v2/": guarded}
+    assert images.pull(f"{liar.host}/app").id == liar.built.id
+    assert asked_s[1] - asked_s[0] >= 1
+
+
+def guard(liar: Liar, wait: Callable[[], object] = lambda: None) -> None:
+    """Only USER gets anything."""
+
+    def guarded(request: Request) -> None:
+        if request.headers.get("Authorization") == BASIC:
+            liar.honest(request)
+        else:
+            wait()
+            request.reply(401, WWW_Authenticate='Basic realm="x"')
+
+    liar.lies["/v2/"] = guarded
+
+
+def test_many_blobs_meet_who_wants_a_password(open_store: OpenStore, tmp_path: Path) -> None:
+    """The mirror has no layers, so that the registry is first asked for several at once, and refuses them together."""
+    built = build(*(Layer().file(str(number)).tar() for number in range(3)))
+    together = threading.Barrier(3)
+    with serving(built) as mirror, serving(built) as liar:
+        guard(liar, lambda: together.wait(20))
+        mirror.lies = {built.id: mirror.honest, "/blobs/": lambda request: request.reply(404)}
+        text = f'server = "http://{liar.host}"\n[host."http://{mirror.host}"]'
+        images = open_store(hosts_dir=hosts(tmp_path, "registry.invalid", text))
+        assert images.pull("registry.invalid/app", auth=USER).id == built.id
+
+
+def test_empty_credentials_are_none(open_store: OpenStore, liar: Liar, tmp_path: Path) -> None:
+    """What a client sends that has none; those of the file are used."""
+    guard(liar)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"auths": {liar.host: {"auth": BASIC.removeprefix("Basic ")}}}))
+    images = open_store(auth_file=file)
+    assert images.pull(f"{liar.host}/app", auth=Auth(server_address=liar.host)).id == liar.built.id
 
 
 def test_an_identity_token(images: Images, liar: Liar) -> None:

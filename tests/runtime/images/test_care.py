@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import shutil
@@ -16,11 +17,12 @@ from runtime.errors import NotFound, Unavailable, WrongState
 from runtime.images import Images
 from tests.requires import requires
 from tests.runtime.images.conftest import OpenStore, Served
-from tests.runtime.images.given import Layer, build, digest, docker_archive, layer, oci_archive
+from tests.runtime.images.given import ARCHITECTURE, Layer, build, digest, docker_archive, index, layer, oci_archive
 
 pytestmark = requires("root")
 
 Left = Callable[[], list[str]]
+FOREIGN = {"os": "linux", "architecture": "riscv64"}
 
 
 def rich() -> list[bytes]:
@@ -203,6 +205,37 @@ def test_damage(
     assert images.rootfs("running") == rootfs, "a container keeps what it was started on"
     images.discard("running")
     assert left() == sorted(f"layers/{name}" for name in after.layers)
+
+
+def test_a_damaged_layer_that_a_container_keeps_is_not_shared_after_a_restart(
+    open_store: OpenStore, registry: Served
+) -> None:
+    below = layer(a="good")
+    registry.pusher.push("kept", "1", build(below))
+    registry.pusher.push("kept", "2", build(below, layer(b="other")))
+    images = open_store()
+    image = images.pull(f"{registry.host}/kept:1")
+    rootfs = images.prepare("c", image.id)
+    Path(rootfs.base, *rootfs.lowers, "a").write_text("evil")
+    assert [finding.repaired for finding in images.check(repair=True)] == [True]
+    images.close()
+    images = open_store()
+    again = images.pull(f"{registry.host}/kept:2")
+    assert images.read_file(again.id, "a", 10) == b"good"
+    assert again.layers[0] == images.get(image.id).layers[0] != image.layers[0]
+
+
+def test_an_archive_for_several_platforms(images: Images) -> None:
+    """Only what is for this machine is loaded, and gets the name."""
+    mine, other = build(layer(a="mine")), build(layer(a="other"))
+    entries = json.loads(index((mine, {"os": "linux", "architecture": ARCHITECTURE}), (other, FOREIGN)))
+    for entry in entries["manifests"]:
+        entry["annotations"] = {"org.opencontainers.image.ref.name": "local/app:1"}
+    files = Layer().file("index.json", json.dumps(entries))
+    for key, data in {**mine.blobs, **other.blobs}.items():
+        files.file("blobs/" + key.replace(":", "/"), data)
+    assert [image.id for image in images.load(io.BytesIO(files.tar()))] == [mine.id]
+    assert images.get("local/app:1").id == mine.id
 
 
 def test_what_no_registry_has_stays_damaged(images: Images, run_dir: Path) -> None:

@@ -74,7 +74,7 @@ def test_everything(tmp_path: Path) -> None:
                 client=((f"{d}/c.pem", f"{d}/k.pem"), (f"{d}/both.pem", None)),
                 skip_verify=True,
             ),
-            (("X-One", "a"), ("X-One", "b"), ("Authorization", "Basic x")),
+            (("X-One", "a, b"), ("Authorization", "Basic x")),
         ),
         Endpoint("http://second/proxy/docker", False),
         Endpoint("http://localhost:5001/v2", False, tls=Tls(client=((f"{d}/pair.pem", None),))),
@@ -99,6 +99,12 @@ def test_the_server_among_the_hosts_is_asked_once_and_is_the_upstream(tmp_path: 
     write(tmp_path, "r.example", 'server = "https://r.example"\n[host."https://r.example"]\n[host."https://m"]')
     found = endpoints("r.example", tmp_path)
     assert [(e.base, e.upstream) for e in found] == [("https://r.example/v2", True), ("https://m/v2", False)]
+
+
+def test_a_server_of_another_name_than_the_registrys_is_the_upstream(tmp_path: Path) -> None:
+    write(tmp_path, "r.example", 'server = "https://s.example"\n[host."https://s.example"]\nskip_verify = true')
+    [endpoint] = endpoints("r.example", tmp_path)
+    assert endpoint == Endpoint("https://s.example/v2", True, tls=Tls(skip_verify=True))
 
 
 def test_certificates_without_a_file(tmp_path: Path) -> None:

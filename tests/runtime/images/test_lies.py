@@ -78,6 +78,26 @@ def test_what_passes_is_tried_again(images: Images, liar: Liar) -> None:
     assert len(liar.asked_for("/manifests/")) == 3
 
 
+def test_a_wait_that_is_no_number(images: Images, liar: Liar, left: Left) -> None:
+    liar.lies["/manifests/"] = status(429, Retry_After="\xb2")
+    fails(images, liar, RegistryUnavailable, "answers 429", left)
+
+
+def test_a_manifest_that_breaks_off_comes_again(images: Images, liar: Liar) -> None:
+    """Without a length only the connection tells."""
+
+    def cut(request: Request) -> None:
+        liar.lies.clear()
+        request.send_response(200)
+        request.send_header("Transfer-Encoding", "chunked")
+        request.end_headers()
+        request.wfile.write(b"5\r\n" + liar.built.manifest[:5] + b"\r\n")
+        request.close_connection = True
+
+    liar.lies["/manifests/"] = cut
+    assert images.pull(f"{liar.host}/app").id == liar.built.id
+
+
 def test_a_wait_that_is_too_long(images: Images, liar: Liar, left: Left) -> None:
     liar.lies["/manifests/"] = status(429, b"slow down, please", Retry_After="3600")
     fails(images, liar, RegistryUnavailable, r"answers 429 \(slow down, please\)", left)

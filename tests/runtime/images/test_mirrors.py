@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from runtime.errors import NotFound
 from runtime.images import Images, ImagesConfig
 from runtime.images.errors import BadContent, BadImage, RegistryUnavailable
 from runtime.images.health import Health
@@ -96,6 +97,35 @@ def test_a_dead_mirror_costs_its_time_out_once(open_store: OpenStore, liar: Liar
         images.pull("registry.invalid/app")
         with pytest.raises(BlockingIOError):
             dead.accept()
+
+
+def test_a_dead_mirror_is_not_asked_for_what_the_registry_does_not_have(
+    open_store: OpenStore, liar: Liar, tmp_path: Path
+) -> None:
+    liar.lies["/manifests/gone"] = lambda request: request.reply(404)
+    with socket.create_server(("127.0.0.1", 0)) as dead:
+        url = f"http://127.0.0.1:{dead.getsockname()[1]}"
+        images = open_store(hosts_dir=hosts(tmp_path, url, f"http://{liar.host}"), progress_timeout_s=1)
+        with pytest.raises(NotFound):
+            images.pull("registry.invalid/app:gone")
+        dead.setblocking(False)
+        dead.accept()[0].close()
+        with pytest.raises(NotFound):
+            images.pull("registry.invalid/app:gone")
+        with pytest.raises(BlockingIOError):
+            dead.accept()
+
+
+def test_a_mirror_that_is_back_is_asked_when_nobody_else_has_it(
+    open_store: OpenStore, liar: Liar, mirror: Liar, tmp_path: Path
+) -> None:
+    """The registry itself, found dead, comes last, and a mirror's word is not its own."""
+    liar.lies["/manifests/1"] = lambda request: request.reply(503)
+    mirror.lies["/manifests/"] = lambda request: request.reply(404)
+    images = open_store(hosts_dir=hosts(tmp_path, f"http://{mirror.host}", f"http://{liar.host}"))
+    with pytest.raises(RegistryUnavailable):
+        images.pull("registry.invalid/app:1")
+    assert images.pull("registry.invalid/app:2").id == liar.built.id
 
 
 def test_nobody_listens_at_the_mirror(open_store: OpenStore, liar: Liar, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import threading
 import time
 from collections.abc import Callable
@@ -129,6 +130,20 @@ def test_the_same_layer_twice(images: Images, registry: Served) -> None:
     rootfs = images.prepare("c", image.id)
     assert len(rootfs.lowers) == 2
     images.discard("c")
+
+
+def test_the_same_layer_twice_that_needs_those_below(images: Images, registry: Served) -> None:
+    """Each time it takes what it doesn't list from what is below it there."""
+    top = Layer().file("d/f", "twice").tar()
+    between = Layer().directory("d", mode=0o2700, uid=7).file("d/g", "between").tar()
+    registry.pusher.push("twice", "implied", build(top, between, top))
+    image = images.pull(f"{registry.host}/twice:implied")
+    assert content(images, image, "d/f", "d/g") == [b"twice", b"between"]
+    rootfs = images.prepare("c", image.id)
+    found = [Path(rootfs.base, name, "d").stat() for name in rootfs.lowers]
+    assert [(stat.S_IMODE(status.st_mode), status.st_uid) for status in found] == [(0o2700, 7), (0o2700, 7), (0o755, 0)]
+    images.discard("c")
+    assert not [finding for finding in images.check() if finding.problem]
 
 
 def test_again(images: Images, registry: Served) -> None:
