@@ -6,13 +6,14 @@ import asyncio
 import os
 import tempfile
 from collections.abc import AsyncIterator, Generator, Mapping
+from errno import EDQUOT, ENOSPC
 from typing import IO, Final, TypeVar
 
 from cri.api import crib_pb2 as pb
 from cri.image.pull import pull
 from cri.node import Node
 from cri.rpc import Call, Handler
-from runtime.errors import InvalidSpec, NotFound
+from runtime.errors import Exhausted, InvalidSpec, NotFound, Unavailable
 from runtime.images import Auth, Image, Progress
 from runtime.linux.probe import FALLBACKS, Probes
 
@@ -51,11 +52,11 @@ class CribCalls:
     async def load(self, requests: AsyncIterator[pb.LoadRequest], call: Call) -> pb.LoadResponse:
         """The archive goes to a file beside the images, and from there into the store."""
         node = self._node
-        with tempfile.NamedTemporaryFile(dir=node.images.spool) as file:
+        with tempfile.NamedTemporaryFile(dir=node.images.spool, buffering=0) as file:
             size_bytes = 0
             async for request in requests:
                 size_bytes += len(request.chunk)
-                await node.work(file.write, request.chunk)
+                await node.work(_append, file, request.chunk)
             if not size_bytes:
                 raise InvalidSpec("the archive is empty")
             images = await node.pull(self._load, file)
@@ -244,3 +245,13 @@ class CribCalls:
         return pb.CheckNetworkResponse(
             findings=[pb.NetworkFinding(name=one.name, ok=one.ok, detail=one.detail, fix=one.fix) for one in found]
         )
+
+
+def _append(file: IO[bytes], data: bytes) -> None:
+    left = memoryview(data)
+    try:
+        while left:
+            left = left[file.write(left) :]
+    except OSError as error:
+        kind = Exhausted if error.errno in (ENOSPC, EDQUOT) else Unavailable
+        raise kind(f"load of an image: {(error.strerror or str(error)).lower()}") from error

@@ -1,6 +1,6 @@
 """Images in a tar archive: OCI image layout, or what `docker save` writes; compressed or not.
 
-It is copied, decompressed, to a file without a name; blobs are then read from there in place.
+Blobs are read in place: from the archive's own file, or from a decompressed copy in a file without a name.
 """
 
 import hashlib
@@ -29,6 +29,8 @@ _COPY = 1 << 18
 _MEMBERS_LIMIT = 20_000
 _NAME_KEYS = ("io.containerd.image.name", "org.opencontainers.image.ref.name")
 _NESTED_INDEXES = 3
+# What all formats of tar have in the first header.
+_MAGIC, _MAGIC_AT = b"ustar", 257
 
 
 class _DockerEntry(msgspec.Struct, frozen=True, rename="pascal"):
@@ -84,6 +86,8 @@ class Archive:
         pass  # nothing blocks here for long
 
     def _spooled(self, fileobj: IO[bytes], spool: Path) -> IO[bytes]:
+        if (plain := _in_place(fileobj)) is not None:
+            return plain
         copy = tempfile.NamedTemporaryFile(dir=spool, buffering=0)  # noqa: SIM115
         try:
             written = 0
@@ -203,6 +207,17 @@ class Archive:
             )
             names = tuple(str(parse_reference(tag)) for tag in entry.repo_tags or ())
             yield Content(manifest, digest_of(document), document, config, names)
+
+
+def _in_place(fileobj: IO[bytes]) -> IO[bytes] | None:
+    """The same file once more, if it is one that is an archive as it stands."""
+    try:
+        file, start = fileobj.fileno(), fileobj.tell()
+        if start == 0 and os.pread(file, len(_MAGIC), _MAGIC_AT) == _MAGIC:
+            return os.fdopen(os.dup(file), "rb", buffering=0)
+    except OSError:
+        pass  # bytes in memory, or a pipe
+    return None
 
 
 def _plain(descriptor: Descriptor) -> dict[str, str | int]:

@@ -64,7 +64,7 @@ def parse(text: str) -> Reference:
         if not is_tag(tag):
             raise InvalidSpec(f"image reference {_quoted(text)}: malformed tag")
     if registry == DEFAULT_REGISTRY and "/" not in repository:
-        if _HEX_ID.fullmatch(repository):
+        if _HEX_ID.fullmatch(tag if repository == "sha256" else repository):
             raise InvalidSpec(f"image reference {_quoted(text)}: an id, not a name")
         repository = f"library/{repository}"
     if not _REGISTRY.fullmatch(registry):

@@ -56,6 +56,7 @@ def test_normalised(text: str, normalised: str) -> None:
         "a\n",
         "a:b\n",
         "f" * 64,
+        "sha256:" + "f" * 64,
         f"a@md5:{'0' * 32}",
     ],
 )

@@ -682,6 +682,16 @@ def test_a_full_disk(small_disk: Path, open_store: OpenStore) -> None:
     assert free.f_bavail * free.f_frsize > 5 << 20, "what was written is gone"
 
 
+def test_an_archive_is_not_there_twice(small_disk: Path, open_store: OpenStore) -> None:
+    """It and what it holds fit; a copy of it wouldn't."""
+    images = open_store(small_disk / "store")
+    built = build(Layer().file("random", os.urandom(5 << 19)).tar(), how="plain")
+    with open(small_disk / "archive", "w+b", buffering=0) as file:
+        file.write(oci_archive(built, "local/app:1"))
+        file.seek(0)
+        assert [image.id for image in images.load(file)] == [built.id]
+
+
 def test_removal_on_a_full_disk(small_disk: Path, open_store: OpenStore, caplog: pytest.LogCaptureFixture) -> None:
     images = open_store(small_disk / "store")
     image = load(images, Layer().file("a", os.urandom(1 << 20)).tar())
