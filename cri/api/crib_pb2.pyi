@@ -91,20 +91,18 @@ class CheckRequest(_message.Message):
     def __init__(self, repair: _Optional[bool] = ...) -> None: ...
 
 class CheckFinding(_message.Message):
-    __slots__ = ("layer", "diff_id", "images", "verified", "problem", "repaired")
+    __slots__ = ("layer", "diff_id", "images", "problem", "repaired")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     DIFF_ID_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
-    VERIFIED_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
     REPAIRED_FIELD_NUMBER: _ClassVar[int]
     layer: str
     diff_id: str
     images: _containers.RepeatedScalarFieldContainer[str]
-    verified: bool
     problem: str
     repaired: bool
-    def __init__(self, layer: _Optional[str] = ..., diff_id: _Optional[str] = ..., images: _Optional[_Iterable[str]] = ..., verified: _Optional[bool] = ..., problem: _Optional[str] = ..., repaired: _Optional[bool] = ...) -> None: ...
+    def __init__(self, layer: _Optional[str] = ..., diff_id: _Optional[str] = ..., images: _Optional[_Iterable[str]] = ..., problem: _Optional[str] = ..., repaired: _Optional[bool] = ...) -> None: ...
 
 class StorageRequest(_message.Message):
     __slots__ = ()

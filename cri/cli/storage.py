@@ -54,7 +54,6 @@ class FindingRow(msgspec.Struct, frozen=True, kw_only=True):
     layer: str
     diff_id: str
     images: list[str]
-    verified: bool
     problem: str
     repaired: bool
 
@@ -247,7 +246,6 @@ def check(client: Client, options: Namespace) -> int:
             layer=news.layer,
             diff_id=news.diff_id,
             images=list(news.images),
-            verified=news.verified,
             problem=news.problem,
             repaired=news.repaired,
         )
@@ -260,7 +258,5 @@ def check(client: Client, options: Namespace) -> int:
     if options.output == "json":
         show_json(found)
     else:
-        unread = sum(not row.verified for row in found)
-        note = f", of {unread} only the presence" if unread else ""
-        print(f"{len(found)} layers checked{note}: {len(damaged) or 'none'} damaged")
+        print(f"{len(found)} layers checked: {len(damaged) or 'none'} damaged")
     return 1 if damaged else 0

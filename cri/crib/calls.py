@@ -107,7 +107,6 @@ class CribCalls:
                 layer=found.layer,
                 diff_id=found.diff_id,
                 images=found.images,
-                verified=found.verified,
                 problem=found.problem,
                 repaired=found.repaired,
             )

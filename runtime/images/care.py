@@ -58,10 +58,9 @@ def check(
     try:
         for number, images in sorted(users.items()):
             path, recipe, seal = shelf.paths(number)
-            layer, verified = shelf.get(number), recipe.exists() or seal.exists()
-            problem = problem_of(path, recipe, seal, layer.diff_id) if verified else ""
-            problem = problem if path.is_dir() else "its directory is missing"
-            finding = Finding(short_name(number), layer.diff_id, tuple(images), verified, problem)
+            diff_id = shelf.get(number).diff_id
+            problem = problem_of(path, recipe, seal, diff_id)
+            finding = Finding(short_name(number), diff_id, tuple(images), problem)
             if problem and pull is not None:
                 shelf.hide(number)
                 repaired = [_repaired(catalogue, shelf, records, pull, number, id) for id in images]

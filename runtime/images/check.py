@@ -37,22 +37,22 @@ _NOT_HERE = (errno.ENOTSUP, errno.EPERM, errno.EINVAL)
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What was found of one layer. `problem` is "" when it is whole; without `verified` only its presence is known.
-
-    `repaired` tells that it was fetched again.
-    """
+    """What was found of one layer. `problem` is "" when it is whole; `repaired` tells that it was fetched again."""
 
     layer: str
     diff_id: str
     images: tuple[str, ...]
-    verified: bool
     problem: str
     repaired: bool = False
 
 
 def problem_of(layer: Path, recipe: Path, seal: Path, diff_id: str) -> str:
-    """What is wrong with the layer, of which there is a recipe or a seal; "" if nothing. Reads all of it."""
+    """What is wrong with the layer; "" if nothing. Reads all of it."""
     root = os.fsencode(layer)
+    if not layer.is_dir():
+        return "its directory is missing"
+    if not recipe.exists() and not seal.exists():
+        return "what it is compared with is missing"
     try:
         sealed = dict(seals.read(seal)) if seal.exists() else {}
         for name, found in seals.digests(root, sealed):

@@ -101,8 +101,6 @@ def test_lists_of_images(daemon: Daemon) -> None:
 
 def test_check(crib: Crib, daemon: Daemon) -> None:
     assert crib("check") == "1 layers checked: none damaged\n"
-    [finding] = crib.json("check")
-    assert finding["verified"]
     [layer] = (daemon.root / "layers").iterdir()
     before = (layer / "bin/busybox").stat().st_mode
     (layer / "bin/busybox").chmod(0o700)
