@@ -5,7 +5,6 @@ Blobs are read in place: from the archive's own file, or from a decompressed cop
 
 import hashlib
 import os
-import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,8 +23,10 @@ from runtime.images.reference import parse as parse_reference
 from runtime.images.transfer import Content
 from runtime.images.unpack.errors import BadLayer
 from runtime.images.unpack.stream import decompressed
+from runtime.images.unpack.tar import FILE, SYMLINK, Reader, Stream
 
 _COPY = 1 << 18
+_BLOCKS = 1 << 12
 _MEMBERS_LIMIT = 20_000
 _NAME_KEYS = ("io.containerd.image.name", "org.opencontainers.image.ref.name")
 _NESTED_INDEXES = 3
@@ -108,20 +109,19 @@ class Archive:
 
     def _read_members(self) -> dict[str, tuple[int, int]]:
         """Offset and size of each file, by its name; symbolic links (old docker archives share layers so) resolved."""
-        self._file.seek(0)
         members: dict[str, tuple[int, int]] = {}
         links: dict[str, str] = {}
+        stream = _Seeking(self._file.fileno())
         try:
-            with tarfile.open(fileobj=self._file, mode="r:") as archive:
-                for count, member in enumerate(archive):
-                    if count > _MEMBERS_LIMIT:
-                        raise Exhausted(f"archive with more than {_MEMBERS_LIMIT} members")
-                    name = os.path.normpath(member.name)
-                    if member.isreg():
-                        members[name] = (member.offset_data, member.size)
-                    elif member.issym():
-                        links[name] = os.path.normpath(os.path.join(os.path.dirname(name), member.linkname))
-        except (tarfile.TarError, ValueError, EOFError) as error:
+            for count, entry in enumerate(Reader(stream)):
+                if count > _MEMBERS_LIMIT:
+                    raise Exhausted(f"archive with more than {_MEMBERS_LIMIT} members")
+                name = os.path.normpath(os.fsdecode(entry.name))
+                if entry.kind == FILE and entry.extents in ([], [(0, entry.size)]):
+                    members[name] = (stream.position, entry.size)
+                elif entry.kind == SYMLINK:
+                    links[name] = os.path.normpath(os.path.join(os.path.dirname(name), os.fsdecode(entry.link)))
+        except BadLayer as error:
             raise BadImage(f"not a tar archive: {error}") from error
         for name, target in links.items():
             if target in members:
@@ -207,6 +207,31 @@ class Archive:
             )
             names = tuple(str(parse_reference(tag)) for tag in entry.repo_tags or ())
             yield Content(manifest, digest_of(document), document, config, names)
+
+
+class _Seeking(Stream):
+    """A file from its start; what is skipped isn't read."""
+
+    def __init__(self, file: int) -> None:
+        super().__init__(self._read())
+        self._file = file
+        self._read_to = 0
+
+    def _read(self) -> Iterator[bytes]:
+        while data := os.pread(self._file, _BLOCKS, self._read_to):
+            self._read_to += len(data)
+            yield data
+
+    def skip_to(self, position: int) -> None:
+        if position > os.fstat(self._file).st_size:
+            raise BadLayer("archive ends in the middle of an entry")
+        self._at += position - self.position
+        if self._at > len(self._chunk):
+            self._chunk, self._at, self._read_to = b"", 0, position
+        self.position = position
+
+    def drain(self) -> None:
+        pass
 
 
 def _in_place(fileobj: IO[bytes]) -> IO[bytes] | None:

@@ -84,8 +84,10 @@ def test_bad_archives(images: Images, left: Left) -> None:
     good = oci_archive(built, "a:1")
     key = next(iter(built.blobs)).replace(":", "/")
     for data, error, match in (
-        (b"", BadImage, "not a tar archive: empty"),
+        (b"", BadImage, "neither index.json nor manifest.json"),
         (b"x" * 5000, BadImage, "not a tar archive"),
+        (oci_archive(build(layer(a="1" * 70_000), how="plain"), "a:1")[:50_000], BadImage, "archive ends"),
+        (Layer().file("a", pax_headers={"comment": "x" * (2 << 20)}).tar(), BadImage, "extended headers of more than"),
         (compressed(good, "gzip")[:-50], BadImage, "ends early"),
         (layer(a="1"), BadImage, "neither index.json nor manifest.json"),
         (Layer().file("index.json", "{}").tar(), BadImage, "manifest"),
