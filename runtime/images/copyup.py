@@ -205,7 +205,7 @@ def _work(job: dict[str, Any]) -> dict[str, object]:
     except MemoryError:
         return _failure("limit", path, f"takes more than {_MEMORY_LIMIT_BYTES} bytes of memory")
     except OSError as error:
-        name = f"{os.fsdecode(error.filename)!r}: " if error.filename else ""
+        name = f"{os.fsdecode(error.filename)!r}: " if isinstance(error.filename, (str, bytes)) else ""
         return _failure("system", path, f"{name}{(error.strerror or str(error)).lower()}", error.errno or 0)
     except Exception as error:  # a defect; a traceback would read source files by name, inside the image
         return _failure("defect", path, f"{type(error).__name__}: {error}")

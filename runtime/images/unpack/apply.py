@@ -315,7 +315,8 @@ class Applier:
             except OSError as error:
                 # user.* exists on files and directories alone, and not every file system has every kind.
                 if error.errno not in (errno.ENOTSUP, errno.EPERM, errno.EINVAL):
-                    raise
+                    what = entry.name + b" (attribute %s of %d bytes)" % (key, len(value))
+                    raise OSError(error.errno, error.strerror, what) from error
 
     def _entry_times(self, entry: Entry) -> tuple[int, int]:
         mtime = max(-_TIME_LIMIT_NS, min(entry.mtime_ns, _TIME_LIMIT_NS))

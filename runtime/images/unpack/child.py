@@ -120,7 +120,7 @@ def _report(limits: Limits, filter: Filter | None, root: int, blob: int, recipe:
     except MemoryError:
         return _failure("limit", f"takes more than {_MEMORY_LIMIT_BYTES} bytes of memory")
     except OSError as error:
-        where = f"{os.fsdecode(error.filename)!r}: " if error.filename else ""
+        where = f"{os.fsdecode(error.filename)!r}: " if isinstance(error.filename, (str, bytes)) else ""
         return _failure("system", f"{where}{(error.strerror or str(error)).lower()}", error.errno or 0)
     except Exception as error:  # a defect; a traceback would read source files by name, inside the layer
         return _failure("defect", f"{type(error).__name__}: {error}")

@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Iterator
@@ -235,6 +236,13 @@ def test_bombs(target: Path, settings: ImagesConfig, match: str, how: str) -> No
         layer.file(f"f{number}")
     with pytest.raises(Exhausted, match=match):
         unpack(target, compressed(layer.tar(), how), settings)
+
+
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE])
+def test_an_attribute_that_no_file_system_takes(target: Path, kind: bytes) -> None:
+    layer = Layer().add("f", kind, pax_headers={"SCHILY.xattr.trusted.k": "x" * 70_000})
+    with pytest.raises(BadImage, match=r"'f/? \(attribute trusted.k of 70000 bytes\)': argument list too long"):
+        unpack(target, layer.tar())
 
 
 def test_deep_names_cost_entries(target: Path) -> None:
