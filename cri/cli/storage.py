@@ -69,17 +69,26 @@ def save(client: Client, options: Namespace) -> int:
     if options.file == "-":
         _write(chunks, sys.stdout.buffer)
         return 0
-    # Under another name until it is whole.
-    part = Path(f"{options.file}.part")
+    try:
+        _save(chunks, Path(options.file))
+    except OSError as error:
+        raise _cannot(options.file, error) from error
+    return 0
+
+
+def _save(chunks: Iterator[bytes], target: Path) -> None:
+    """A file is there when it is whole; a pipe or a device is written to."""
+    if target.exists() and not target.is_file():
+        with open(target, "wb") as file:
+            _write(chunks, file)
+        return
+    part = Path(f"{target}.part")
     try:
         with open(part, "wb") as file:
             _write(chunks, file)
-        part.rename(options.file)
-    except OSError as error:
-        raise _cannot(options.file, error) from error
+        part.rename(target)
     finally:
         part.unlink(missing_ok=True)
-    return 0
 
 
 def _cannot(name: str | Path, error: OSError | tarfile.TarError) -> Failure:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from cri.cli.client import Client
 from tests.cri.cli.conftest import Crib, loaded
 from tests.cri.cli.fake import IMAGE
 from tests.cri.real.daemon import Daemon
+from tests.limits import scaled
 from tests.requires import requires
 
 pytestmark = requires("root", "bridge", "busybox", "overlay", "seccomp")
@@ -39,6 +42,20 @@ def test_save_and_load(crib: Crib, tmp_path: Path) -> None:
     crib("rmi", IMAGE)
     assert crib("load", str(archive)) == f"{IMAGE}\n"
     assert crib.json("images")[0]["id"] == image["id"]
+
+
+def test_save_to_a_pipe(crib: Crib, tmp_path: Path) -> None:
+    """As `-f /dev/null` would be, it is written to, and not replaced."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with open(tmp_path / "read", "wb") as read, subprocess.Popen(["cat", pipe], stdout=read) as reader:
+        try:
+            crib("save", "-f", str(pipe), IMAGE)
+            assert reader.wait(scaled(30)) == 0
+        finally:
+            reader.kill()
+    assert (tmp_path / "read").read_bytes() == crib.full("save", IMAGE).stdout
+    assert pipe.is_fifo()
 
 
 def test_a_layout(crib: Crib, tmp_path: Path) -> None:
