@@ -174,6 +174,7 @@ def test_layers_stay_while_a_container_has_them(open_store: OpenStore, images: I
     images.remove(image.repo_tags[0])
     images.remove(image.repo_tags[0])
     assert images.list() == []
+    assert images.layers().keys() == set(image.layers), "they take what they take"
     with pytest.raises(NotFound):
         images.get(image.id)
     with pytest.raises(NotFound):
