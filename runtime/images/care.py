@@ -69,6 +69,8 @@ def check(
                     done or _mended(catalogue, shelf, records, id) for done, id in zip(repaired, images, strict=True)
                 ]
                 finding = replace(finding, repaired=all(repaired))
+                if finding.repaired:
+                    records.disown(number)
             yield finding
     finally:
         shelf.remove(shelf.release(list(users)))

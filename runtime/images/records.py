@@ -219,6 +219,11 @@ class ImageRecords:
         with self._database.transaction() as db:
             db.execute("DELETE FROM images WHERE id = ?", (image,))
 
+    def disown(self, number: int) -> None:
+        """The layer is damaged and no image's any more: what a container keeps of it is nobody's to share."""
+        with self._database.transaction() as db:
+            db.execute("UPDATE layers SET diff_id = '' WHERE number = ?", (number,))
+
     def adopt(self, layers: Iterable[Layer]) -> None:
         """Directories that have no record have one from now on, and their numbers aren't given out again."""
         with self._database.transaction() as db:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from runtime.errors import Exhausted
 from runtime.images.errors import BadImage
-from runtime.images.layers import Unpacked
+from runtime.images.layers import Unpacked, usage_of
 from runtime.images.merged import Found, Merged
 from runtime.removal import remove_tree
 
@@ -26,7 +26,7 @@ _CHUNK = 1 << 20
 def settle(
     layer: Path, below: tuple[Path, ...], unpacked: Unpacked, recipe: Path, limit_bytes: int, steps: Iterator[int]
 ) -> tuple[int, int]:
-    """Complete `layer`, which lies on top of `below` (topmost first). Returns how many bytes and inodes it grew by.
+    """Complete `layer`, which lies on top of `below` (topmost first). Returns the bytes and inodes that it takes then.
 
     The recipe goes when files are moved. Links to one file stay links to one copy. Raises BadImage for a hard link to
     what isn't there, Exhausted for copies of more than `limit_bytes` or when `steps` run out (see `Merged`), OSError.
@@ -70,7 +70,9 @@ def settle(
             else:
                 copies[source.path] = path
                 grown += _copy(source, path, limit_bytes - grown)
-    return grown, len(copies)
+    if moved:  # what was in both places is gone
+        return usage_of([str(layer)])
+    return unpacked.bytes_used + grown, unpacked.inodes + len(copies)
 
 
 @contextmanager

@@ -315,8 +315,8 @@ class Transfer:
         below_it = tuple(dict.fromkeys(lower))
         limit = self._config.unpacked_limit_bytes
         path, recipe = self._shelf.path(number), self._shelf.recipe(number)
-        grown, added = settle(path, below_it, unpacked, recipe, limit, self._steps)
-        settled = replace(unpacked, bytes_used=unpacked.bytes_used + grown, inodes=unpacked.inodes + added)
+        bytes_used, inodes = settle(path, below_it, unpacked, recipe, limit, self._steps)
+        settled = replace(unpacked, bytes_used=bytes_used, inodes=inodes)
         layer = self._shelf.add(self._layer_of(number, diff_id, below, settled))
         self._held.append(layer.number)
         return layer

@@ -56,6 +56,10 @@ def clean(name: bytes) -> bytes:
     return cleaned
 
 
+def _blocks(target: bytes | int) -> int:
+    return (os.fstat(target) if isinstance(target, int) else os.lstat(target)).st_blocks
+
+
 class Applier:
     """Applies entries one by one; `finish` sets the directories' times and returns the sums."""
 
@@ -304,6 +308,9 @@ class Applier:
                 os.setxattr(path, OPAQUE, b"y")
 
     def _set_xattrs(self, target: bytes | int, entry: Entry) -> None:
+        if not entry.xattrs:
+            return
+        before = _blocks(target)
         for key, value in entry.xattrs:
             if key.startswith(REFUSED_XATTRS):
                 continue
@@ -317,6 +324,8 @@ class Applier:
                 if error.errno not in (errno.ENOTSUP, errno.EPERM, errno.EINVAL):
                     what = entry.name + b" (attribute %s of %d bytes)" % (key, len(value))
                     raise OSError(error.errno, error.strerror, what) from error
+        if entry.kind != DIRECTORY:  # which are looked at in the end
+            self._done.bytes_used += (_blocks(target) - before) * 512
 
     def _entry_times(self, entry: Entry) -> tuple[int, int]:
         mtime = max(-_TIME_LIMIT_NS, min(entry.mtime_ns, _TIME_LIMIT_NS))

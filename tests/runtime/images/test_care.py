@@ -230,6 +230,9 @@ def test_a_damaged_layer_that_a_container_keeps_is_not_shared_after_a_restart(
     again = images.pull(f"{registry.host}/kept:2")
     assert images.read_file(again.id, "a", 10) == b"good"
     assert again.layers[0] == images.get(image.id).layers[0] != image.layers[0]
+    for one in (image, again):
+        images.remove(one.id)
+    assert images.read_file(images.pull(f"{registry.host}/kept:1").id, "a", 10) == b"good"
 
 
 def test_an_archive_for_several_platforms(images: Images) -> None:

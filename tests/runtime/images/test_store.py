@@ -390,12 +390,15 @@ def occupied(root: Path) -> tuple[int, int]:
 
 
 def test_every_byte_is_accounted_for(images: Images, run_dir: Path) -> None:
-    """Hard links, holes, large directories, what was taken from layers below, replaced and removed entries."""
+    """Hard links, holes, large directories and attributes, what was taken from layers below or went where they lead,
+    replaced and removed entries."""
     below = Layer().directory("d", mode=0o755, uid=3).file("d/big", os.urandom(300_000)).hardlink("d/again", "d/big")
     for number in range(3000):
         below.file(f"many/a name of some length {number}", "x" if number % 2 else "")
-    below.symlink("short", "x").symlink("long", "y" * 200).add("pipe", b"6")
+    below.symlink("short", "x").symlink("long", "y" * 200).add("pipe", b"6").symlink("to", "d")
+    below.file("attributes", "x", pax_headers={"SCHILY.xattr.trusted.k": "v" * 2000})
     above = Layer().file("d/new", "n").hardlink("copy", "d/big").hardlink("d/copy", "d/big").file("d/.wh.big")
+    above.file("to/e/f", "f")
     twice = Layer().file("a", os.urandom(50_000)).file("a", "small").directory("t").file("t/u/v", "x").file("t", "y")
     for number, layers in enumerate(([below.tar(), above.tar()], [below.tar()], [twice.tar()])):
         load(images, *layers, name=f"local/n{number}:1")
