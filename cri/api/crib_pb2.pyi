@@ -147,16 +147,20 @@ class StoredLayer(_message.Message):
     def __init__(self, name: _Optional[str] = ..., diff_id: _Optional[str] = ..., size_bytes: _Optional[int] = ..., inodes: _Optional[int] = ...) -> None: ...
 
 class StoredContainer(_message.Message):
-    __slots__ = ("id", "image", "size_bytes", "inodes")
+    __slots__ = ("id", "image", "size_bytes", "inodes", "layers", "volume")
     ID_FIELD_NUMBER: _ClassVar[int]
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     INODES_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
+    VOLUME_FIELD_NUMBER: _ClassVar[int]
     id: str
     image: str
     size_bytes: int
     inodes: int
-    def __init__(self, id: _Optional[str] = ..., image: _Optional[str] = ..., size_bytes: _Optional[int] = ..., inodes: _Optional[int] = ...) -> None: ...
+    layers: _containers.RepeatedScalarFieldContainer[str]
+    volume: bool
+    def __init__(self, id: _Optional[str] = ..., image: _Optional[str] = ..., size_bytes: _Optional[int] = ..., inodes: _Optional[int] = ..., layers: _Optional[_Iterable[str]] = ..., volume: _Optional[bool] = ...) -> None: ...
 
 class PlanRequest(_message.Message):
     __slots__ = ("id",)

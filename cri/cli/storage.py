@@ -215,23 +215,24 @@ def _trees(stored: crib_pb2.StorageResponse) -> list[TreeRow]:
 
 def df(client: Client, options: Namespace) -> int:
     """What images and containers take; layers that several images have count once, and those of a removed image as long
-    as a container needs them."""
+    as a container or an image volume needs them."""
     stored = client.call("Storage")
     used = {container.image for container in stored.containers}
-    needed = {name for image in stored.images if image.id in used or image.pinned for name in image.layers}
-    free = {name for image in stored.images for name in image.layers} - needed
+    containers = [container for container in stored.containers if not container.volume]
+    needed = {name for user in stored.containers for name in user.layers}
+    needed |= {name for image in stored.images if image.pinned for name in image.layers}
     rows = [
         UsageRow(
             kind="images",
             number=len(stored.images),
             in_use=sum(image.id in used for image in stored.images),
             size_bytes=sum(layer.size_bytes for layer in stored.layers),
-            reclaimable_bytes=sum(layer.size_bytes for layer in stored.layers if layer.name in free),
+            reclaimable_bytes=sum(layer.size_bytes for layer in stored.layers if layer.name not in needed),
         ),
         UsageRow(
             kind="containers",
-            number=len(stored.containers),
-            in_use=len(stored.containers),
+            number=len(containers),
+            in_use=len(containers),
             size_bytes=sum(container.size_bytes for container in stored.containers),
             reclaimable_bytes=0,
         ),

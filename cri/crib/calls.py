@@ -10,6 +10,7 @@ from errno import EDQUOT, ENOSPC
 from typing import IO, Final, TypeVar
 
 from cri.api import crib_pb2 as pb
+from cri.container.volumes import owner
 from cri.image.pull import pull
 from cri.node import Node
 from cri.rpc import Call, Handler
@@ -136,9 +137,19 @@ class CribCalls:
         for container, image in store.users().items():
             try:
                 size_bytes, inodes = store.upper_usage(container)
+                layers = store.rootfs(container).lowers
             except NotFound:
                 continue  # it has just gone
-            containers.append(pb.StoredContainer(id=container, image=image, size_bytes=size_bytes, inodes=inodes))
+            containers.append(
+                pb.StoredContainer(
+                    id=container,
+                    image=image,
+                    size_bytes=size_bytes,
+                    inodes=inodes,
+                    layers=layers,
+                    volume=owner(container) != container,
+                )
+            )
         diff_ids = {
             name: diff_id for image in images for name, diff_id in zip(image.layers, image.diff_ids, strict=True)
         }

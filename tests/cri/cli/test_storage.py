@@ -100,6 +100,23 @@ def test_inspect_tree_df(crib: Crib) -> None:
     assert crib("df").splitlines()[0].split() == ["WHAT", "NUMBER", "IN", "USE", "SIZE", "RECLAIMABLE"]
 
 
+def test_df_of_a_container_without_its_image(crib: Crib, tmp_path: Path) -> None:
+    archive = tmp_path / "a.tar"
+    crib("save", "-f", str(archive), IMAGE)
+    [before, _] = crib.json("df")
+    crib("run", "-d", "--name", "df", IMAGE, "sleep", "1000")
+    try:
+        [used, containers] = crib.json("df")
+        assert (used["number"], used["in_use"], used["reclaimable_bytes"], containers["number"]) == (1, 1, 0, 1)
+        crib("rmi", "-f", IMAGE)
+        [used, _] = crib.json("df")
+        assert (used["number"], used["in_use"], used["reclaimable_bytes"]) == (0, 0, 0)
+        assert used["size_bytes"] == before["size_bytes"], "its layers are still there"
+    finally:
+        crib("rm", "-f", "df")
+        crib("load", str(archive))
+
+
 def test_lists_of_images(daemon: Daemon) -> None:
     client = Client(daemon.listen)
     try:
