@@ -3,6 +3,8 @@
 Messages are lower case, name the object and the cause, and never hold a secret.
 """
 
+from errno import EDQUOT, ENOSPC
+
 
 class CribError(Exception):
     """Something that a caller can be told; the message is meant for a person."""
@@ -65,3 +67,9 @@ class StepFailed(CribError):
         self.total = total
         self.errno = errno
         self.detail = detail
+
+
+def of_disk(what: str, error: OSError) -> CribError:
+    """What it means that `what` could not be written: Exhausted where the disk is full, else Unavailable."""
+    kind = Exhausted if error.errno in (ENOSPC, EDQUOT) else Unavailable
+    return kind(f"{what}: {(error.strerror or str(error)).lower()}")

@@ -6,7 +6,6 @@ import asyncio
 import os
 import tempfile
 from collections.abc import AsyncIterator, Generator, Mapping
-from errno import EDQUOT, ENOSPC
 from typing import IO, Final, TypeVar
 
 from cri.api import crib_pb2 as pb
@@ -14,7 +13,7 @@ from cri.container.volumes import owner
 from cri.image.pull import pull
 from cri.node import Node
 from cri.rpc import Call, Handler
-from runtime.errors import Exhausted, InvalidSpec, NotFound, Unavailable
+from runtime.errors import InvalidSpec, NotFound, of_disk
 from runtime.images import Auth, Image, Progress
 from runtime.linux.probe import FALLBACKS, Probes
 
@@ -53,14 +52,15 @@ class CribCalls:
     async def load(self, requests: AsyncIterator[pb.LoadRequest], call: Call) -> pb.LoadResponse:
         """The archive goes to a file beside the images, and from there into the store."""
         node = self._node
-        with tempfile.NamedTemporaryFile(dir=node.images.spool, buffering=0) as file:
-            size_bytes = 0
-            async for request in requests:
-                size_bytes += len(request.chunk)
-                await node.work(_append, file, request.chunk)
-            if not size_bytes:
-                raise InvalidSpec("the archive is empty")
-            images = await node.pull(self._load, file)
+        try:
+            with tempfile.NamedTemporaryFile(dir=node.images.spool) as file:
+                async for request in requests:
+                    await node.work(file.write, request.chunk)
+                if not file.tell():
+                    raise InvalidSpec("the archive is empty")
+                images = await node.pull(self._load, file)
+        except OSError as error:
+            raise of_disk("load of an image", error) from error
         return pb.LoadResponse(images=[pb.LoadedImage(id=image.id, repo_tags=image.repo_tags) for image in images])
 
     def _load(self, file: IO[bytes]) -> list[Image]:
@@ -255,13 +255,3 @@ class CribCalls:
         return pb.CheckNetworkResponse(
             findings=[pb.NetworkFinding(name=one.name, ok=one.ok, detail=one.detail, fix=one.fix) for one in found]
         )
-
-
-def _append(file: IO[bytes], data: bytes) -> None:
-    left = memoryview(data)
-    try:
-        while left:
-            left = left[file.write(left) :]
-    except OSError as error:
-        kind = Exhausted if error.errno in (ENOSPC, EDQUOT) else Unavailable
-        raise kind(f"load of an image: {(error.strerror or str(error)).lower()}") from error

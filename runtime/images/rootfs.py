@@ -9,7 +9,7 @@ import threading
 from collections.abc import Collection
 from pathlib import Path
 
-from runtime.errors import CribError, InvalidSpec, NotFound, Unavailable
+from runtime.errors import CribError, InvalidSpec, NotFound, Unavailable, of_disk
 from runtime.images.image import RootFs
 from runtime.images.layers import short_name, usage_of
 from runtime.images.records import RootFsRecords, StoredRootFs
@@ -100,7 +100,7 @@ class Roots:
                 self.discard(container_id)
             except Unavailable as left:
                 log.warning("%s", left)
-            raise Unavailable(f"root file system of {container_id}: {error}") from error
+            raise of_disk(f"root file system of {container_id}", error) from error
         return rootfs
 
     def _make_directories(self, rootfs: RootFs) -> None:

@@ -10,12 +10,11 @@ import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import TimeoutError as NotYet
 from contextlib import ExitStack
-from errno import EDQUOT, ENOSPC
 from itertools import chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from runtime.errors import AlreadyExists, Cancelled, CribError, Exhausted, NotFound, Unavailable
+from runtime.errors import AlreadyExists, Cancelled, CribError, NotFound, of_disk
 from runtime.images import merged
 from runtime.images.catalogue import Catalogue
 from runtime.images.health import Health
@@ -255,8 +254,7 @@ class Images:
                         self._add(content, archive, lambda progress: None, lambda action: None)
                     loaded.append(self.get(id))
         except OSError as error:
-            kind = Exhausted if error.errno in (ENOSPC, EDQUOT) else Unavailable
-            raise kind(f"load of an image: {(error.strerror or str(error)).lower()}") from error
+            raise of_disk("load of an image", error) from error
         return loaded
 
     def remove(self, ref: str) -> None:

@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from errno import EDQUOT, ENOSPC
 from typing import Protocol
 
-from runtime.errors import Cancelled, CribError, Exhausted, Unavailable
+from runtime.errors import Cancelled, CribError, Exhausted, Unavailable, of_disk
 from runtime.images import seal
 from runtime.images.errors import BadContent, BadImage
 from runtime.images.image import ImagesConfig, Progress
@@ -118,9 +117,7 @@ class Transfer:
             self._shelf.hold(stored.layers)
             return stored
         except OSError as error:
-            if error.errno in (ENOSPC, EDQUOT):
-                raise Exhausted(f"image {self._content.manifest.config.digest}: no space left on device") from error
-            raise Unavailable(f"image {self._content.manifest.config.digest}: {error}") from error
+            raise of_disk(f"image {self._content.manifest.config.digest}", error) from error
         finally:
             doomed += self._shelf.release(self._held)
             doomed += set(self._numbers.values()) - set(self._held)

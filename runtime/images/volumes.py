@@ -19,7 +19,7 @@ from errno import EDQUOT, ENOSPC
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from runtime.errors import Cancelled, DeadlineExceeded, Exhausted, InvalidSpec, Unavailable
+from runtime.errors import Cancelled, DeadlineExceeded, Exhausted, InvalidSpec, Unavailable, of_disk
 from runtime.images.image import RootFs
 from runtime.images.merged import Found, Merged
 from runtime.images.unpack.form import OPAQUE, REFUSED_XATTRS, is_whiteout
@@ -121,8 +121,7 @@ def make(
             else:
                 _dress(made, found, owner)
     except OSError as error:
-        kind = Exhausted if error.errno in (ENOSPC, EDQUOT) else Unavailable
-        raise kind(f"the image's VOLUMEs: {error}") from error
+        raise of_disk("the image's VOLUMEs", error) from error
     if not full:
         return None
     job = {

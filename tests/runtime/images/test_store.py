@@ -698,6 +698,20 @@ def test_an_archive_is_not_there_twice(small_disk: Path, open_store: OpenStore) 
         assert [image.id for image in images.load(file)] == [built.id]
 
 
+def test_no_inode_is_left(small_disk: Path, open_store: OpenStore) -> None:
+    """A full disk, of another kind."""
+    images = open_store(small_disk / "store")
+    image = load(images, layer(a="x"))
+    used = os.statvfs(small_disk)
+    subprocess.run(["mount", "-o", f"remount,nr_inodes={used.f_files - used.f_ffree}", small_disk], check=True)
+    with pytest.raises(Exhausted, match="root file system of c: no space left on device"):
+        images.prepare("c", image.id)
+    with pytest.raises(Exhausted, match="load of an image: no space left on device"):
+        load(images, layer(a="y"))
+    images.remove(image.id)
+    assert tree_of(small_disk / "store") == []
+
+
 def test_removal_on_a_full_disk(small_disk: Path, open_store: OpenStore, caplog: pytest.LogCaptureFixture) -> None:
     images = open_store(small_disk / "store")
     image = load(images, Layer().file("a", os.urandom(1 << 20)).tar())
