@@ -3,7 +3,7 @@
 import asyncio
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from socket import AF_UNIX, SOCK_SEQPACKET, SOL_SOCKET, socket, socketpair
 from typing import Any, Final
 
@@ -75,6 +75,10 @@ class Pod:
     async def request(self, kind: str, timeout_s: float = REQUEST_TIMEOUT_S, **fields: Any) -> dict[str, Any]:
         """Ask the monitor. Raises WrongState (nothing runs by that name), Unavailable or DeadlineExceeded."""
         return checked(await self._channel.request(kind, (), timeout_s, **fields))
+
+    async def set_sysctls(self, sysctls: Mapping[str, str]) -> None:
+        """Set kernel parameters of the pod's namespaces. Raises InvalidSpec, Unavailable or DeadlineExceeded."""
+        await self.request(Kind.SYSCTLS, sysctls=dict(sysctls))
 
     def prepare(self, request: ContainerStart) -> bool:
         """See `Starts.prepare`."""

@@ -50,14 +50,19 @@ _ARCHES = {
     "SCMP_ARCH_X86": lib.X86,
     "SCMP_ARCH_X86_64": lib.X86_64,
 }
+_OTHERS = frozenset(
+    "LOONGARCH64 M68K MIPS MIPS64 MIPS64N32 MIPSEL MIPSEL64 MIPSEL64N32 PARISC PARISC64 PPC PPC64 PPC64LE RISCV64 S390 "
+    "S390X SH SHEB".split()
+)
+"""What the runtime spec and libseccomp have besides; no program of theirs runs here."""
 _NATIVE = {"x86_64": lib.X86_64, "aarch64": lib.AARCH64}
 _COMPATIBLE = {lib.X86_64: {lib.X86_64, lib.X86, lib.X32}, lib.AARCH64: {lib.AARCH64, lib.ARM}}
 _FLAGS = {
     "SECCOMP_FILTER_FLAG_TSYNC": 1,
     "SECCOMP_FILTER_FLAG_LOG": 2,
     "SECCOMP_FILTER_FLAG_SPEC_ALLOW": 4,
-    "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV": 32,
 }
+_FLAG_OF_A_LISTENER = "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV"
 _X32_BIT = 0x40000000
 _ARM_PRIVATE = 0x0F0000
 _ERRNO_MAX = 4095
@@ -93,7 +98,7 @@ def bpf(seccomp: Seccomp) -> bytes:
     System calls that nobody knows are skipped.
 
     Raises:
-        InvalidSpec: an action, operator, architecture or number that the profile language doesn't have, a notify
+        InvalidSpec: an action, operator, architecture, flag or number that the profile language doesn't have, a notify
             action (nothing here would answer it), or a program beyond the kernel's limit.
         Unavailable: libseccomp is not installed.
     """
@@ -113,8 +118,10 @@ def flags(seccomp: Seccomp) -> int:
     would otherwise switch off speculation, which slows the container down."""
     value = 0
     for name in seccomp.flags:
+        if name == _FLAG_OF_A_LISTENER:
+            raise InvalidSpec(f"seccomp: flag {name} needs a process that answers SCMP_ACT_NOTIFY; crib has none")
         if name not in _FLAGS:
-            raise InvalidSpec(f"seccomp: flag {name!r} is unknown")
+            raise InvalidSpec(f"seccomp: flag {name[:64]!r} is unknown")
         value |= _FLAGS[name]
     return value if seccomp.flags else _FLAGS["SECCOMP_FILTER_FLAG_SPEC_ALLOW"]
 
@@ -129,6 +136,7 @@ class _Arch:
 
 
 def _compile(seccomp: Seccomp) -> bytes:
+    flags(seccomp)
     if seccomp.listener_path or seccomp.listener_metadata:
         raise InvalidSpec("seccomp: listenerPath needs a process that answers SCMP_ACT_NOTIFY; crib has none")
     machine = os.uname().machine
@@ -194,7 +202,7 @@ def _arch(name: str) -> int:
     """The token of an architecture's name, 0 for one that OCI knows and this machine can't run."""
     if name in _ARCHES:
         return _ARCHES[name]
-    if name.startswith("SCMP_ARCH_") and len(name) <= 32:
+    if name.removeprefix("SCMP_ARCH_") in _OTHERS and name.startswith("SCMP_ARCH_"):
         return 0
     raise InvalidSpec(f"seccomp: architecture {name[:64]!r} is unknown")
 

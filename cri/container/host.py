@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -94,8 +95,7 @@ def seccomp_file(security: pb.LinuxContainerSecurityContext) -> bytes | None:
     if path is None:
         return None
     try:
-        with open(path, "rb") as file:
-            return file.read(seccomp.FILE_LIMIT_BYTES + 1)
+        return _read(path, seccomp.FILE_LIMIT_BYTES + 1)
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -127,8 +127,7 @@ def with_hooks(config: pb.ContainerConfig, spec: Spec, directories: tuple[str, .
     files = []
     for _, path in sorted(paths.items()):
         try:
-            with open(path, "rb") as file:
-                files.append(hooks.parse(path, file.read(hooks.FILE_LIMIT_BYTES)))
+            files.append(hooks.parse(path, _read(path, hooks.FILE_LIMIT_BYTES)))
         except OSError as error:
             raise InvalidSpec(f"hook file {path}: {error.strerror}") from error
     return hooks.apply(spec, files, config.annotations, bind_mounts=any(mount.host_path for mount in config.mounts))
@@ -142,10 +141,17 @@ def _cdi_files(directories: tuple[str, ...]) -> Iterator[cdi.Source]:
             continue
         for path in (os.path.join(directory, name) for name in names if name.endswith((".json", ".yaml"))):
             try:
-                with open(path, "rb") as file:
-                    yield cdi.parse(path, priority, file.read(cdi.FILE_LIMIT_BYTES + 1))
+                yield cdi.parse(path, priority, _read(path, cdi.FILE_LIMIT_BYTES + 1))
             except OSError as error:
                 yield cdi.Source(path, priority, None, str(error.strerror))
+
+
+def _read(path: str, limit_bytes: int) -> bytes:
+    """The beginning of a file of the node's; no pipe is waited for. Raises OSError."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK | os.O_NOCTTY)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", path)
+        return file.read(limit_bytes)
 
 
 def check_propagation(mounts: tuple[Mount, ...]) -> None:

@@ -18,6 +18,7 @@ from cri.timing import Timing
 from cri.translate.fingerprint import difference
 from cri.translate.sandbox import sandbox_to_pod
 from cri.translate.security import new_level
+from cri.translate.sysctls import of_interface
 from net import NetNs, PodIdentity
 from runtime import selinux
 from runtime.cgroup import Cgroups
@@ -131,6 +132,8 @@ async def _start(node: Node, pod: Pod, timing: Timing) -> tuple[str, ...]:
     plan = pod.plan
     directory, init = node.directory(pod.id), pod.record.init_cgroup
     made: tuple[str, ...] = ()
+    sysctls = {**node.network.pod_sysctls, **plan.sysctls} if plan.network else plan.sysctls
+    interfaces = {name: value for name, value in sysctls.items() if of_interface(name)}
 
     def prepare() -> None:
         nonlocal made
@@ -153,7 +156,7 @@ async def _start(node: Node, pod: Pod, timing: Timing) -> tuple[str, ...]:
                     ipc=plan.ipc,
                     pid=plan.pid,
                     shm_bytes=plan.shm_bytes if plan.ipc else 0,
-                    sysctls={**node.network.pod_sysctls, **plan.sysctls} if plan.network else plan.sysctls,
+                    sysctls={name: value for name, value in sysctls.items() if name not in interfaces},
                     init_cgroup=node.cgroups.join_files(init) if init else (),
                     uids=_map(plan.user.uid) if plan.user else (),
                     gids=_map(plan.user.gid) if plan.user else (),
@@ -174,6 +177,8 @@ async def _start(node: Node, pod: Pod, timing: Timing) -> tuple[str, ...]:
     if not plan.network:
         return ()
     ips = await node.work(_connect, node, pod, timing)
+    if interfaces:
+        await pod.monitor.set_sysctls(interfaces)
     pod.monitor.release_network()
     return ips
 

@@ -14,6 +14,7 @@ from msgspec import field
 
 from cri.api import cri_pb2 as pb
 from cri.translate.devices import HostDevice, permissions
+from cri.translate.document import decode
 from cri.translate.field import absolute, identity, show
 from cri.translate.mounts import VOLUME
 from runtime.errors import InvalidSpec, Unsupported
@@ -25,7 +26,7 @@ DIRECTORIES = ("/etc/cdi", "/run/cdi")
 FILE_LIMIT_BYTES = 8 << 20
 DEVICES_LIMIT = 1024
 ANNOTATION_PREFIX = "cdi.k8s.io/"
-_KIND = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?/[A-Za-z]([A-Za-z0-9_-]*[A-Za-z0-9])?")
+_KIND = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.-]*[A-Za-z0-9])?/[A-Za-z]([A-Za-z0-9_.-]*[A-Za-z0-9])?")
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9_.:-]*[A-Za-z0-9])?")
 _VERSION = re.compile(r"(0\.[3-9]|1\.[01])\.\d+")
 _ENV = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=[^\0]*", re.DOTALL)
@@ -77,6 +78,10 @@ class BindMount(_Part, frozen=True):
     container_path: str
     options: tuple[str, ...] = ()
     type: str = ""
+
+    @property
+    def binds(self) -> bool:
+        return self.type in ("", "bind") or not {"bind", "rbind"}.isdisjoint(self.options)
 
 
 class Edits(_Part, frozen=True):
@@ -138,10 +143,9 @@ def parse(path: str, priority: int, content: bytes) -> Source:
     try:
         if len(content) > FILE_LIMIT_BYTES:
             raise InvalidSpec(f"longer than {FILE_LIMIT_BYTES} bytes")
-        decode = msgspec.json.decode if path.endswith(".json") else msgspec.yaml.decode
-        found = decode(content, type=CdiFile)
+        found = decode(content, CdiFile, yaml=not path.endswith(".json"))
         _check(found)
-    except (InvalidSpec, msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except InvalidSpec as error:
         return Source(path, priority, None, str(error))
     return Source(path, priority, found)
 
@@ -172,7 +176,8 @@ def _check_edits(edits: Edits) -> None:
         if node.type not in ("", "b", "c", "u", "p"):
             raise InvalidSpec(f"deviceNodes.type {show(node.type)} is not b, c, u or p")
     for mount in edits.mounts:
-        absolute("mounts.hostPath", mount.host_path)
+        if mount.binds or not mount.host_path:  # of a tmpfs it is any word
+            absolute("mounts.hostPath", mount.host_path)
         absolute("mounts.containerPath", mount.container_path)
     for hook in edits.hooks:
         absolute("hooks.path", hook.path)
@@ -248,7 +253,8 @@ def apply(spec: Spec, edits: Iterable[Edits], found: Mapping[str, Sequence[HostD
                 kind = "c" if device.type == "u" else device.type
                 rules.append(DeviceCgroup(allow=True, type=kind, major=device.major, minor=device.minor, access=access))
         for bind in edit.mounts:
-            mounts[bind.container_path] = _mount(bind)
+            mount = _mount(bind)
+            mounts[mount.destination] = mount
         gids |= set(edit.additional_gids) - {0}
         for hook in edit.hooks:
             added.setdefault(_STAGES[hook.hook_name], []).append(
@@ -279,9 +285,10 @@ def _by_depth(mounts: list[Mount]) -> tuple[Mount, ...]:
 
 def _mount(bind: BindMount) -> Mount:
     options = bind.options
-    if bind.type in ("", "bind") and not {"bind", "rbind"} & set(options):
+    if bind.binds and {"bind", "rbind"}.isdisjoint(options):
         options = ("rbind", *options)
-    return Mount(destination=bind.container_path, type=bind.type or "bind", source=bind.host_path, options=options)
+    target = absolute("mounts.containerPath", bind.container_path)
+    return Mount(destination=target, type=bind.type or "bind", source=bind.host_path, options=options)
 
 
 def _device(node: DeviceNode, found: Mapping[str, Sequence[HostDevice]], spec: Spec) -> Device:
@@ -295,7 +302,7 @@ def _device(node: DeviceNode, found: Mapping[str, Sequence[HostDevice]], spec: S
         mode = here.mode if mode is None else mode
     user = spec.process.user
     return Device(
-        path=node.path,
+        path=absolute("deviceNodes.path", node.path),
         type=kind,
         major=major,
         minor=minor,

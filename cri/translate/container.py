@@ -124,6 +124,7 @@ def container_to_spec(given: ContainerInput) -> Spec:
         config.devices,
         given.devices,
         every=given.host_devices if privileged and not given.handler.privileged_without_host_devices else None,
+        mapped=pod.user is not None,
     )
     mounts = container_mounts(
         config.mounts,

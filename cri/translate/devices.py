@@ -5,6 +5,7 @@ What a host path is (symlinks resolved, directories expanded) is found out by th
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,9 @@ from cri.translate.field import absolute, on_host, show
 from cri.translate.resources import ALL_DEVICE_RULES, DEFAULT_DEVICE_RULES
 from runtime.errors import InvalidSpec
 from runtime.spec import Device, DeviceCgroup
+
+_NOBODYS = (1 << 32) - 2
+"""An id that no user namespace has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,16 +54,17 @@ def container_devices(
     found: Mapping[str, Sequence[HostDevice]],
     *,
     every: Mapping[str, HostDevice] | None = None,
+    mapped: bool = False,
 ) -> tuple[tuple[Device, ...], tuple[DeviceCgroup, ...]]:
     """Nodes to make and cgroup rules, defaults first.
 
     `found` holds what each of `paths(requested)` is. `every` are the host's devices by path, given for a privileged
-    container, which may use any device.
+    container, which may use any device; in a user namespace (`mapped`) as anybody, not as their owner.
     """
     nodes: dict[str, Device] = {}
     rules = list(DEFAULT_DEVICE_RULES if every is None else ALL_DEVICE_RULES)
     for path, device in (every or {}).items():
-        nodes[path] = _node(path, device)
+        nodes[path] = _node(path, dataclasses.replace(device, uid=_NOBODYS, gid=_NOBODYS) if mapped else device)
     for entry in requested:
         host = _host_path(entry)
         target = absolute("devices.container_path", entry.container_path or host)

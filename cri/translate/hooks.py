@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 import msgspec
 from msgspec import field
 
+from cri.translate.document import decode
 from cri.translate.field import absolute
 from runtime.errors import InvalidSpec
 from runtime.spec import Hook, Hooks, Spec
@@ -45,10 +46,10 @@ class HookFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 def parse(path: str, content: bytes) -> HookFile:
     """One file. Raises InvalidSpec, which names it."""
     try:
-        found = msgspec.json.decode(content, type=HookFile)
+        found = decode(content, HookFile)
         for pattern in (*found.when.annotations, *found.when.annotations.values(), *found.when.commands):
             re.compile(pattern)
-    except (msgspec.MsgspecError, re.error, UnicodeError) as error:
+    except (InvalidSpec, re.error) as error:
         raise InvalidSpec(f"hook file {path}: {error}") from error
     if found.version != "1.0.0":
         raise InvalidSpec(f"hook file {path}: version {found.version!r} is not 1.0.0")

@@ -14,6 +14,7 @@ from typing import Final
 import msgspec
 
 from cri.api import cri_pb2 as pb
+from cri.translate.document import decode
 from cri.translate.field import PATH_LIMIT_BYTES, bounded, no_backsteps, show
 from cri.translate.security import Localhost, RuntimeDefault, Unconfined, profile
 from runtime.errors import InvalidSpec
@@ -44,25 +45,25 @@ class Rule(_Part, frozen=True):
     names: tuple[str, ...] = ()
     name: str = ""
     errno_ret: int | None = None
-    args: tuple[SeccompArg, ...] | None = ()
+    args: tuple[SeccompArg, ...] = ()
     includes: Filter = Filter()
     excludes: Filter = Filter()
 
 
 class ArchMap(_Part, frozen=True):
     architecture: str
-    sub_architectures: tuple[str, ...] | None = ()
+    sub_architectures: tuple[str, ...] = ()
 
 
 class Profile(_Part, frozen=True):
     default_action: str
     default_errno_ret: int | None = None
-    architectures: tuple[str, ...] | None = ()
-    arch_map: tuple[ArchMap, ...] | None = ()
-    flags: tuple[str, ...] | None = ()
+    architectures: tuple[str, ...] = ()
+    arch_map: tuple[ArchMap, ...] = ()
+    flags: tuple[str, ...] = ()
     listener_path: str = ""
     listener_metadata: str = ""
-    syscalls: tuple[Rule, ...] | None = ()
+    syscalls: tuple[Rule, ...] = ()
 
 
 def wanted(security: pb.LinuxContainerSecurityContext, *, default_when_unset: bool) -> pb.SecurityProfile | None:
@@ -121,17 +122,14 @@ def _localhost(
     if len(file) > FILE_LIMIT_BYTES:
         raise InvalidSpec(f"seccomp profile {show(path)}: longer than {FILE_LIMIT_BYTES} bytes")
     try:
-        return resolve(msgspec.json.decode(file, type=Profile), capabilities, machine, kernel)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise InvalidSpec(f"seccomp profile {show(path)}: {error}") from error
+        return resolve(decode(file, Profile), capabilities, machine, kernel)
     except InvalidSpec as error:
         raise InvalidSpec(f"seccomp profile {show(path)}: {error}") from error
 
 
 @lru_cache(maxsize=1)
 def _default() -> Profile:
-    text = resources.files("cri.translate").joinpath("seccomp_default.json").read_bytes()
-    return msgspec.json.decode(text, type=Profile)
+    return decode(resources.files("cri.translate").joinpath("seccomp_default.json").read_bytes(), Profile)
 
 
 @lru_cache(maxsize=64)
@@ -145,23 +143,23 @@ def resolve(given: Profile, capabilities: tuple[str, ...], machine: str, kernel:
     arch = _GO_ARCH.get(machine, machine)
     if given.architectures and given.arch_map:
         raise InvalidSpec("architectures and archMap exclude each other")
-    architectures = given.architectures or ()
-    for entry in given.arch_map or ():
+    architectures = given.architectures
+    for entry in given.arch_map:
         if entry.architecture == _SCMP_ARCH.get(machine):
-            architectures = (entry.architecture, *(entry.sub_architectures or ()))
+            architectures = (entry.architecture, *entry.sub_architectures)
     held = frozenset(capabilities)
     rules = []
-    for rule in given.syscalls or ():
+    for rule in given.syscalls:
         if rule.name and rule.names:
             raise InvalidSpec(f"name {show(rule.name)} and names exclude each other")
         if _holds(rule, held, arch, kernel):
             names = rule.names or ((rule.name,) if rule.name else ())
-            rules.append(SeccompRule(names=names, action=rule.action, errno_ret=rule.errno_ret, args=rule.args or ()))
+            rules.append(SeccompRule(names=names, action=rule.action, errno_ret=rule.errno_ret, args=rule.args))
     return Seccomp(
         default_action=given.default_action,
         default_errno_ret=given.default_errno_ret,
         architectures=architectures,
-        flags=given.flags or (),
+        flags=given.flags,
         listener_path=given.listener_path,
         listener_metadata=given.listener_metadata,
         syscalls=tuple(rules),

@@ -13,6 +13,7 @@ VALUE_LIMIT = 1024
 _NAME = re.compile(r"[a-z0-9]([a-zA-Z0-9_-]*[a-zA-Z0-9])?([./][a-zA-Z0-9]([a-zA-Z0-9_-]*[a-zA-Z0-9])?)+")
 # No newline, "+" or "=": a value must never become a second setting (CVE-2022-0811).
 _VALUE = re.compile(r"[A-Za-z0-9_.,:/ \t-]+")
+_OF_INTERFACE = re.compile(r"net\.(ipv4|ipv6|mpls)\.(conf|neigh)\.(?!(all|default|lo)\.)")
 UNPRIVILEGED_NETWORK = {
     "net.ipv4.ip_unprivileged_port_start": "0",
     "net.ipv4.ping_group_range": "0 2147483647",
@@ -47,6 +48,11 @@ def pod_sysctls(
         if _owned(name, own_network=own_network, own_ipc=own_ipc):
             wanted.setdefault(name, value)
     return wanted
+
+
+def of_interface(name: str) -> bool:
+    """Whether a parameter (dotted) is one of an interface that the pod gets with its address."""
+    return _OF_INTERFACE.match(name) is not None
 
 
 def _owned(name: str, *, own_network: bool, own_ipc: bool) -> bool | None:

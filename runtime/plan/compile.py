@@ -104,9 +104,11 @@ def compile_start(
         build.tree.append(mounts.MaskPaths(linux.masked_paths))
     if linux.readonly_paths:
         build.tree.append(mounts.ReadOnlyPaths(linux.readonly_paths))
-    if spec.root.readonly:
-        build.tree.append(mounts.ReadOnlyRoot())
     process = spec.process
+    if spec.root.readonly:
+        if process.cwd not in ("", "/"):
+            build.tree.append(mounts.MakeDirectory(process.cwd))
+        build.tree.append(mounts.ReadOnlyRoot())
     detach = identity.Detach(process.selinux_label)
     descriptors = len(build.sources) + len(rootfs.lowers) + _DESCRIPTORS
     plan: list[Step] = [detach, *_inherited(process, descriptors), *build.sources, *build.joins]
@@ -135,7 +137,7 @@ def compile_start(
     plan += build.tree
     plan.append(mounts.PivotRoot())
     plan += _own_descriptors(process, descriptors)
-    plan += _hooks("startContainer", found.start_container, spec, state, environment)
+    plan += _hooks("startContainer", found.start_container, spec, {**state, "status": "created"}, environment)
     plan += _become(process, linux, environment.last_cap)
     return Start(tuple(plan), pid, pid_ns, process.terminal, watches(process, linux))
 

@@ -126,6 +126,7 @@ def _become(program: Exec, stdin: int, stderr: int, confine: Callable[[], None] 
         os.dup2(stderr, 2)
         close_range(3, 0xFFFFFFFF, CLOSE_RANGE_CLOEXEC)
         os.umask(0o022)
+        os.chdir("/")
         if confine:
             confine()
         number = program.run()

@@ -87,7 +87,7 @@ def mount_point(context: Context, target: str, *, directory: bool) -> int:
 class OpenSource(Step):
     """Open a bind's source as a detached mount, still in its peer group, while the host's tree is at hand.
 
-    `make`: a missing source becomes a directory, 0755. `shared`: the source must be on a shared mount.
+    `make`: a missing source becomes a directory, 0755; what a link of that name leads to does not.
     """
 
     key: str
@@ -99,7 +99,7 @@ class OpenSource(Step):
         try:
             context.fds[self.key] = open_tree(self.path, recursive=self.recursive)
         except SyscallError as error:
-            if error.errno != ENOENT or not self.make:
+            if error.errno != ENOENT or not self.make or os.path.islink(self.path):
                 raise
             os.makedirs(self.path, 0o755, exist_ok=True)
             context.fds[self.key] = open_tree(self.path, recursive=self.recursive)
@@ -348,6 +348,18 @@ class ReadOnlyPaths(Step):
 
     def describe(self) -> str:
         return f"make read-only {' '.join(self.paths)}"
+
+
+class MakeDirectory(Step):
+    """Make the directory `path` below the root if it is missing, while that can be written to."""
+
+    path: str
+
+    def run(self, context: Context) -> None:
+        os.close(files.make_directories(context.root, self.path))
+
+    def describe(self) -> str:
+        return f"make {self.path} if it is missing"
 
 
 class ReadOnlyRoot(Step):

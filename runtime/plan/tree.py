@@ -237,7 +237,8 @@ def add_devices(build: Build, devices: tuple[Device, ...]) -> None:
     if below_dev:
         dev = build.devices.pop()
         assert isinstance(dev, user.MakeDev)
-        named = {node[0]: node for node in (*dev.nodes, *below_dev)}
+        linked = {name for name, _ in dev.links}  # the host's /dev/ptmx is a device, the container's a link
+        named = {node[0]: node for node in (*dev.nodes, *below_dev) if node[0] not in linked}
         build.devices.append(
             user.MakeDev(
                 dev.key, dev.data, dev.attributes, tuple(named.values()), dev.links, dev.uid, dev.gid, build.label

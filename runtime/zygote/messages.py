@@ -45,6 +45,7 @@ class Kind:
     RUNNER = "runner"  # cribd → zygote: fork a process that runs hooks; fds: its end of a socket pair
     HOOKS = "hooks"  # cribd → that process: run these
     POD = "pod"  # cribd → monitor: make the pod's namespaces; reply fds: net namespace, netlink socket
+    SYSCTLS = "sysctls"  # cribd → monitor: set kernel parameters of the pod's namespaces
     PREPARE = "prepare"  # cribd → monitor: clone the process of a START to come, which waits for that
     START = "start"  # cribd → monitor: start a container by its plan
     EXEC = "exec"  # cribd → monitor: run a process in a container by its plan; fds: stdin, stdout, stderr

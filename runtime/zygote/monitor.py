@@ -116,7 +116,9 @@ class Monitor:
             self._end(connection, n)
         else:
             reply: dict[str, Any] = {}
-            if kind == Kind.SIGNAL:
+            if kind == Kind.SYSCTLS:
+                self._space.set_sysctls(fields["sysctls"])
+            elif kind == Kind.SIGNAL:
                 signal.pidfd_send_signal(self._containers.running(fields["id"]).pidfd, fields["signal"])
             elif kind == Kind.KILL:
                 if "exec" in fields:

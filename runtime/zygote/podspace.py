@@ -97,14 +97,18 @@ class PodSpace:
             found = (os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC), rtnl.detach())
         if fields["hostname"] is not None:
             socket.sethostname(fields["hostname"])
-        for name, value in fields["sysctls"].items():
-            try:
-                _set_sysctl(f"/proc/sys/{name.translate(_SYSCTL_PATH)}", value, fields["uids"])
-            except OSError as error:
-                raise BadSysctl(f"sysctls {name} {value!r}", error.errno or 0) from None
+        self.set_sysctls(fields["sysctls"])
         if fields["shm_bytes"]:
             self._make_shm(fields)
         return found
+
+    def set_sysctls(self, sysctls: dict[str, str]) -> None:
+        """Set kernel parameters, by their dotted names, in the pod's namespaces. Raises BadSysctl."""
+        for name, value in sysctls.items():
+            try:
+                _set_sysctl(f"/proc/sys/{name.translate(_SYSCTL_PATH)}", value, self.made["uids"])
+            except OSError as error:
+                raise BadSysctl(f"sysctls {name} {value!r}", error.errno or 0) from None
 
     def clone(self, pid_ns: int, flags: int, cgroup_dir: str) -> tuple[int, int]:
         """clone3 with the child in the pid namespace of descriptor `pid_ns` (-1: as it is). Raises OSError.

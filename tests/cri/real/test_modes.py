@@ -75,6 +75,22 @@ async def test_a_pod_with_a_user_namespace(real: Real, tmp_path: Path, network: 
     assert f"Uid:\t{FIRST_ID}\t" in Path(f"/proc/{pid}/status").read_text()
 
 
+@requires("userns")
+@pytest.mark.parametrize("network", [pb.POD, pb.NODE])
+async def test_a_privileged_one_with_a_user_namespace(real: Real, network: pb.NamespaceMode) -> None:
+    """It is root of its user namespace and has the host's devices, which are nobody's there."""
+    config = user_pod(real, network=network)
+    config.linux.security_context.privileged = True
+    asked = linux(privileged=True, namespace_options=config.linux.security_context.namespace_options)
+    container = await real.run(await real.pod(config), "sleep", "1000", linux=asked)
+    said = await real.sh(container, "echo x > /dev/null && readlink /dev/ptmx; mkdir /m; mount -t tmpfs x /m && echo m")
+    assert said.stdout.decode().splitlines() == ["pts/ptmx", "m"], said.stderr
+    owners = await real.sh(container, "find /dev -xdev \\( -type b -o -name kmsg \\) -exec stat -c %u {} \\; | sort -u")
+    assert owners.stdout == b"65534\n"
+    assert (await real.sh(container, "echo x > /dev/kmsg")).exit_code
+    assert (await real.sh(container, "echo x > /proc/sys/kernel/domainname")).exit_code
+
+
 async def test_a_targets_pid_namespace(real: Real) -> None:
     pod = await real.pod()
     target = await real.run(pod, "sleep", "1111")
@@ -176,13 +192,23 @@ async def test_bad_input_is_named_and_leaves_nothing(real: Real) -> None:
     await real.run(pod, "true")  # the name is free
 
 
-async def test_a_seccomp_profile_that_asks_for_an_answer(real: Real, tmp_path: Path) -> None:
+async def test_a_seccomp_profile_that_can_not_be(real: Real, tmp_path: Path) -> None:
     profile = tmp_path / "profile.json"
-    profile.write_text('{"defaultAction": "SCMP_ACT_NOTIFY"}')
     pod = await real.pod()
-    asked = pb.SecurityProfile(profile_type=pb.SecurityProfile.Localhost, localhost_ref=str(profile))
-    code, said = await refused(real.create(pod, "true", linux=linux(seccomp=asked)))
-    assert (code, "SCMP_ACT_NOTIFY" in said) == (grpc.StatusCode.INVALID_ARGUMENT, True)
+    for text, named in (
+        ('{"defaultAction": "SCMP_ACT_NOTIFY"}', "SCMP_ACT_NOTIFY"),
+        ('{"defaultAction": "SCMP_ACT_ALLOW", "flags": ["NO_SUCH"]}', "flag 'NO_SUCH' is unknown"),
+        ('{"defaultAction": "SCMP_ACT_ALLOW", "x": ' + "[" * 100000, "nested too deeply"),
+        ("", "not a regular file"),
+    ):
+        if text:
+            profile.write_text(text)
+        else:
+            profile.unlink()
+            os.mkfifo(profile)
+        asked = pb.SecurityProfile(profile_type=pb.SecurityProfile.Localhost, localhost_ref=str(profile))
+        code, said = await refused(real.create(pod, "true", linux=linux(seccomp=asked)))
+        assert (code, named in said) == (grpc.StatusCode.INVALID_ARGUMENT, True), said
 
 
 BAD_PODS: list[tuple[dict[str, Any], str]] = [

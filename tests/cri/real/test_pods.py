@@ -101,6 +101,29 @@ async def test_kernel_parameters(real: Real, kind: str) -> None:
     assert [path.read_text().split() for path in files] == before
 
 
+@pytest.mark.parametrize("mapped", [False, True])
+async def test_kernel_parameters_of_the_pods_interface(real: Real, mapped: bool) -> None:
+    """Which is there only when the pod has its address."""
+    config = real.pod_config()
+    if mapped:
+        need("userns")
+        mapping = [pb.IDMapping(container_id=0, host_id=1 << 20, length=1 << 16)]
+        options = config.linux.security_context.namespace_options
+        options.userns_options.CopyFrom(pb.UserNamespace(mode=pb.POD, uids=mapping, gids=mapping))
+    config.linux.sysctls["net.ipv4.conf.eth0.arp_ignore"] = "2"
+    config.linux.sysctls["net/ipv4/conf/default/arp_announce"] = "1"
+    container = await real.run(await real.pod(config), "sleep", "1000")
+    said = await real.sh(container, "cd /proc/sys/net/ipv4/conf/eth0; cat arp_ignore arp_announce")
+    assert said.stdout.split() == [b"2", b"1"]
+    other = real.pod_config("other")
+    other.linux.sysctls["net.ipv4.conf.eth7.arp_ignore"] = "2"
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await real.pod(other)
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "net.ipv4.conf.eth7.arp_ignore '2': no such file" in (caught.value.details() or "")
+    assert len((await real.client.ListPodSandbox(pb.ListPodSandboxRequest())).items) == 1
+
+
 @pytest.mark.parametrize("mode", [pb.POD, pb.CONTAINER, pb.NODE])
 async def test_pid_namespaces(real: Real, mode: pb.NamespaceMode) -> None:
     config = real.pod_config()
@@ -215,6 +238,13 @@ async def test_mounts_and_a_read_only_root(real: Real, tmp_path: Path) -> None:
     assert said.stdout.decode().splitlines() == ["from the host", "ro", "ro", "there"]
     assert (tmp_path / "new/x").read_text() == "there\n"
     assert len((await real.status(container)).mounts) == 2
+
+
+async def test_the_working_directory_is_made_in_a_read_only_root_too(real: Real) -> None:
+    linux = pb.LinuxContainerConfig(security_context=pb.LinuxContainerSecurityContext(readonly_rootfs=True))
+    container = await real.run(await real.pod(), "sleep", "1000", working_dir="/no/such", linux=linux)
+    said = await real.sh(container, "pwd; touch here || echo ro")
+    assert said.stdout.decode().splitlines() == ["/no/such", "ro"]
 
 
 async def test_who_a_container_runs_as(real: Real) -> None:

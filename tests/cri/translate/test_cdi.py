@@ -47,9 +47,9 @@ def named(*names: str, **fields: Any) -> pb.ContainerConfig:
 
 def test_names_by_field_and_by_annotation_each_once() -> None:
     config = named(
-        "v.com/a=x", "v.com/a=y", "v.com/a=x", annotations={"cdi.k8s.io/plugin": "v.com/a=y,v.com/a=z", "other": "w"}
+        "v.com/a=x", "v.com/a=y", "v.com/a=x", annotations={"cdi.k8s.io/plugin": "v.com/a=y,v.com/a.b=z", "other": "w"}
     )
-    assert cdi.requested(config) == ("v.com/a=x", "v.com/a=y", "v.com/a=z")
+    assert cdi.requested(config) == ("v.com/a=x", "v.com/a=y", "v.com/a.b=z")
     assert cdi.requested(container()) == ()
 
 
@@ -84,6 +84,15 @@ def test_an_unknown_device_names_the_broken_files() -> None:
     with pytest.raises(InvalidSpec) as error:
         cdi.resolve(["vendor.com/gpu=9"], [source(text()), source(b"{", "/etc/cdi/bad.json")])
     assert "CDI_devices 'vendor.com/gpu=9': no such device (/etc/cdi/bad.json: " in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"kind: 2001-13-45", b"kind: !!int ''", b"kind: &a [*a]", b"\xff", b"[" * 100000])
+def test_a_broken_file_beside_matters_to_nobody_else(content: bytes) -> None:
+    for path in ("/etc/cdi/bad.yaml", "/etc/cdi/bad.json"):
+        broken = source(content, path)
+        assert broken.content is None
+        assert broken.error
+        assert cdi.resolve(["vendor.com/gpu=0"], [source(text()), broken])
 
 
 @pytest.mark.parametrize("edit", ["netDevices", "intelRdt"])
@@ -135,7 +144,8 @@ def test_environment_and_mounts_replace() -> None:
             env=["HOME=/cdi", "NEW=1"],
             mounts=[
                 {"hostPath": "/lib/v", "containerPath": "/etc/hosts", "options": ["ro", "bind"]},
-                {"hostPath": "/x", "containerPath": "/t/u/v"},
+                {"hostPath": "/x", "containerPath": "/t/u//v/"},
+                {"hostPath": "tmpfs", "containerPath": "/s", "type": "tmpfs", "options": ["size=1m"]},
             ],
         )
     )
@@ -144,6 +154,7 @@ def test_environment_and_mounts_replace() -> None:
         destination="/etc/hosts", type="bind", source="/lib/v", options=("ro", "bind")
     )
     assert mount_at(made, "/t/u/v").options == ("rbind",)
+    assert mount_at(made, "/s") == Mount(destination="/s", type="tmpfs", source="tmpfs", options=("size=1m",))
     depths = [mount.destination.count("/") for mount in made.mounts]
     assert depths == sorted(depths)
 

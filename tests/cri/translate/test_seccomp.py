@@ -11,12 +11,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 
 from cri.api import cri_pb2 as pb
 from cri.translate import Defaults, localhost_file
 from cri.translate.capabilities import ALL, DEFAULT
+from cri.translate.document import decode
 from cri.translate.seccomp import FILE_LIMIT_BYTES, Profile, default_profile, resolve
 from runtime.errors import InvalidSpec
 from runtime.linux import libseccomp as lib
@@ -135,15 +135,15 @@ def test_the_language_beyond_oci_s() -> None:
       "archMap": [{"architecture": "SCMP_ARCH_AARCH64", "subArchitectures": ["SCMP_ARCH_ARM"]},
                   {"architecture": "SCMP_ARCH_X86_64", "subArchitectures": null}],
       "syscalls": [
-        {"name": "old", "action": "SCMP_ACT_ALLOW", "args": null},
+        {"name": "old", "names": null, "action": "SCMP_ACT_ALLOW", "args": null, "includes": {"caps": null}},
         {"names": ["admin"], "action": "SCMP_ACT_ALLOW", "includes": {"caps": ["CAP_SYS_ADMIN"]}},
         {"names": ["user"], "action": "SCMP_ACT_ALLOW", "excludes": {"caps": ["CAP_SYS_ADMIN"]}},
         {"names": ["arm"], "action": "SCMP_ACT_ALLOW", "includes": {"arches": ["arm64"]}},
         {"names": ["notarm"], "action": "SCMP_ACT_ALLOW", "excludes": {"arches": ["arm64"]}},
-        {"names": ["new"], "action": "SCMP_ACT_ALLOW", "includes": {"minKernel": "6.2"}},
+        {"names": ["new"], "action": "SCMP_ACT_ALLOW", "includes": {"minKernel": "6.2"}, "excludes": null},
         {"names": ["args"], "action": "SCMP_ACT_ALLOW", "args": [{"index": 1, "value": 2, "op": "SCMP_CMP_EQ"}]}
       ]}"""
-    profile = msgspec.json.decode(text, type=Profile)
+    profile = decode(text, Profile)
 
     def names(capabilities: tuple[str, ...], machine: str, kernel: tuple[int, int]) -> list[str]:
         found = resolve(profile, capabilities, machine, kernel)
@@ -159,7 +159,7 @@ def test_the_language_beyond_oci_s() -> None:
 
 def named() -> set[str]:
     text = resources.files("cri.translate").joinpath("seccomp_default.json").read_bytes()
-    return {name for rule in msgspec.json.decode(text, type=Profile).syscalls or () for name in rule.names}
+    return {name for rule in decode(text, Profile).syscalls for name in rule.names}
 
 
 def test_the_default_profile_decides_on_every_call_of_the_table() -> None:
