@@ -1,6 +1,8 @@
 """Processes that are run in a pod's containers, as cribd sees them."""
 
 import asyncio
+import os
+import stat
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +13,7 @@ from runtime.external import Bundle, Call
 from runtime.plan.compile import Environment, compile_exec, watches
 from runtime.plan.plan import Plan, encode
 from runtime.replies import failure
-from runtime.request import ExecExit, ExecStart
+from runtime.request import ExecExit, ExecStart, owner
 from runtime.zygote.messages import Kind
 
 
@@ -82,6 +84,8 @@ class Execs:
         """Run a process in a container with these descriptors, which stay the caller's, or with a terminal of the
         container's own, as the request's process says.
 
+        A pipe among them becomes the process's user's, who may open /dev/stdout then.
+
         A failure to start is what `Exec.wait` raises. Raises Unavailable when the monitor is gone.
         """
         external: Bundle | None = None
@@ -106,6 +110,10 @@ class Execs:
                 external.discard(request.id)
 
         streams = () if request.process.terminal else (stdin, stdout, stderr)
+        if user := owner(request.process, request.linux):
+            for fd in streams:
+                if stat.S_ISFIFO(os.fstat(fd).st_mode):
+                    os.fchown(fd, user, -1)
         try:
             number = self._channel.post(
                 Kind.EXEC,

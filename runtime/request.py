@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 from runtime.external import Runtime
 from runtime.images import RootFs
-from runtime.plan.compile import Cgroup, Maps
+from runtime.linux.userns import mapped
+from runtime.plan.compile import Cgroup, Maps, id_maps
 from runtime.spec import Linux, Process, Spec
 
 
@@ -62,6 +63,16 @@ class ContainerStart:
     stdin_once: bool = False
     pid_target: str = ""
     runtime: Runtime | None = None
+
+    @property
+    def owner(self) -> int:
+        """See `owner`."""
+        return owner(self.spec.process, self.spec.linux or Linux())
+
+
+def owner(process: Process, linux: Linux) -> int:
+    """The host's number of the user who a process runs as: its pipes are theirs, for /dev/stdout to be opened."""
+    return mapped(process.user.uid, id_maps(linux.uid_mappings))
 
 
 @dataclass(frozen=True, slots=True)

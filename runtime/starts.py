@@ -178,6 +178,7 @@ def _asked(
         "watches": start.watches,
         "stdin": request.stdin,
         "stdin_once": request.stdin_once,
+        "owner": request.owner,
         "log": log.path if log else "",
         "log_size": log.size if log else 0,
         "log_max_bytes": log.max_bytes if log else 0,

@@ -86,6 +86,9 @@ class Containers:
                 child["stdin"], container.stdin = os.pipe2(os.O_CLOEXEC)
                 lent.append(child["stdin"])
                 os.set_blocking(container.stdin, False)
+            if owner := fields.get("owner", 0):  # who may open /dev/stdout
+                for fd in lent:
+                    os.fchown(fd, owner, -1)
             pid_ns = self._pid_ns(fields)
             lent += [pid_ns] if pid_ns >= 0 else []
             child |= {"shm": space.shm} if space.shm >= 0 else {}

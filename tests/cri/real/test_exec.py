@@ -336,6 +336,10 @@ async def test_what_it_runs_as(real: Real, pod: str) -> None:
             assert mine["Uid"].split()[0] == "1234"
             assert mine["Groups"].split() == ["2345", "3456"]
             assert mine["Seccomp"] == "2"
+    async with spdy(await exec_url(real, container, "sh", "-c", "cat /dev/stdin > /dev/stdout", stdin=True)) as client:
+        streams = await client.command("stdin", "stdout", "stderr")
+        await streams["stdin"].write(b"its own\n")
+        await streams["stdout"].until(b"its own")
 
 
 def _status(pid: int) -> dict[str, str]:

@@ -240,6 +240,29 @@ async def test_mounts_and_a_read_only_root(real: Real, tmp_path: Path) -> None:
     assert len((await real.status(container)).mounts) == 2
 
 
+@pytest.mark.parametrize(("user", "mapped"), [(1234, False), (0, True), (1234, True)])
+async def test_its_output_can_be_opened(real: Real, user: int, mapped: bool) -> None:
+    """As images do whose log files are links to /dev/stdout."""
+    config = real.pod_config()
+    if mapped:
+        need("userns")
+        mapping = [pb.IDMapping(container_id=0, host_id=1 << 20, length=1 << 16)]
+        options = config.linux.security_context.namespace_options
+        options.userns_options.CopyFrom(pb.UserNamespace(mode=pb.POD, uids=mapping, gids=mapping))
+    linux = pb.LinuxContainerConfig()
+    linux.security_context.run_as_user.value = user
+    script = "echo out > /dev/stdout && echo err > /dev/stderr"
+    pod = await real.pod(config)
+    container = await real.run(pod, "sh", "-c", f"{script} && exec sleep 1000", linux=linux, stdin=True)
+    said = await real.sh(container, f"{script} && test -r /proc/1/fd/0 && echo in > /proc/1/fd/1")
+    assert (said.stdout, said.stderr, said.exit_code) == (b"out\n", b"err\n", 0)
+    log = real.logs / "c.log"
+    await until(lambda: len(log.read_text().splitlines()) == 3)
+    lines = [line.partition(" ")[2] for line in log.read_text().splitlines()]
+    assert sorted(lines) == ["stderr F err", "stdout F in", "stdout F out"]
+    assert Path("/dev/null").stat().st_uid == 0
+
+
 async def test_the_working_directory_is_made_in_a_read_only_root_too(real: Real) -> None:
     linux = pb.LinuxContainerConfig(security_context=pb.LinuxContainerSecurityContext(readonly_rootfs=True))
     container = await real.run(await real.pod(), "sleep", "1000", working_dir="/no/such", linux=linux)
