@@ -138,7 +138,10 @@ def compile_start(
     plan.append(mounts.PivotRoot())
     plan += _own_descriptors(process, descriptors)
     plan += _hooks("startContainer", found.start_container, spec, {**state, "status": "created"}, environment)
-    plan += _become(process, linux, environment.last_cap)
+    become = _become(process, linux, environment.last_cap)
+    if process.terminal and any((mount.destination, mount.type) == ("/dev", "tmpfs") for mount in spec.mounts):
+        become.insert(1, mounts.Console())
+    plan += become
     return Start(tuple(plan), pid, pid_ns, process.terminal, watches(process, linux))
 
 

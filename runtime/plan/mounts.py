@@ -390,6 +390,26 @@ class RemountReadOnly(Step):
         return f"make {self.target} read-only"
 
 
+class Console(Step):
+    """Show the process's terminal as /dev/console too, in a /dev of the container's own: config-linux.md, "Default
+    Devices". Runs inside the root."""
+
+    def run(self, context: Context) -> None:
+        root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        target = tree = -1
+        try:
+            target = files.make_file(root, "/dev/console")
+            tree = open_tree("", dirfd=context.fds["stdin"])
+            move_mount(tree, target, "/dev/console")
+        finally:
+            for fd in (root, target, tree):
+                if fd >= 0:
+                    os.close(fd)
+
+    def describe(self) -> str:
+        return "bind the terminal on /dev/console"
+
+
 class PivotRoot(Step):
     """Make the root file system / and let go of the host's tree (pivot_root(2), with "." for both)."""
 

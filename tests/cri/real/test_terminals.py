@@ -76,13 +76,18 @@ async def test_of_an_exec(real: Real, user_namespace: bool, uid: int) -> None:
 @USERS
 async def test_of_a_container(real: Real, user_namespace: bool, uid: int) -> None:
     pod, modes = await pod_of(real, user_namespace)
-    command = ("sh", "-c", f"read -r go; {_LOOK}")
+    console = "echo console $(stat -c %t:%T:%u /dev/console) $(stat -c %t:%T:%u $(tty)) end; echo x > /dev/console"
+    command = ("sh", "-c", f"read -r go; {console}; {_LOOK}")
     container = await real.run(pod, *command, tty=True, stdin=True, linux=configured(uid, modes))
     async with spdy(await attach_url(real, container, tty=True, stdin=True)) as client:
         streams = await client.command("stdin", "stdout", "resize")
         await streams["stdin"].write(b"\n")
-        check(await streams["stdout"].until(b"over\r\n"))
+        seen = await streams["stdout"].until(b"over\r\n")
+        check(seen)
     assert (await real.ended(container)).exit_code == 0
+    shown = next(line.split() for line in seen.decode().splitlines() if line.startswith("console "))
+    assert shown[1] == shown[2]
+    assert b"\nx\r\n" in seen
 
 
 def _raw(body: bytes) -> bytes:
