@@ -77,7 +77,9 @@ def compile_start(
 ) -> Start:
     """The plan that makes a container's first process; `state` is for its hooks. Raises InvalidSpec or Unsupported."""
     linux = spec.linux or Linux()
-    build = Build(id_maps(linux.uid_mappings), id_maps(linux.gid_mappings), label=linux.mount_label)
+    requested = frozenset(device.path for device in linux.devices)
+    maps = id_maps(linux.uid_mappings), id_maps(linux.gid_mappings)
+    build = Build(*maps, label=linux.mount_label, requested=requested)
     pid, pid_ns = _namespaces(build, linux, environment)
     own_cgroup_ns = bool(build.unshare & CLONE.NEWCGROUP)
     build.unshare &= ~CLONE.NEWCGROUP

@@ -102,7 +102,7 @@ class Environment:
 class Build:
     """The parts of a plan while it grows; `uids` and `gids` are there for a container in a user namespace.
 
-    `label` is the SELinux label of the container's own file systems.
+    `label` is the SELinux label of the container's own file systems, `requested` are paths of devices.
     """
 
     uids: Maps = ()
@@ -114,6 +114,7 @@ class Build:
     devices: list[Step] = field(default_factory=list)
     own_dev: bool = False
     label: str = ""
+    requested: frozenset[str] = frozenset()
     tree: list[Step] = field(default_factory=list)
 
 
@@ -186,16 +187,17 @@ def id_maps(mappings: tuple[IDMapping, ...]) -> Maps:
 
 
 def _dev(build: Build, options: Options) -> None:
-    """/dev with the default devices."""
+    """/dev with the default devices, as far as the request has no others of their names."""
+    defaults = [node for node in _DEFAULT_NODES if f"/dev/{node[0]}" not in build.requested]
     if not build.uids:
         data = (options.data + context_option(build.label)).lstrip(",")
         build.tree.append(mounts.Mount("tmpfs", "/dev", options.flags, data, "tmpfs"))
-        build.tree.append(mounts.MakeDevices("/dev", _DEFAULT_NODES))
+        build.tree.append(mounts.MakeDevices("/dev", tuple(defaults)))
         build.tree.append(mounts.MakeLinks("/dev", _DEFAULT_LINKS))
         return
     build.own_dev = True
     root = mapped(0, build.uids), mapped(0, build.gids)
-    nodes = tuple((name, kind, major, minor, mode, *root) for name, kind, major, minor, mode, _, _ in _DEFAULT_NODES)
+    nodes = tuple((name, kind, major, minor, mode, *root) for name, kind, major, minor, mode, _, _ in defaults)
     build.devices.append(user.MakeDev("dev", options.data, options.set_, nodes, _DEFAULT_LINKS, *root, build.label))
     build.tree.append(mounts.Attach("dev", "/dev", 0, 0, False, 0, "the device file system"))
 

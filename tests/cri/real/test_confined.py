@@ -182,6 +182,9 @@ async def test_devices(real: Real, tmp_path: Path) -> None:
     other = await real.run(pod, "sleep", "1000", name="many", devices=devices[1:])
     assert (await real.sh(other, "cd /dev/many; find . -type c -o -type b | sort")).stdout == b"./below/loop\n./zero\n"
     assert (await real.sh(other, "head -c 1 /dev/many/zero")).stdout == b"\0"
+    instead = pb.Device(host_path="/dev/urandom", container_path="/dev/random")
+    third = await real.run(pod, "sleep", "1000", name="instead", devices=[instead])
+    assert (await real.sh(third, "stat -c %t:%T /dev/random")).stdout == b"1:9\n"
     for wrong, named in (
         (pb.Device(host_path=str(nodes / "no-device"), container_path="/dev/x"), "no-device"),
         (pb.Device(host_path="/dev/null", container_path="/dev/x", permissions="rx"), "devices.permissions 'rx'"),
