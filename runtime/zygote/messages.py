@@ -27,7 +27,7 @@ TYPE_CHECKING = False  # typing costs a monitor memory
 if TYPE_CHECKING:
     from typing import Any, Final
 
-VERSION: Final = 4
+VERSION: Final = 5
 LIMIT_BYTES: Final = 4 << 20
 _FORMAT: Final = 4
 # Small, since the buffer to receive one is as large, and what a monitor allocates is memory of its own.

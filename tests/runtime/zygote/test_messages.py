@@ -12,7 +12,7 @@ from runtime.plan.plan import KINDS as STEPS
 from runtime.zygote import child  # noqa: F401 - which knows every step
 from runtime.zygote.messages import KINDS, LIMIT_BYTES, VERSION, Kind, OtherVersion, ProtocolError, pack, receive, send
 
-PROTOCOLS = {4: "697d030f06295f58"}
+PROTOCOLS = {5: "20228e6cfff5e913"}
 """By VERSION: a digest of the kinds of messages, and of the steps of plans with their fields."""
 
 
