@@ -79,6 +79,15 @@ def _make_directories(root: int, path: str, mode: int, turns: Iterator[int]) -> 
     return open_directory(root, path)  # by the kernel's judgement: a link of /proc's is not what it reads as
 
 
+def make_source(path: str) -> None:
+    """Make the directory `path` of the host's, and what is missing above it: 0755, whatever the umask. Raises OSError."""
+    umask = os.umask(0o022)
+    try:
+        os.makedirs(path, 0o755, exist_ok=True)
+    finally:
+        os.umask(umask)
+
+
 def make_file(root: int, path: str, mode: int = 0o644) -> int:
     """Open the file `path` below `root` for use as a mount target, making it empty (and its parents) if missing.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import stat
 
+from runtime.linux.files import make_source
 from runtime.linux.lib import SyscallError
 from runtime.linux.mount import MS, mount, move_mount
 from runtime.linux.process import CLOSE_RANGE_CLOEXEC, Exec, close_range
@@ -53,7 +54,7 @@ class MakeSource(Step):
         try:
             os.lstat(self.path)
         except FileNotFoundError:
-            os.makedirs(self.path, 0o755, exist_ok=True)
+            make_source(self.path)
 
     def describe(self) -> str:
         return f"make {self.path} if it is missing"

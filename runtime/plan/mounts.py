@@ -101,7 +101,7 @@ class OpenSource(Step):
         except SyscallError as error:
             if error.errno != ENOENT or not self.make or os.path.islink(self.path):
                 raise
-            os.makedirs(self.path, 0o755, exist_ok=True)
+            files.make_source(self.path)
             context.fds[self.key] = open_tree(self.path, recursive=self.recursive)
 
     def describe(self) -> str:

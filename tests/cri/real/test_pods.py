@@ -227,7 +227,7 @@ async def test_mounts_and_a_read_only_root(real: Real, tmp_path: Path) -> None:
     pod = await real.pod()
     mounts = [
         pb.Mount(container_path="/data", host_path=str(tmp_path / "data"), readonly=True),
-        pb.Mount(container_path="/made/below", host_path=str(tmp_path / "new")),
+        pb.Mount(container_path="/made/below", host_path=str(tmp_path / "of/the/new")),
     ]
     linux = pb.LinuxContainerConfig(security_context=pb.LinuxContainerSecurityContext(readonly_rootfs=True))
     container = await real.run(pod, "sleep", "1000", mounts=mounts, linux=linux)
@@ -236,7 +236,8 @@ async def test_mounts_and_a_read_only_root(real: Real, tmp_path: Path) -> None:
     )
     said = await real.sh(container, script)
     assert said.stdout.decode().splitlines() == ["from the host", "ro", "ro", "there"]
-    assert (tmp_path / "new/x").read_text() == "there\n"
+    assert (tmp_path / "of/the/new/x").read_text() == "there\n"
+    assert {(tmp_path / name).stat().st_mode & 0o7777 for name in ("of", "of/the", "of/the/new")} == {0o755}
     assert len((await real.status(container)).mounts) == 2
 
 
