@@ -43,7 +43,7 @@ MASKED_PATHS = (
 READONLY_PATHS = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
 """What the kubelet sends for the default procMount; used here only for a request without a security context, as
 empty lists in one mean procMount Unmasked."""
-PATHS_LIMIT = 1024
+PATHS_LIMIT = 16384  # the kubelet names a directory of each of up to 8192 processors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

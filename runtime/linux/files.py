@@ -80,7 +80,7 @@ def _make_directories(root: int, path: str, mode: int, turns: Iterator[int]) -> 
 
 
 def make_source(path: str) -> None:
-    """Make the directory `path` of the host's, and what is missing above it: 0755, whatever the umask. Raises OSError."""
+    """Make a directory of the host's, and what is missing above it: 0755, whatever the umask. Raises OSError."""
     umask = os.umask(0o022)
     try:
         os.makedirs(path, 0o755, exist_ok=True)
