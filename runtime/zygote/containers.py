@@ -129,13 +129,12 @@ class Containers:
         return [each for each in running if each is entered or not (own and each.own_pid)]
 
     def _started(self, container: Container, fd: int) -> None:
-        self._server.rewatch(fd, 0)  # silent while this decides; a closed descriptor leaves epoll by itself
+        self._server.unwatch(fd)  # which may be closed here
         if not container.read_sync():
-            self._server.rewatch(fd, select.EPOLLIN)
+            self._server.watch(fd, lambda: self._started(container, fd))
             if container.paused:
                 self._server.tell(Kind.PAUSED, id=container.id, pid=container.pid)
             return
-        self._server.forget(fd)
         if container.failure is None and not container.adoption:  # a failure is told when the child has been reaped
             self._runs(container)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import select
 import socket
 import struct
 
@@ -128,11 +127,10 @@ class Execs:
         self._exec_of[exec_id] = container
 
     def _started(self, exec_id: str, process: Process, fd: int) -> None:
-        self._server.rewatch(fd, 0)  # silent while this decides; a closed descriptor leaves epoll by itself
+        self._server.unwatch(fd)  # which may be closed here
         if not process.read_sync():
-            self._server.rewatch(fd, select.EPOLLIN)
+            self._server.watch(fd, lambda: self._started(exec_id, process, fd))
             return
-        self._server.forget(fd)
         if process.failure is None and not process.adoption:
             self._runs(exec_id, process)
 

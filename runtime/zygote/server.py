@@ -67,13 +67,13 @@ class Server:
         self._epoll.modify(fd, mask)
 
     def unwatch(self, fd: int) -> None:
-        """Undo `watch`; before `fd` is closed."""
+        """Undo `watch`; before `fd` is closed.
+
+        epoll forgets a closed descriptor only when nobody has it any more, and a child that was just cloned has all of
+        them: until it closes them, what epoll told of this one would be taken for another's that got its number.
+        """
         del self._handlers[fd]
         self._epoll.unregister(fd)
-
-    def forget(self, fd: int) -> None:
-        """As `unwatch`, for one that was closed and so has left epoll by itself."""
-        del self._handlers[fd]
 
     def watched(self, fd: int, handler: Callable[[], None] | None = None) -> bool:
         """Whether anybody watches `fd`, or this one does."""
