@@ -34,13 +34,16 @@ def settle(
     own = Merged((layer,), steps)
     view = Merged(below, steps) if below else None
     moved: dict[str, str] = {}
+    fresh: list[str] = []
     for path in unpacked.implied:
         path = _where(path, moved)
         here = own.lookup(path, follow=False)
         there = view.lookup(path, follow=False) if view else None
         if view is None or here is None or not stat.S_ISDIR(here.status.st_mode):
             continue
-        if there is None:
+        if there is None and moved:
+            fresh.append(path)  # whose parent's turn may be yet to come
+        elif there is None:
             _inherit(here.path)
         elif stat.S_ISDIR(there.status.st_mode):
             _adopt(here.path, there)
@@ -52,12 +55,17 @@ def settle(
                 recipe.unlink(missing_ok=True)
                 moved[path] = target
                 own = Merged((layer,), steps)
+    for path in sorted(fresh, key=lambda path: path.count("/")):
+        if (here := own.lookup(_where(path, moved), follow=False)) is not None:
+            _inherit(here.path)
     grown = 0
     copies: dict[str, str] = {}
     for name, target in unpacked.lower_links:
-        name, target = _where(name, moved), _where(target, moved)
-        mine = own.lookup(target, follow=False)
-        source = mine or (view.lookup(target, follow=False) if view else None)
+        name, place = _where(name, moved), _where(target, moved)
+        mine = own.lookup(place, follow=False)
+        there = view.lookup(place, follow=False) if view else None
+        # What has come to the very place that the link names came after the link.
+        source = (mine or there) if place != target else (there or mine)
         parent = own.lookup(os.path.dirname(name))
         if source is None or parent is None or stat.S_ISDIR(source.status.st_mode):
             raise BadImage(
@@ -65,7 +73,7 @@ def settle(
             )
         path = os.path.join(parent.path, os.path.basename(name))
         with _times_kept(parent.path):
-            if mine or source.path in copies:
+            if source is mine or source.path in copies:
                 _link(copies.get(source.path, source.path), path)
             else:
                 copies[source.path] = path

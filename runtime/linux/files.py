@@ -12,7 +12,7 @@ from runtime.linux.lib import SyscallError, check, function, syscall
 
 TYPE_CHECKING = False  # typing costs a monitor memory
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from typing import Final
 
 RESOLVE_NO_MAGICLINKS: Final = 0x02
@@ -46,15 +46,16 @@ def open_directory(root: int, path: str) -> int:
     return open_in_root(root, path, os.O_PATH | os.O_DIRECTORY)
 
 
-def make_directories(root: int, path: str, mode: int = 0o755) -> int:
+def make_directories(root: int, path: str, mode: int = 0o755, made: Callable[[str], None] = lambda path: None) -> int:
     """Open the directory `path` below `root`, making what is missing of it; returns an O_PATH descriptor.
 
-    Symlinks are followed inside the root; the target of a dangling one is made. Raises SyscallError.
+    Symlinks are followed inside the root; the target of a dangling one is made. `made` is told of each new directory.
+    Raises SyscallError.
     """
-    return _make_directories(root, path, mode, iter(range(_MISSING)))
+    return _make_directories(root, path, mode, iter(range(_MISSING)), made)
 
 
-def _make_directories(root: int, path: str, mode: int, turns: Iterator[int]) -> int:
+def _make_directories(root: int, path: str, mode: int, turns: Iterator[int], made: Callable[[str], None]) -> int:
     try:
         return open_directory(root, path)
     except SyscallError as error:
@@ -63,17 +64,18 @@ def _make_directories(root: int, path: str, mode: int, turns: Iterator[int]) -> 
     if next(turns, None) is None:
         raise SyscallError("openat2", errno.ELOOP, path)
     parent, _, name = path.rstrip("/").rpartition("/")
-    directory = _make_directories(root, parent or "/", mode, turns)
+    directory = _make_directories(root, parent or "/", mode, turns, made)
     try:
         if name not in ("", ".", ".."):
             try:
                 os.mkdir(name, mode, dir_fd=directory)
+                made(path)
                 return _as_made(directory, name, mode)
             except FileExistsError:  # now, or it is a dangling link
                 target = _link(directory, name)
             if target:
                 where = target if target.startswith("/") else f"{parent}/{target}"
-                os.close(_make_directories(root, where, mode, turns))
+                os.close(_make_directories(root, where, mode, turns, made))
     finally:
         os.close(directory)
     return open_directory(root, path)  # by the kernel's judgement: a link of /proc's is not what it reads as

@@ -278,7 +278,7 @@ class Applier:
             if follow and stat.S_ISLNK(there.st_mode):
                 self._recorder.spoilt = True
                 # Dangling in this layer, as its target may be in a lower one: made here, inside the root.
-                os.close(files.make_directories(self._root, os.fsdecode(path)))
+                os.close(files.make_directories(self._root, os.fsdecode(path), made=self._led_to))
                 return False
             self._remove(path)
             os.mkdir(path, mode)
@@ -287,6 +287,13 @@ class Applier:
         self._done.inodes += 1
         self._done.bytes_used += _BLOCK
         return True
+
+    def _led_to(self, path: str) -> None:
+        """A directory was made because a symlink leads there, or further."""
+        self._count()
+        self._implied[os.fsencode(os.path.normpath(path).lstrip("/"))] = None
+        self._done.inodes += 1
+        self._done.bytes_used += _BLOCK
 
     def _whiteout(self, parent: bytes, base: bytes) -> None:
         if base == OPAQUE_MARK:

@@ -242,6 +242,38 @@ def test_directories_that_a_layer_implies_are_as_below(images: Images, run_dir: 
     assert load(images, below.tar(), implying, layer(z="1"), name="local/longer:1").layers[:2] == image.layers
 
 
+def test_directories_that_the_layers_own_symlink_leads_to_are_as_below(images: Images) -> None:
+    below = Layer().directory("d", mode=0o711, uid=3).directory("d/e", mode=0o2700, uid=7)
+    above = Layer().symlink("to", "/d/e").file("to/f", "x").symlink("x/up", "../d/new/er").file("x/up/f", "y")
+    image = load(images, below.tar(), above.tar())
+    rootfs = images.prepare("c", image.id)
+    top = Path(rootfs.base, rootfs.lowers[0])
+    found = {name: (top / name).stat() for name in ("d", "d/e", "d/new", "d/new/er")}
+    assert {name: (stat.S_IMODE(status.st_mode), status.st_uid) for name, status in found.items()} == {
+        "d": (0o711, 3),
+        "d/e": (0o2700, 7),
+        "d/new": (0o755, 0),
+        "d/new/er": (0o755, 0),
+    }
+    assert ((top / "d/e/f").read_text(), (top / "d/new/er/f").read_text()) == ("x", "y")
+    assert [finding.problem for finding in images.check() if finding.problem] == []
+
+
+def test_a_new_directory_takes_its_parents_group_wherever_it_is_listed(images: Images) -> None:
+    below = Layer().directory("c", mode=0o2755, gid=5).symlink("b", "c")
+    image = load(images, below.tar(), Layer().file("b/e/f", "x").file("c/g", "x").tar())
+    rootfs = images.prepare("c", image.id)
+    status = Path(rootfs.base, rootfs.lowers[0], "c/e").stat()
+    assert (stat.S_IMODE(status.st_mode), status.st_gid) == (0o2755, 5)
+
+
+def test_a_hard_link_is_to_what_was_there_before(images: Images) -> None:
+    """The layer has something else there later."""
+    image = load(images, layer(a="old"), Layer().hardlink("b", "a").file("a", "new").tar())
+    assert images.read_file(image.id, "b", 10) == b"old"
+    assert images.read_file(image.id, "a", 10) == b"new"
+
+
 def test_entries_below_a_symlink_of_a_lower_layer_go_where_it_leads(images: Images) -> None:
     """A layer that lists bin/tool alone, on top of one where bin leads to usr/bin, doesn't hide all of bin."""
     below = Layer().directory("usr").directory("usr/bin", mode=0o711, uid=4).file("usr/bin/sh", "sh")
