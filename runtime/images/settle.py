@@ -60,12 +60,14 @@ def settle(
             _inherit(here.path)
     grown = 0
     copies: dict[str, str] = {}
+    linked: set[str] = set()
     for name, target in unpacked.lower_links:
         name, place = _where(name, moved), _where(target, moved)
         mine = own.lookup(place, follow=False)
         there = view.lookup(place, follow=False) if view else None
-        # What has come to the very place that the link names came after the link.
-        source = (mine or there) if place != target else (there or mine)
+        # A file of the layer's own at the very place that the link names has come there after the link.
+        source = (mine or there) if place != target or place in linked else (there or mine)
+        linked.add(name)
         parent = own.lookup(os.path.dirname(name))
         if source is None or parent is None or stat.S_ISDIR(source.status.st_mode):
             raise BadImage(

@@ -268,10 +268,10 @@ def test_a_new_directory_takes_its_parents_group_wherever_it_is_listed(images: I
 
 
 def test_a_hard_link_is_to_what_was_there_before(images: Images) -> None:
-    """The layer has something else there later."""
-    image = load(images, layer(a="old"), Layer().hardlink("b", "a").file("a", "new").tar())
-    assert images.read_file(image.id, "b", 10) == b"old"
-    assert images.read_file(image.id, "a", 10) == b"new"
+    """The layer has something else there later; what the link before it made is there."""
+    above = Layer().hardlink("b", "a").file("a", "new").hardlink("c", "b")
+    image = load(images, layer(a="old", b="other"), above.tar())
+    assert [images.read_file(image.id, name, 10) for name in "abc"] == [b"new", b"old", b"old"]
 
 
 def test_entries_below_a_symlink_of_a_lower_layer_go_where_it_leads(images: Images) -> None:
