@@ -62,11 +62,11 @@ def settle(
     copies: dict[str, str] = {}
     linked: set[str] = set()
     for name, target in unpacked.lower_links:
-        name, place = _where(name, moved), _where(target, moved)
-        mine = own.lookup(place, follow=False)
-        there = view.lookup(place, follow=False) if view else None
-        # A file of the layer's own at the very place that the link names has come there after the link.
-        source = (mine or there) if place != target or place in linked else (there or mine)
+        name, target = _where(name, moved), _where(target, moved)
+        mine = own.lookup(target, follow=False)
+        there = view.lookup(target, follow=False) if view else None
+        # What was not there when the link was come to has come later, if it is no link itself and nothing was moved.
+        source = (mine or there) if moved or target in linked else (there or mine)
         linked.add(name)
         parent = own.lookup(os.path.dirname(name))
         if source is None or parent is None or stat.S_ISDIR(source.status.st_mode):

@@ -272,6 +272,9 @@ def test_a_hard_link_is_to_what_was_there_before(images: Images) -> None:
     above = Layer().hardlink("b", "a").file("a", "new").hardlink("c", "b")
     image = load(images, layer(a="old", b="other"), above.tar())
     assert [images.read_file(image.id, name, 10) for name in "abc"] == [b"new", b"old", b"old"]
+    below = Layer().file("d/f", "old").symlink("to", "d")
+    image = load(images, below.tar(), Layer().file("to/f", "new").hardlink("b", "d/f").tar())
+    assert images.read_file(image.id, "b", 10) == b"new"
 
 
 def test_entries_below_a_symlink_of_a_lower_layer_go_where_it_leads(images: Images) -> None:
