@@ -4,11 +4,13 @@ Credentials, client certificates and configured headers go to the endpoint that 
 redirects, nor to whom that one names; a redirect does not leave HTTPS.
 """
 
+import io
 import socket
 import threading
 import time
 from dataclasses import replace
 from email.utils import parsedate_to_datetime
+from http.client import HTTPException, HTTPResponse
 from types import TracebackType
 from typing import Any
 from urllib.parse import unquote, urljoin, urlsplit
@@ -43,6 +45,7 @@ _REDIRECT_LIMIT = 5
 _TRANSIENT = (408, 425, 429, 500, 502, 503, 504)
 _TOKEN_LIMIT_BYTES = 1 << 20
 _READ_BYTES = 1 << 18
+_LINES_BYTES = 16 << 20
 
 
 class Busy(Exception):
@@ -112,6 +115,25 @@ class Answer:
             of = f" of {len(data) + remaining}" if remaining else ""
             raise Busy(f"connection ends after {len(data)}{of} bytes")
         return data
+
+
+class _Lines(io.BufferedReader):
+    """What a server sends, whose lines (of status, headers, chunks, trailers) have an end as bodies have."""
+
+    _left = _LINES_BYTES
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        line = super().readline(size)
+        self._left -= len(line)
+        if self._left < 0:
+            raise HTTPException(f"more than {_LINES_BYTES} bytes around the body")
+        return line
+
+
+class _Response(HTTPResponse):
+    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
+        self.fp = _Lines(self.fp.detach())
 
 
 class Session:
@@ -270,11 +292,15 @@ class Session:
         session = self
 
         class Plain(HTTPConnection):
+            response_class = _Response
+
             def connect(self) -> None:
                 super().connect()
                 session.made(self)
 
         class Encrypted(HTTPSConnection):
+            response_class = _Response
+
             def connect(self) -> None:
                 super().connect()
                 session.made(self)

@@ -9,7 +9,7 @@ everything that the file below has.
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,58 +31,82 @@ def settle(
     The recipe goes when files are moved. Links to one file stay links to one copy. Raises BadImage for a hard link to
     what isn't there, Exhausted for copies of more than `limit_bytes` or when `steps` run out (see `Merged`), OSError.
     """
-    own = Merged((layer,), steps)
-    view = Merged(below, steps) if below else None
-    moved: dict[str, str] = {}
-    fresh: list[str] = []
-    for path in unpacked.implied:
-        path = _where(path, moved)
-        here = own.lookup(path, follow=False)
-        there = view.lookup(path, follow=False) if view else None
-        if view is None or here is None or not stat.S_ISDIR(here.status.st_mode):
-            continue
-        if there is None and moved:
-            fresh.append(path)  # whose parent's turn may be yet to come
-        elif there is None:
-            _inherit(here.path)
-        elif stat.S_ISDIR(there.status.st_mode):
-            _adopt(here.path, there)
-        elif stat.S_ISLNK(there.status.st_mode) and (target := view.resolve(path)):
-            directory = _directory(layer, own, view, target)
-            if directory is not None:
-                with _times_kept(os.path.dirname(here.path)):
-                    _merge(here.path, directory)
-                recipe.unlink(missing_ok=True)
-                moved[path] = target
-                own = Merged((layer,), steps)
-    for path in sorted(fresh, key=lambda path: path.count("/")):
-        if (here := own.lookup(_where(path, moved), follow=False)) is not None:
-            _inherit(here.path)
-    grown = 0
-    copies: dict[str, str] = {}
-    linked: set[str] = set()
-    for name, target in unpacked.lower_links:
-        name, target = _where(name, moved), _where(target, moved)
-        mine = own.lookup(target, follow=False)
-        there = view.lookup(target, follow=False) if view else None
-        # What was not there when the link was come to has come later, if it is no link itself and nothing was moved.
-        source = (mine or there) if moved or target in linked else (there or mine)
-        linked.add(name)
-        parent = own.lookup(os.path.dirname(name))
-        if source is None or parent is None or stat.S_ISDIR(source.status.st_mode):
-            raise BadImage(
-                f"hard link {name[:200]!r} to {target[:200]!r}, which neither the layer nor those below hold"
-            )
-        path = os.path.join(parent.path, os.path.basename(name))
-        with _times_kept(parent.path):
-            if source is mine or source.path in copies:
-                _link(copies.get(source.path, source.path), path)
-            else:
-                copies[source.path] = path
-                grown += _copy(source, path, limit_bytes - grown)
-    if moved:  # what was in both places is gone
+    settling = _Settling(layer, below, steps)
+    settling.complete(unpacked.implied)
+    if settling.moved:
+        recipe.unlink(missing_ok=True)
+    grown, copies = settling.link(unpacked.lower_links, limit_bytes)
+    if settling.moved:  # what was in both places is gone
         return usage_of([str(layer)])
-    return unpacked.bytes_used + grown, unpacked.inodes + len(copies)
+    return unpacked.bytes_used + grown, unpacked.inodes + copies
+
+
+class _Settling:
+    """One layer; `moved` are its directories of which those below it have a symlink, with where that leads."""
+
+    def __init__(self, layer: Path, below: tuple[Path, ...], steps: Iterator[int]) -> None:
+        self._layer = layer
+        self._steps = steps
+        self._own = Merged((layer,), steps)
+        self._below = Merged(below, steps) if below else None
+        self.moved: dict[str, str] = {}
+
+    def complete(self, implied: Iterable[str]) -> None:
+        """The directories that the layer doesn't list, parents first, become what they are below."""
+        if self._below is None:
+            return
+        fresh: list[str] = []
+        for path in implied:
+            path = _where(path, self.moved)
+            here, there = self._own.lookup(path, follow=False), self._below.lookup(path, follow=False)
+            if here is None or not stat.S_ISDIR(here.status.st_mode):
+                continue
+            if there is None:
+                fresh.append(path)
+            elif stat.S_ISDIR(there.status.st_mode):
+                _adopt(here.path, there)
+            elif stat.S_ISLNK(there.status.st_mode):
+                self._move(path, here, self._below)
+        # After all moves: only then has each its parent.
+        for path in sorted(fresh, key=lambda path: path.count("/")):
+            if (here := self._own.lookup(_where(path, self.moved), follow=False)) is not None:
+                _inherit(here.path)
+
+    def _move(self, path: str, here: Found, below: Merged) -> None:
+        """What is in a directory goes where the symlink below leads, if that is to a directory."""
+        target = below.resolve(path)
+        if not target or (directory := _directory(self._layer, self._own, below, target)) is None:
+            return
+        with _times_kept(os.path.dirname(here.path)):
+            _merge(here.path, directory)
+        self.moved[path] = target
+        self._own = Merged((self._layer,), self._steps)
+
+    def link(self, lower_links: Iterable[tuple[str, str]], limit_bytes: int) -> tuple[int, int]:
+        """Make the hard links, of copies of what is below. Returns bytes and number of the copies."""
+        grown = 0
+        copies: dict[str, str] = {}
+        linked: set[str] = set()
+        for name, target in lower_links:
+            name, target = _where(name, self.moved), _where(target, self.moved)
+            mine = self._own.lookup(target, follow=False)
+            there = self._below.lookup(target, follow=False) if self._below else None
+            # What was not there when the link was come to has come later, if it is no link and nothing was moved.
+            source = (mine or there) if self.moved or target in linked else (there or mine)
+            linked.add(name)
+            parent = self._own.lookup(os.path.dirname(name))
+            if source is None or parent is None or stat.S_ISDIR(source.status.st_mode):
+                raise BadImage(
+                    f"hard link {name[:200]!r} to {target[:200]!r}, which neither the layer nor those below hold"
+                )
+            path = os.path.join(parent.path, os.path.basename(name))
+            with _times_kept(parent.path):
+                if source is mine or source.path in copies:
+                    _link(copies.get(source.path, source.path), path)
+                else:
+                    copies[source.path] = path
+                    grown += _copy(source, path, limit_bytes - grown)
+        return grown, len(copies)
 
 
 @contextmanager

@@ -126,6 +126,36 @@ def test_a_manifest_without_end(images: Images, liar: Liar, left: Left) -> None:
     fails(images, liar, Exhausted, "manifest latest of more than 4194304 bytes", left)
 
 
+def lines(first: bytes, then: bytes) -> Answer:
+    """`then`, again and again, until the client goes."""
+
+    def answer(request: Request) -> None:
+        try:
+            request.wfile.write(first)
+            while True:
+                request.wfile.write(then * 1000)
+        except ConnectionError:
+            request.close_connection = True
+
+    return answer
+
+
+@pytest.mark.parametrize("where", ["/manifests/", "/blobs/"])
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n", b"Trailer: x\r\n"),
+    ],
+)
+def test_an_answer_without_end(
+    open_store: OpenStore, liar: Liar, left: Left, where: str, first: bytes, then: bytes
+) -> None:
+    images = open_store(attempts=1)
+    liar.lies[where] = lines(first, then)
+    fails(images, liar, RegistryUnavailable, "bytes around the body|connection ends", left)
+
+
 def test_an_index_that_names_itself(images: Images, liar: Liar, left: Left) -> None:
     nested = json.dumps(
         {
