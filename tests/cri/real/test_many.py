@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 
+import grpc
 import pytest
 
 from cri.api import cri_pb2 as pb
@@ -64,6 +65,12 @@ async def test_the_same_pod_from_many_callers(real: Real) -> None:
     assert len(set(pods)) == 1
     containers = await asyncio.gather(*(real.create(pods[0], "sleep", "1000") for _ in range(10)))
     assert len(set(containers)) == 1
-    await asyncio.gather(*(real.start(containers[0]) for _ in range(10)))
+    starts = await asyncio.gather(*(real.start(containers[0]) for _ in range(10)), return_exceptions=True)
+    late = [answer for answer in starts if answer is not None]
+    assert len(late) < len(starts)
+    for answer in late:  # it came when the others' start was over
+        assert isinstance(answer, grpc.aio.AioRpcError)
+        assert answer.code() == grpc.StatusCode.FAILED_PRECONDITION
+        assert "is running, not created" in str(answer.details())
     await asyncio.gather(*(real.remove(pods[0]) for _ in range(10)))
     assert not (await real.client.ListPodSandbox(pb.ListPodSandboxRequest())).items
