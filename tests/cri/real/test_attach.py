@@ -129,22 +129,23 @@ async def test_a_client_that_does_not_read_holds_up_nobody(real: Real, pod: str)
     container = await real.run(
         pod, "sh", "-c", "read -r go; yes 0123456789 | head -c 30000000; echo; echo over", stdin=True
     )
-    client = await Spdy(windows=True).connect(await attach_url(real, container))
-    streams = await client.command("stdout", "stderr")
-    async with spdy(await attach_url(real, container, stdin=True)) as other:
-        theirs = await other.command("stdin", "stdout", "stderr")
+    # Without the output, which might come faster than this process takes it.
+    request = pb.AttachRequest(container_id=container, stdin=True, stderr=True)
+    url = str((await real.client.Attach(request)).url)
+    async with spdy(await attach_url(real, container), windows=True) as client, spdy(url) as other:
+        streams = await client.command("stdout", "stderr")
+        theirs = await other.command("stdin", "stderr")
         await real.sh(container, "true")
         await theirs["stdin"].write(b"\n")
         assert (await real.ended(container)).exit_code == 0
         assert code(await theirs["error"].got()) == 0
-    size = sum(len(line.split(" ", 3)[3]) for line in (real.logs / "c.log").read_text().splitlines())
-    assert size > 27000000
-    seen = len(await streams["stdout"].got())
-    assert 0 < seen < 30000000
-    told = json.loads(await streams["error"].got())
-    assert told["status"] == "Failure"
-    assert "faster than the client took it" in told["message"]
-    await client.close()
+        size = sum(len(line.split(" ", 3)[3]) for line in (real.logs / "c.log").read_text().splitlines())
+        assert size > 27000000
+        seen = len(await streams["stdout"].got())
+        assert 0 < seen < 30000000
+        told = json.loads(await streams["error"].got())
+        assert told["status"] == "Failure"
+        assert "faster than the client took it" in told["message"]
 
 
 async def test_clients_that_come_and_go(real: Real, pod: str) -> None:
