@@ -17,6 +17,7 @@ import stat
 import sys
 from typing import Any, Final
 
+from runtime.images.unpack.errors import text_of
 from runtime.images.unpack.form import REFUSED_XATTRS
 from runtime.linux import caps
 from runtime.linux.files import open_in_root
@@ -205,8 +206,7 @@ def _work(job: dict[str, Any]) -> dict[str, object]:
     except MemoryError:
         return _failure("limit", path, f"takes more than {_MEMORY_LIMIT_BYTES} bytes of memory")
     except OSError as error:
-        name = f"{os.fsdecode(error.filename)!r}: " if isinstance(error.filename, (str, bytes)) else ""
-        return _failure("system", path, f"{name}{(error.strerror or str(error)).lower()}", error.errno or 0)
+        return _failure("system", path, text_of(error), error.errno or 0)
     except Exception as error:  # a defect; a traceback would read source files by name, inside the image
         return _failure("defect", path, f"{type(error).__name__}: {error}")
 

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 
 from runtime.images.unpack.apply import Applier
 from runtime.images.unpack.calls import only_unpacking
-from runtime.images.unpack.errors import BadLayer, LimitReached
+from runtime.images.unpack.errors import BadLayer, LimitReached, text_of
 from runtime.images.unpack.recipe import Recorder
 from runtime.images.unpack.stream import Blob, Pipeline
 from runtime.images.unpack.tar import Reader, Stream
@@ -120,8 +120,7 @@ def _report(limits: Limits, filter: Filter | None, root: int, blob: int, recipe:
     except MemoryError:
         return _failure("limit", f"takes more than {_MEMORY_LIMIT_BYTES} bytes of memory")
     except OSError as error:
-        where = f"{os.fsdecode(error.filename)!r}: " if isinstance(error.filename, (str, bytes)) else ""
-        return _failure("system", f"{where}{(error.strerror or str(error)).lower()}", error.errno or 0)
+        return _failure("system", text_of(error), error.errno or 0)
     except Exception as error:  # a defect; a traceback would read source files by name, inside the layer
         return _failure("defect", f"{type(error).__name__}: {error}")
 

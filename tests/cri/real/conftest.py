@@ -22,6 +22,9 @@ from tests.cri.real.daemon import BUILTIN, IMAGE, REPOSITORY, Daemon, load_image
 from tests.limits import scaled
 from tests.requires import need
 
+FIRST_ID = 1 << 20
+MAPPED = [pb.IDMapping(container_id=0, host_id=FIRST_ID, length=1 << 16)]
+
 
 @dataclass
 class Real:
@@ -31,9 +34,14 @@ class Real:
     client: Client
     logs: Path
 
-    def pod_config(self, name: str = "pod", *, network: bool = True, **fields: object) -> pb.PodSandboxConfig:
-        """A pod whose containers have pid namespaces of their own, as the kubelet's have."""
+    def pod_config(
+        self, name: str = "pod", *, network: bool = True, mapped: bool = False, **fields: object
+    ) -> pb.PodSandboxConfig:
+        """A pod whose containers have pid namespaces of their own, as the kubelet's have; `mapped`: in a user
+        namespace, which the caller has made sure there can be."""
         modes = pb.NamespaceOption(pid=pb.CONTAINER, network=pb.POD if network else pb.NODE)
+        if mapped:
+            modes.userns_options.CopyFrom(pb.UserNamespace(mode=pb.POD, uids=MAPPED, gids=MAPPED))
         linux = pb.LinuxPodSandboxConfig(security_context=pb.LinuxSandboxSecurityContext(namespace_options=modes))
         metadata = pb.PodSandboxMetadata(name=name, namespace="tests", uid=f"uid-{name}")
         config = pb.PodSandboxConfig(

@@ -11,7 +11,6 @@ import pytest
 from cri.api import cri_pb2 as pb
 from tests.cri.real.conftest import Real
 from tests.cri.real.daemon import load_image
-from tests.cri.real.test_modes import MAPPED
 from tests.requires import requires
 from tests.runtime.images.given import Layer, build, oci_archive, serving
 
@@ -45,10 +44,7 @@ async def test_volumes(real: Real, tmp_path: Path, mapped: bool) -> None:
     image = await load(real, busybox(), top, Volumes=volumes)
     (tmp_path / "host").mkdir(mode=0o777)
     (tmp_path / "host").chmod(0o777)
-    config = real.pod_config()
-    if mapped:
-        options = config.linux.security_context.namespace_options
-        options.userns_options.CopyFrom(pb.UserNamespace(mode=pb.POD, uids=MAPPED, gids=MAPPED))
+    config = real.pod_config(mapped=mapped)
     pod = await real.pod(config)
     linux = pb.LinuxContainerConfig()
     linux.security_context.readonly_rootfs = True

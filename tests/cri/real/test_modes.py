@@ -12,13 +12,11 @@ import grpc
 import pytest
 
 from cri.api import cri_pb2 as pb
-from tests.cri.real.conftest import Real
+from tests.cri.real.conftest import FIRST_ID, MAPPED, Real
 from tests.cri.real.daemon import IMAGE, RUNTIME
 from tests.requires import requires
 
 pytestmark = [pytest.mark.asyncio, requires("root", "busybox", "bridge", "overlay")]
-FIRST_ID = 1 << 20
-MAPPED = [pb.IDMapping(container_id=0, host_id=FIRST_ID, length=1 << 16)]
 OVERLAP = [pb.IDMapping(container_id=first, host_id=first + 100, length=10) for first in (0, 5)]
 TWICE: dict[str, Any] = {"uidMappings": OVERLAP, "gidMappings": OVERLAP}
 NO_MODE = cast(pb.MountPropagation, 9)
@@ -41,10 +39,7 @@ async def refused(call: Any) -> tuple[grpc.StatusCode, str]:
 
 
 def user_pod(real: Real, **modes: Any) -> pb.PodSandboxConfig:
-    config = real.pod_config("user", network=modes.get("network", pb.POD) == pb.POD)
-    options = config.linux.security_context.namespace_options
-    options.userns_options.CopyFrom(pb.UserNamespace(mode=pb.POD, uids=MAPPED, gids=MAPPED))
-    return config
+    return real.pod_config("user", network=modes.get("network", pb.POD) == pb.POD, mapped=True)
 
 
 @requires("userns")

@@ -78,12 +78,9 @@ async def test_kernel_parameters(real: Real, kind: str) -> None:
     """The defaults are a network namespace's that nobody else has: neither the host's nor a user namespace's."""
     files = [Path("/proc/sys", *name.split(".")) for name in SYSCTLS]
     before = [path.read_text().split() for path in files]
-    config = real.pod_config(network=kind != "host")
     if kind == "mapped":
-        mapping = [pb.IDMapping(container_id=0, host_id=1 << 20, length=1 << 16)]
-        options = config.linux.security_context.namespace_options
-        options.userns_options.CopyFrom(pb.UserNamespace(mode=pb.POD, uids=mapping, gids=mapping))
         need("userns")
+    config = real.pod_config(network=kind != "host", mapped=kind == "mapped")
     config.linux.sysctls["kernel.shmmni"] = "777"
     linux = pb.LinuxContainerConfig()
     linux.security_context.namespace_options.CopyFrom(config.linux.security_context.namespace_options)
@@ -104,12 +101,9 @@ async def test_kernel_parameters(real: Real, kind: str) -> None:
 @pytest.mark.parametrize("mapped", [False, True])
 async def test_kernel_parameters_of_the_pods_interface(real: Real, mapped: bool) -> None:
     """Which is there only when the pod has its address."""
-    config = real.pod_config()
     if mapped:
         need("userns")
-        mapping = [pb.IDMapping(container_id=0, host_id=1 << 20, length=1 << 16)]
-        options = config.linux.security_context.namespace_options
-        options.userns_options.CopyFrom(pb.UserNamespace(mode=pb.POD, uids=mapping, gids=mapping))
+    config = real.pod_config(mapped=mapped)
     config.linux.sysctls["net.ipv4.conf.eth0.arp_ignore"] = "2"
     config.linux.sysctls["net/ipv4/conf/default/arp_announce"] = "1"
     container = await real.run(await real.pod(config), "sleep", "1000")
@@ -244,12 +238,9 @@ async def test_mounts_and_a_read_only_root(real: Real, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("user", "mapped"), [(1234, False), (0, True), (1234, True)])
 async def test_its_output_can_be_opened(real: Real, user: int, mapped: bool) -> None:
     """As images do whose log files are links to /dev/stdout."""
-    config = real.pod_config()
     if mapped:
         need("userns")
-        mapping = [pb.IDMapping(container_id=0, host_id=1 << 20, length=1 << 16)]
-        options = config.linux.security_context.namespace_options
-        options.userns_options.CopyFrom(pb.UserNamespace(mode=pb.POD, uids=mapping, gids=mapping))
+    config = real.pod_config(mapped=mapped)
     linux = pb.LinuxContainerConfig()
     linux.security_context.run_as_user.value = user
     script = "echo out > /dev/stdout && echo err > /dev/stderr"

@@ -12,10 +12,9 @@ import grpc
 import pytest
 
 from cri.api import cri_pb2 as pb
-from tests.cri.real.conftest import Real
+from tests.cri.real.conftest import MAPPED, Real
 from tests.cri.real.test_full import fill, small  # noqa: F401
 from tests.cri.real.test_images import busybox, load
-from tests.cri.real.test_modes import MAPPED
 from tests.limits import scaled
 from tests.requires import requires
 from tests.runtime.images.given import Layer
